@@ -1,0 +1,406 @@
+"""Readers of data set folders: MVTec AD, MVTec LOCO AD, VisA, magnetic tiles and plain folders."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from pydefect.data.images import decode_file, is_image_file, list_image_files, natural_order
+from pydefect.errors import InputError
+
+__all__ = ["LAYOUTS", "Dataset", "Sample", "read_dataset", "read_mask", "training_images"]
+
+GOOD = "good"
+UNKNOWN = "unknown"
+TRAIN_SHARE = 0.8
+"""Share of the good images that go to training where a data set has no official split."""
+
+_VISA_SPLIT = Path("split_csv") / "1cls.csv"
+_VISA_COLUMNS = ("object", "split", "label", "image", "mask")
+_MAGNETIC_TILE_GOOD = "MT_Free"
+_LOOKED_FOR = (
+    "looked for train/good with test (MVTec AD, MVTec LOCO AD and the like), a category beside "
+    "split_csv/1cls.csv (VisA), MT_Free/Imgs (magnetic tiles), train with test, good with folders of "
+    "defects, and plain image files"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set, with what is known about it.
+
+    Parameters
+    ----------
+    image
+        The image file.
+    defect
+        ``"good"`` or the name of the defect; ``"unknown"`` where no label is known.
+    masks
+        Files whose union marks the defect. Empty for a good image, and where no mask is known.
+    """
+
+    image: Path
+    defect: str
+    masks: tuple[Path, ...] = ()
+
+    @property
+    def label(self) -> int | None:
+        """0 for a good image, 1 for a defective one, None where it is not known."""
+        return None if self.defect == UNKNOWN else int(self.defect != GOOD)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One category of a data set: its training, validation and test images.
+
+    Parameters
+    ----------
+    name
+        The name of the category, that of its folder.
+    layout
+        One of :data:`LAYOUTS`.
+    root
+        The folder that was read.
+    train, validation
+        Good images only. `validation` is empty where the data set has no such part.
+    test
+        Good and defective images, or images with unknown labels.
+    """
+
+    name: str
+    layout: str
+    root: Path
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+
+
+def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: int = 0) -> Dataset:
+    """Find the images of a data set's category, their labels and masks. No image is opened.
+
+    Parameters
+    ----------
+    root
+        The folder of one category, such as ``mvtec_ad/bottle``.
+    layout
+        ``"auto"`` finds out, or one of
+
+        - ``"mvtec_ad"``: ``train/good``, ``test/<defect or good>``,
+          ``ground_truth/<defect>/<name>_mask.png``,
+        - ``"mvtec_loco"``: the same with ``validation/good`` and ``ground_truth/<defect>/<name>/000.png``,
+          ...,
+        - ``"visa"``: a category's folder whose parent holds ``split_csv/1cls.csv``,
+        - ``"magnetic_tile"``: ``MT_Free/Imgs`` and ``MT_<defect>/Imgs``, masks being PNG files beside the
+          JPEG images; 20 % of the good images, drawn with `seed`, go to the test,
+        - ``"folder"``: ``train`` and ``test`` folders without masks (``test`` flat, its labels then being
+          unknown, or with ``good`` and a folder for each defect); or ``good`` and a folder for each defect,
+          split like the magnetic tiles; or just images, recursively, all taken for good training images.
+
+        The first two readers take every form of mask named here, and ``<name>.png``.
+    seed
+        Draws the split where the data set has none of its own.
+
+    Returns
+    -------
+    Dataset
+
+    Raises
+    ------
+    InputError
+        If the folder is missing or not of this layout, or masks are there that fit no image.
+
+    Examples
+    --------
+    >>> dataset = read_dataset("mvtec_ad/bottle")        # doctest: +SKIP
+    >>> dataset.layout, len(dataset.train), len(dataset.test)    # doctest: +SKIP
+    ('mvtec_ad', 209, 83)
+    """
+    if layout not in ("auto", *LAYOUTS):
+        raise InputError(f"layout is {layout!r}; allowed are auto, {', '.join(LAYOUTS)}")
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(
+            f"root: {folder} is {'a file' if folder.exists() else 'missing'}; it must be a folder"
+        )
+    if layout == "auto":
+        layout = _detect(folder)
+    train, validation, test = _READERS[layout](folder, seed)
+    if not train and not test:
+        raise InputError(f"root: there are no images in {folder} (read as {layout})")
+    return Dataset(folder.resolve().name, layout, folder, tuple(train), tuple(validation), tuple(test))
+
+
+def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path]:
+    """The images to learn from: never the test images or the masks of a data set whose root was given.
+
+    Parameters
+    ----------
+    path
+        A category's folder in any layout of :func:`read_dataset` (its training part is taken), a plain folder
+        (all images in it, recursively), or one image file.
+    seed
+        As for :func:`read_dataset`.
+
+    Returns
+    -------
+    list of Path
+        In natural order, without repetition.
+
+    Raises
+    ------
+    InputError
+        If there is nothing at `path`, no training images are found, or the folder holds a ``test`` or
+        ``ground_truth`` folder but no training part that could be told from it.
+
+    Examples
+    --------
+    >>> len(training_images("mvtec_ad/bottle"))                # doctest: +SKIP
+    209
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    dataset = read_dataset(path, seed=seed)
+    if not dataset.train:
+        raise InputError(f"{path} holds no training images (read as {dataset.layout})")
+    return [sample.image for sample in dataset.train]
+
+
+def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Read the defective pixels of an image.
+
+    Parameters
+    ----------
+    sample
+        From a :class:`Dataset`.
+    size
+        (height, width) of the image in pixels; masks of another size are resized to it, each pixel from the
+        nearest.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W] bool: the union of the sample's masks, every value above zero being a defect, 8-bit or 16-bit.
+        All False for a good image.
+
+    Raises
+    ------
+    InputError
+        If a mask cannot be read, or none is known although the image is not known to be good.
+    """
+    union = np.zeros(size, dtype=np.bool_)
+    if not sample.masks and sample.label != 0:
+        raise InputError(f"{sample.image}: no mask is known for this image ({sample.defect})")
+    for path in sample.masks:
+        values = decode_file(path)
+        mask = (values if values.ndim == 2 else values.max(axis=2)) > 0
+        if mask.shape != size:
+            mask = cv2.resize(
+                mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT
+            ).astype(np.bool_)
+        union |= mask
+    return union
+
+
+_Split = tuple[list[Sample], list[Sample], list[Sample]]
+
+
+def _detect(root: Path) -> str:
+    if _visa_rows(root.resolve().parent, root.resolve().name):
+        return "visa"
+    if (root / "train" / GOOD).is_dir() and (root / "test").is_dir():
+        return "mvtec_loco" if _has_loco_parts(root) else "mvtec_ad"
+    if (root / _MAGNETIC_TILE_GOOD / "Imgs").is_dir():
+        return "magnetic_tile"
+    categories = [folder.name for folder in _subfolders(root) if _is_category(folder)]
+    if categories:
+        raise InputError(
+            f"root: {root} holds several data sets; choose one of its folders: {', '.join(categories)}"
+        )
+    return "folder"
+
+
+def _is_category(folder: Path) -> bool:
+    has_parts = (folder / "train").is_dir() and (folder / "test").is_dir()
+    return has_parts or bool(_visa_rows(folder.parent, folder.name))
+
+
+def _has_loco_parts(root: Path) -> bool:
+    masks = root / "ground_truth"
+    return (root / "validation" / GOOD).is_dir() or any(
+        _subfolders(defect) for defect in (_subfolders(masks) if masks.is_dir() else [])
+    )
+
+
+def _read_mvtec(root: Path, _seed: int) -> _Split:
+    if not (root / "train" / GOOD).is_dir():
+        raise InputError(f"root: {root} holds no folder train/good")
+    if not (root / "test").is_dir():
+        raise InputError(f"root: {root} holds no folder test")
+    train = _good(list_image_files(root / "train" / GOOD))
+    validation = root / "validation" / GOOD
+    test: list[Sample] = []
+    for folder in _subfolders(root / "test"):
+        images = list_image_files(folder)
+        if folder.name == GOOD:
+            test += _good(images)
+        else:
+            test += _with_masks(images, folder, root / "ground_truth" / folder.name)
+    return train, _good(list_image_files(validation)) if validation.is_dir() else [], test
+
+
+def _with_masks(images: list[Path], folder: Path, masks: Path) -> list[Sample]:
+    known = list_image_files(masks) if masks.is_dir() else []
+    of_image: dict[Path, list[Path]] = {}
+    for mask in known:
+        place = mask.relative_to(masks)
+        # <name>_mask.png and <name>.png belong to the image <name>, and so does every file in the folder
+        # <name>.
+        for stem in {place.with_suffix(""), place.with_name(place.stem.removesuffix("_mask")), place.parent}:
+            of_image.setdefault(stem, []).append(mask)
+    samples = []
+    for image in images:
+        stem = image.relative_to(folder).with_suffix("")
+        samples.append(Sample(image, folder.name, tuple(of_image.get(stem, ()))))
+    if known and images and not any(sample.masks for sample in samples):
+        raise InputError(
+            f"{masks}: none of the masks fits an image of {folder}; they must be named like the image, "
+            "<name>_mask.png or <name>.png, or lie in a folder <name>"
+        )
+    return samples
+
+
+def _read_visa(root: Path, _seed: int) -> _Split:
+    category, base = root.resolve().name, root.resolve().parent
+    rows = _visa_rows(base, category)
+    if not rows:
+        raise InputError(
+            f"root: {root} is no category of VisA: no rows for {category!r} in {base / _VISA_SPLIT}"
+        )
+    train: list[Sample] = []
+    test: list[Sample] = []
+    for row in rows:
+        image, is_good = base / row["image"], row["label"] == "normal"
+        masks = (base / row["mask"],) if row["mask"] and not is_good else ()
+        for file in (image, *masks):
+            if not file.is_file():
+                raise InputError(f"{file}: missing, though {base / _VISA_SPLIT} names it")
+        sample = Sample(image, GOOD if is_good else row["label"], masks)
+        (train if row["split"] == "train" else test).append(sample)
+    return train, [], test
+
+
+def _visa_rows(base: Path, category: str) -> list[dict[str, str]]:
+    """The rows of one category in VisA's split file; none where there is no such file."""
+    file = base / _VISA_SPLIT
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        missing = [column for column in _VISA_COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(f"{file}: the columns {', '.join(missing)} are missing")
+        return [{key: row[key] or "" for key in _VISA_COLUMNS} for row in reader if row["object"] == category]
+
+
+def _read_magnetic_tile(root: Path, seed: int) -> _Split:
+    if not (root / _MAGNETIC_TILE_GOOD / "Imgs").is_dir():
+        raise InputError(f"root: {root} holds no folder {_MAGNETIC_TILE_GOOD}/Imgs")
+    train: list[Sample] = []
+    test: list[Sample] = []
+    for folder in _subfolders(root):
+        if not (folder.name.startswith("MT_") and (folder / "Imgs").is_dir()):
+            continue
+        images = [file for file in list_image_files(folder / "Imgs") if file.suffix.lower() != ".png"]
+        if folder.name == _MAGNETIC_TILE_GOOD:
+            train, good_test = _split_good(images, seed)
+            test += good_test
+            continue
+        for image in images:
+            mask = image.with_suffix(".png")
+            defect = folder.name.removeprefix("MT_").lower()
+            test.append(Sample(image, defect, (mask,) if mask.is_file() else ()))
+    return train, [], test
+
+
+def _read_folder(root: Path, seed: int) -> _Split:
+    train, test = root / "train", root / "test"
+    if train.is_dir() and test.is_dir():
+        good = train / GOOD
+        training = _good(list_image_files(good if good.is_dir() else train))
+        labelled = [
+            Sample(image, folder.name) for folder in _subfolders(test) for image in list_image_files(folder)
+        ]
+        unlabelled = [Sample(image, UNKNOWN) for image in _direct_images(test)]
+        return training, [], unlabelled + labelled
+    images = list_image_files(root)
+    _refuse_held_out(root, images)
+    folders = [folder for folder in _subfolders(root) if list_image_files(folder)]
+    if (root / GOOD) not in folders or len(images) == len(list_image_files(root / GOOD)):
+        return _good(images), [], []
+    if _direct_images(root):
+        raise InputError(
+            f"root: {root} holds images beside its folder good; move them into good or a defect's folder"
+        )
+    training, good_test = _split_good(list_image_files(root / GOOD), seed)
+    defective = [
+        Sample(image, folder.name)
+        for folder in folders
+        if folder.name != GOOD
+        for image in list_image_files(folder)
+    ]
+    return training, [], good_test + defective
+
+
+def _refuse_held_out(root: Path, images: list[Path]) -> None:
+    """No image of a data set's test part, and no mask, may pass for a plain folder's good image."""
+    places = [image.relative_to(root).parent.parts for image in images]
+    for part in ("test", "ground_truth"):
+        if any(part in place for place in places):
+            raise InputError(
+                f"root: {root} holds folders named {part}, but no data set is known in it: {_LOOKED_FOR}"
+            )
+    below_good = sum(GOOD in place[1:] for place in places)
+    if 0 < below_good < len(places):
+        raise InputError(
+            f"root: {root} holds folders named good and others; choose the folder that holds good itself"
+        )
+
+
+def _good(images: Iterable[Path]) -> list[Sample]:
+    return [Sample(image, GOOD) for image in images]
+
+
+def _split_good(images: list[Path], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and test part, each in the order given."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    to_train = set(order[: round(TRAIN_SHARE * len(images))].tolist())
+    train = [image for index, image in enumerate(images) if index in to_train]
+    test = [image for index, image in enumerate(images) if index not in to_train]
+    return _good(train), _good(test)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return natural_order(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _direct_images(folder: Path) -> list[Path]:
+    return natural_order(path for path in folder.iterdir() if path.is_file() and is_image_file(path))
+
+
+_READERS: dict[str, Callable[[Path, int], _Split]] = {
+    "mvtec_ad": _read_mvtec,
+    "mvtec_loco": _read_mvtec,
+    "visa": _read_visa,
+    "magnetic_tile": _read_magnetic_tile,
+    "folder": _read_folder,
+}
+LAYOUTS = tuple(_READERS)
+"""The layouts that :func:`read_dataset` reads."""

@@ -1,0 +1,349 @@
+"""From pixels to the network's input, and from maps at the input's size back to the original image.
+
+The geometry is that of continuous image coordinates: pixel i covers [i, i + 1), its centre is i + 0.5, and a
+resize from H to h pixels maps y to y * h / H. A centre crop of height c out of h begins at row (h - c) // 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pydefect.errors import InputError
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pixels become network input: resize, centre crop, normalisation; and how maps go back.
+
+    Parameters
+    ----------
+    resize
+        (height, width) in pixels to which every image is resized, whatever its own shape; None keeps its
+        size.
+    crop
+        (height, width) of the centre crop after the resize; None keeps all.
+    mean, std
+        Per RGB channel, for pixels in 0..1. The defaults are those of networks trained on ImageNet.
+
+    Raises
+    ------
+    InputError
+        If a size is not positive, the crop is larger than the resize, or a standard deviation is not
+        positive.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> preprocessing = Preprocessing.create(resize=256, crop=224)
+    >>> preprocessing(np.zeros((512, 512, 3), dtype=np.uint8)).shape
+    torch.Size([3, 224, 224])
+    >>> preprocessing.scored_box((512, 512))
+    (32, 32, 480, 480)
+    """
+
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name, size in (("resize", self.resize), ("crop", self.crop)):
+            if size is not None and not _is_size(size):
+                raise InputError(
+                    f"{name} is {size!r}; it must be (height, width), two whole numbers >= 1, or None"
+                )
+        if self.resize and self.crop and not _fits(self.crop, self.resize):
+            raise InputError(f"crop is {_text(self.crop)}, larger than resize, which is {_text(self.resize)}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not np.isfinite(values).all():
+                raise InputError(f"{name} is {values!r}; it must be three finite numbers")
+        if min(self.std) <= 0:
+            raise InputError(f"std is {self.std!r}; it must be three numbers above 0")
+
+    @classmethod
+    def create(
+        cls,
+        resize: int | Sequence[int] | None = None,
+        crop: int | Sequence[int] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> Preprocessing:
+        """Make a Preprocessing from sizes as people write them.
+
+        Parameters
+        ----------
+        resize, crop
+            One number for a square, (height, width) for a rectangle, None for neither resize nor crop.
+        mean, std
+            Three numbers each.
+
+        Returns
+        -------
+        Preprocessing
+
+        Raises
+        ------
+        InputError
+            As the class itself.
+        """
+        red, green, blue = _three("mean", mean)
+        red_std, green_std, blue_std = _three("std", std)
+        return cls(
+            _as_size("resize", resize),
+            _as_size("crop", crop),
+            (red, green, blue),
+            (red_std, green_std, blue_std),
+        )
+
+    def __call__(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+        """Resize, crop and normalise one image.
+
+        Parameters
+        ----------
+        pixels
+            [H, W, 3] RGB; uint8 in 0..255 or float32 in 0..1.
+
+        Returns
+        -------
+        torch.Tensor
+            [3, h, w] float32, normalised; (h, w) is :meth:`output_size`.
+
+        Raises
+        ------
+        InputError
+            If the pixels have another shape or type, or the image is smaller than the crop.
+        """
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype not in (np.uint8, np.float32):
+            raise InputError(
+                f"pixels are {pixels.dtype} of shape {list(pixels.shape)}; they must be uint8 or float32 "
+                "[H, W, 3]"
+            )
+        height, width, _ = pixels.shape
+        self.output_size((height, width))
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        if self.resize is not None and self.resize != (height, width):
+            image = torch.nn.functional.interpolate(
+                image[None], self.resize, mode="bilinear", antialias=True, align_corners=False
+            )[0]
+        if self.crop is not None:
+            top, left = self._crop_offset((height, width))
+            image = image[:, top : top + self.crop[0], left : left + self.crop[1]]
+        return (image - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def output_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """Size of the network input for an image.
+
+        Parameters
+        ----------
+        original_size
+            (height, width) of the image in pixels.
+
+        Returns
+        -------
+        tuple of int
+            (height, width) of the network input.
+
+        Raises
+        ------
+        InputError
+            If the image is smaller than the crop.
+        """
+        resized = self._resized(original_size)
+        if self.crop is None:
+            return resized
+        if not _fits(self.crop, resized):
+            raise InputError(
+                f"the image is {_text(resized)} pixels (height x width), smaller than the crop of "
+                f"{_text(self.crop)}; choose a smaller crop or a resize"
+            )
+        return self.crop
+
+    def scored_box(self, original_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The part of the original image that the network sees.
+
+        Parameters
+        ----------
+        original_size
+            (height, width) of the image in pixels.
+
+        Returns
+        -------
+        tuple of int
+            (top, left, bottom, right) in original pixels, half open: all pixels whose centres lie inside the
+            crop.
+
+        Raises
+        ------
+        InputError
+            If the image is smaller than the crop.
+        """
+        output = self.output_size(original_size)
+        resized, offset = self._resized(original_size), self._crop_offset(original_size)
+        (top, bottom), (left, right) = (
+            (_first_centre(start, full, size), _first_centre(start + length, full, size))
+            for start, length, full, size in zip(offset, output, resized, original_size, strict=True)
+        )
+        return top, left, bottom, right
+
+    def to_original(self, anomaly_map: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+        """Bring a map from the network input's size to the original image.
+
+        Parameters
+        ----------
+        anomaly_map
+            [h, w] floating point at :meth:`output_size`.
+        original_size
+            (H, W) of the image in pixels.
+
+        Returns
+        -------
+        torch.Tensor
+            [H, W] of the map's type and device: the map sampled bilinearly at the centre of every original
+            pixel inside :meth:`scored_box`, 0 outside. Between the outermost centres of the map and its
+            border the outermost values go on.
+
+        Raises
+        ------
+        InputError
+            If the map has another size than the network input.
+        """
+        output = self.output_size(original_size)
+        if tuple(anomaly_map.shape) != output or not anomaly_map.is_floating_point():
+            raise InputError(
+                f"anomaly_map is {anomaly_map.dtype} of shape {list(anomaly_map.shape)}; for an image of "
+                f"{_text(original_size)} it must be floating point [{output[0]}, {output[1]}]"
+            )
+        top, left, bottom, right = self.scored_box(original_size)
+        resized, offset = self._resized(original_size), self._crop_offset(original_size)
+        inside = _sample_rows(anomaly_map, top, bottom, resized[0] / original_size[0], offset[0])
+        inside = _sample_rows(inside.T, left, right, resized[1] / original_size[1], offset[1]).T
+        full = anomaly_map.new_zeros(original_size)
+        full[top:bottom, left:right] = inside
+        return full
+
+    def mask_to_input(self, mask: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Bring a mask of the original image to the network input's size, each pixel from the nearest one.
+
+        Parameters
+        ----------
+        mask
+            [H, W] bool.
+
+        Returns
+        -------
+        numpy.ndarray
+            [h, w] bool at :meth:`output_size`.
+
+        Raises
+        ------
+        InputError
+            If the mask is not 2-D or smaller than the crop.
+        """
+        if mask.ndim != 2:
+            raise InputError(f"mask has the shape {list(mask.shape)}; it must be [H, W]")
+        size = (mask.shape[0], mask.shape[1])
+        output = self.output_size(size)
+        rows, columns = (
+            (2 * (np.arange(length) + start) + 1) * original // (2 * full)
+            for length, start, original, full in zip(
+                output, self._crop_offset(size), size, self._resized(size), strict=True
+            )
+        )
+        return np.asarray(mask, dtype=np.bool_)[np.ix_(rows, columns)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain lists and numbers, for JSON; :meth:`from_dict` is the way back."""
+        return {
+            "resize": None if self.resize is None else list(self.resize),
+            "crop": None if self.crop is None else list(self.crop),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Preprocessing:
+        """Make a Preprocessing from the dictionary of :meth:`to_dict`.
+
+        Raises
+        ------
+        InputError
+            If a key is missing or unknown, or a value is not allowed.
+        """
+        keys = {"resize", "crop", "mean", "std"}
+        if set(settings) != keys:
+            raise InputError(f"preprocessing has the keys {sorted(settings)}; they must be {sorted(keys)}")
+        return cls.create(**settings)
+
+    def _resized(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        return self.resize or original_size
+
+    def _crop_offset(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = self._resized(original_size)
+        crop_height, crop_width = self.output_size(original_size)
+        return (height - crop_height) // 2, (width - crop_width) // 2
+
+
+def _first_centre(border: int, resized: int, original: int) -> int:
+    """The first original pixel whose centre is not before a border given in resized pixels.
+
+    i + 0.5 >= border * original / resized, solved in whole numbers: a centre on the border must not depend on
+    rounding.
+    """
+    return -((resized - 2 * border * original) // (2 * resized))
+
+
+def _sample_rows(values: torch.Tensor, first: int, end: int, scale: float, offset: int) -> torch.Tensor:
+    """Linear samples of the rows at the centres of the original rows first..end."""
+    last = values.shape[0] - 1
+    centres = torch.arange(first, end, dtype=torch.float64, device="cpu") + 0.5
+    position = (centres * scale - offset - 0.5).clamp(0, last)
+    below = position.floor()
+    weight = (position - below).to(values)
+    lower = below.long().to(values.device)
+    upper = (lower + 1).clamp(max=last)
+    return torch.lerp(values[lower], values[upper], weight[:, None])
+
+
+def _is_size(size: Any) -> bool:
+    return (
+        isinstance(size, tuple)
+        and len(size) == 2
+        and all(isinstance(edge, int) and not isinstance(edge, bool) and edge >= 1 for edge in size)
+    )
+
+
+def _as_size(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    if isinstance(size, int) and not isinstance(size, bool):
+        return (size, size)
+    if isinstance(size, Sequence) and len(size) == 2:
+        return (size[0], size[1])
+    raise InputError(f"{name} is {size!r}; it must be one whole number, (height, width) or None")
+
+
+def _three(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    try:
+        first, second, third = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {values!r}; it must be three numbers") from None
+    return first, second, third
+
+
+def _fits(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return inner[0] <= outer[0] and inner[1] <= outer[1]
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
