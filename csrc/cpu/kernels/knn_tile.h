@@ -1,0 +1,80 @@
+// The k-NN kernels over a vector type `V`; each instruction set level includes this file in a translation unit
+// of its own, compiled with that level's flags. Everything here sits in an unnamed namespace and no standard
+// library template is used: code that the linker may merge with another unit's copy must not hold instructions
+// that the machine lacks.
+#pragma once
+
+#include <cstdint>
+
+#include "knn.h"
+
+namespace pydefect::cpu {
+namespace {
+
+template <class V, int rows, int vectors>
+bool score_tile(const float* queries, const float* panel, int64_t width, const float* thresholds, float* scores,
+                uint32_t* hits) {
+  constexpr int columns = vectors * V::lanes;
+  typename V::type sums[rows][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[r][v] = V::load(panel + v * V::lanes);
+  }
+  for (int64_t d = 0; d < width; ++d) {
+    panel += columns;
+    typename V::type bank[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) bank[v] = V::load(panel + v * V::lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const typename V::type query = V::broadcast(queries[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[r][v] = V::multiply_add(query, bank[v], sums[r][v]);
+    }
+    queries += rows;
+  }
+  uint32_t any = 0;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    const typename V::type threshold = V::broadcast(thresholds[r]);
+    hits[r] = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) hits[r] |= V::greater(sums[r][v], threshold) << (v * V::lanes);
+    any |= hits[r];
+  }
+  if (any == 0) return false;
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) V::store(scores + r * columns + v * V::lanes, sums[r][v]);
+  }
+  return true;
+}
+
+template <class V>
+float squared_distance(const float* a, const float* b, int64_t width) {
+  constexpr int parts = 16 / V::lanes;
+  typename V::type sums[parts] = {};
+  int64_t d = 0;
+  for (; d + 16 <= width; d += 16) {
+#pragma GCC unroll 4
+    for (int p = 0; p < parts; ++p) {
+      const typename V::type difference = V::load(a + d + p * V::lanes) - V::load(b + d + p * V::lanes);
+      sums[p] += difference * difference;
+    }
+  }
+  float lanes[16];
+  for (int p = 0; p < parts; ++p) V::store(lanes + p * V::lanes, sums[p]);
+  for (int i = 0; d + i < width; ++i) {
+    const float difference = a[d + i] - b[d + i];
+    lanes[i] += difference * difference;
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+}  // namespace
+}  // namespace pydefect::cpu

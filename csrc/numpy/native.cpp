@@ -1,0 +1,56 @@
+// pydefect._native: what takes NumPy arrays or plain values and is no tensor operator. Here: how this build was
+// made, for `pydefect info`.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> names(const std::vector<pydefect::cpu::Level>& levels) {
+  std::vector<std::string> result;
+  for (const auto level : levels) result.emplace_back(pydefect::cpu::name(level));
+  return result;
+}
+
+// CMake's lists are separated by semicolons.
+std::vector<std::string> split_list(const std::string& list) {
+  std::vector<std::string> items;
+  std::istringstream stream(list);
+  for (std::string item; std::getline(stream, item, ';');) items.push_back(item);
+  return items;
+}
+
+std::string pybind11_version() {
+  std::ostringstream version;
+  version << PYBIND11_VERSION_MAJOR << '.' << PYBIND11_VERSION_MINOR << '.' << PYBIND11_VERSION_MICRO;
+  return version.str();
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PYDEFECT_VERSION;
+  info["compiler"] = PYDEFECT_COMPILER;
+  info["torch_built_against"] = PYDEFECT_TORCH_VERSION;
+  info["torch_oldest"] = PYDEFECT_TORCH_TARGET;
+  info["pybind11"] = pybind11_version();
+  info["cpu_levels_compiled"] = names(pydefect::cpu::compiled_levels());
+  info["cpu_levels_usable"] = names(pydefect::cpu::usable_levels());
+  info["cpu_level_active"] = pydefect::cpu::name(pydefect::cpu::active_level());
+  info["nvcc"] = PYDEFECT_NVCC_VERSION;
+  info["cuda_architectures"] = split_list(PYDEFECT_CUDA_ARCHITECTURES);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Native parts of pydefect that are no tensor operators.";
+  module.def("build_info", &build_info, "How this build was made and which instruction sets it uses here.");
+}

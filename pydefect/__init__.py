@@ -1,0 +1,1 @@
+"""Industrial defect detection from defect-free images."""

@@ -1,0 +1,51 @@
+"""Loads the native libraries that hold the operators."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+import torch
+
+_CPU_LIBRARY = "libpydefect_cpu.so"
+_CUDA_LIBRARY = "libpydefect_cuda.so"
+
+
+def _load(name: str) -> bool:
+    library = resources.files("pydefect") / name
+    if not library.is_file():
+        return False
+    with resources.as_file(library) as path:
+        torch.ops.load_library(path)
+    return True
+
+
+@functools.cache
+def load_cpu_library() -> None:
+    """Load the operators' schemas and CPU kernels.
+
+    Raises
+    ------
+    ImportError
+        If the library is missing, that is, if the package was copied instead of installed.
+    """
+    if not _load(_CPU_LIBRARY):
+        raise ImportError(
+            f"pydefect is not built: {_CPU_LIBRARY} is missing from the installed package. "
+            "Install it with `pip install .` (or `pip install --no-build-isolation -e .`) from its source folder."
+        )
+
+
+@functools.cache
+def load_cuda_library() -> bool:
+    """Load the operators' CUDA kernels where there is a CUDA device; tell whether they are there."""
+    return torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+
+
+def require_kernels(device: torch.device) -> None:
+    """Raise a RuntimeError that says what to do where this build has no kernels for `device`."""
+    if device.type == "cuda" and not load_cuda_library():
+        raise RuntimeError(
+            f"this build of pydefect has no CUDA kernels for tensors on {device}: move them to the CPU, "
+            "or install pydefect from source where nvcc is found (`PYDEFECT_CUDA=ON` makes that a requirement)"
+        )

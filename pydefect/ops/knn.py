@@ -1,0 +1,78 @@
+"""Nearest neighbours in a bank of vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pydefect.ops._library import load_cpu_library, load_cuda_library, require_kernels
+
+load_cpu_library()
+load_cuda_library()
+
+
+def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the `k` rows of `bank` that are nearest to each row of `queries`.
+
+    The answer is that of measuring every pair directly as ``((query - row) ** 2).sum()`` in float32, although
+    most pairs are only estimated on the way: wherever the estimate's rounding could matter, the pair is measured.
+    So vectors that nearly coincide keep their small distances, and the result is the same bit for bit for every
+    number of threads, on every instruction set and on every device.
+
+    Parameters
+    ----------
+    queries : Tensor
+        Float32, shape ``[N, D]``, on the CPU or a CUDA device. ``N`` may be 0. Half-precision tensors are
+        refused: convert them with ``.float()``.
+    bank : Tensor
+        Float32, shape ``[M, D]``, on the same device; fewer than 2**31 rows.
+    k : int
+        Number of neighbours, between 1 and ``M``; on CUDA at most 64.
+
+    Returns
+    -------
+    distances : Tensor
+        Squared Euclidean distances, float32, shape ``[N, k]``, ascending. NaN counts as the largest.
+    indices : Tensor
+        Rows of `bank`, int64, shape ``[N, k]``. Of equally distant rows the lower index comes first.
+
+    Raises
+    ------
+    RuntimeError
+        If an argument has the wrong shape, dtype, device or range, or if this build has no kernels for the device.
+
+    Notes
+    -----
+    No gradient flows through this operator: both results are detached. Where one is needed, measure the
+    neighbours again: ``(queries[:, None] - bank[indices]).square().sum(-1)``.
+
+    Vectors whose common offset is large against their distances (a mean of 1000 with a spread of 1, say) make the
+    estimates useless and the search slow, though never wrong: subtract the offset from both sides first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pydefect.ops import knn
+    >>> bank = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    >>> distances, indices = knn(torch.tensor([[0.0, 0.0]]), bank, k=2)
+    >>> distances
+    tensor([[0., 1.]])
+    >>> indices
+    tensor([[0, 2]])
+    """
+    require_kernels(queries.device)
+    distances, indices = torch.ops.pydefect.knn(queries.detach(), bank.detach(), k)
+    return distances, indices
+
+
+@torch.library.register_fake("pydefect::knn")
+def _knn_fake(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    torch._check(queries.dim() == 2 and bank.dim() == 2, lambda: "knn: queries and bank must have 2 dimensions")
+    torch._check(
+        queries.dtype == bank.dtype == torch.float32, lambda: "knn: queries and bank must be float32"
+    )
+    torch._check(
+        queries.size(1) == bank.size(1), lambda: "knn: bank must have the width of queries"
+    )
+    shape = (queries.size(0), k)
+    return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
