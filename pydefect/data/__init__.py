@@ -1,5 +1,8 @@
+"""Images and data sets: reading them, and drawing a procedural one."""
+
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images, read_image
 from pydefect.data.layouts import Dataset, Sample, read_dataset, read_mask, training_images
+from pydefect.data.procedural import render_product, write_dataset
 
 __all__ = [
     "Dataset",
@@ -11,5 +14,7 @@ __all__ = [
     "read_dataset",
     "read_image",
     "read_mask",
+    "render_product",
     "training_images",
+    "write_dataset",
 ]
