@@ -1,0 +1,472 @@
+"""Pictures of anomaly maps: heat maps, overlays, red contours and comparison sheets.
+
+Everything here takes and gives NumPy arrays and needs nothing but OpenCV. Pictures are uint8 RGB.
+
+One scale of colours is shared by all pictures that are to be compared (:func:`shared_scale`): a colour then
+means the same anomaly score in every one of them. Stretching each map to its own range, as is often seen,
+paints the noise of a good product as red as the defect of a bad one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pydefect.errors import InputError
+
+__all__ = [
+    "comparison_sheet",
+    "draw_contours",
+    "fade_unscored",
+    "heat_map",
+    "overlay",
+    "shared_scale",
+    "to_rgb8",
+]
+
+Picture: TypeAlias = NDArray[np.uint8]
+Box: TypeAlias = tuple[int, int, int, int]
+Colour: TypeAlias = tuple[int, int, int]
+
+RED: Colour = (255, 0, 0)
+
+_LINE_PER_EDGE = 1 / 128  # a contour's width as part of the image's shorter edge: 2 pixels at 256, 8 at 1024
+_FOG = 128  # what unscored pixels fade to: mid grey shows on black and on white backgrounds
+
+
+def to_rgb8(image: NDArray[Any]) -> Picture:
+    """Make a picture that can be shown or written out of an image of any kind.
+
+    Parameters
+    ----------
+    image
+        [H, W] grey or [H, W, C] with C 1 (grey), 3 (RGB) or 4 (RGBA, whose alpha is left out); uint8, uint16,
+        bool, or floating point in 0..1 (what lies outside is clipped, NaN is shown black).
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W, 3] uint8, an array of its own.
+
+    Raises
+    ------
+    InputError
+        The shape or the type is another.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., np.newaxis]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+        raise InputError(f"image has the shape {list(np.shape(image))}; allowed are [H, W] and [H, W, 1|3|4]")
+    pixels = pixels[..., :3]
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * 255
+    elif pixels.dtype == np.uint16:
+        pixels = np.rint(pixels * (255 / 65535)).astype(np.uint8)
+    elif np.issubdtype(pixels.dtype, np.floating):
+        pixels = np.rint(np.clip(np.nan_to_num(pixels, nan=0.0), 0, 1) * 255).astype(np.uint8)
+    elif pixels.dtype != np.uint8:
+        raise InputError(
+            f"image is of type {pixels.dtype}; allowed are uint8, uint16, bool and floating point"
+        )
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    return np.array(pixels, order="C")
+
+
+def shared_scale(
+    anomaly_maps: Sequence[NDArray[Any]],
+    *,
+    pixel_threshold: float | None = None,
+    scored_boxes: Sequence[Box] | None = None,
+) -> tuple[float, float]:
+    """The scores that get the first and the last colour in a set of pictures that belong together.
+
+    Parameters
+    ----------
+    anomaly_maps
+        [H, W] each; may be empty when `pixel_threshold` is given.
+    pixel_threshold
+        The score from which a pixel counts as defective. With one the scale is (0, 2 * threshold) whatever
+        the maps are: the threshold sits in the middle of the colours (green), so that pictures of different
+        days can be compared and none has to be kept until the last one is known.
+    scored_boxes
+        (top, left, bottom, right) of each map, for maps of cropped images: the zeros outside say nothing.
+
+    Returns
+    -------
+    tuple of float
+        (low, high). Without a threshold: the median of the maps' medians, and the maximum of all scores.
+
+    Raises
+    ------
+    InputError
+        There is neither a map nor a threshold.
+    """
+    if pixel_threshold is not None and pixel_threshold > 0:
+        return 0.0, 2.0 * float(pixel_threshold)
+    if not anomaly_maps:
+        raise InputError("a scale of colours needs at least one anomaly map or a pixel threshold")
+    boxes = scored_boxes or [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]
+    inside = [
+        np.asarray(anomaly_map)[top:bottom, left:right].ravel()
+        for anomaly_map, (top, left, bottom, right) in zip(anomaly_maps, boxes, strict=True)
+    ]
+    low = float(np.median([np.median(scores) for scores in inside]))
+    high = float(max(np.max(scores) for scores in inside))
+    return low, high if high > low else low + 1.0
+
+
+def heat_map(anomaly_map: NDArray[Any], low: float, high: float) -> Picture:
+    """Paint an anomaly map, from dark blue over green to dark red.
+
+    Scores of `low` and below are dark blue, of `high` and above dark red. The colours are Google's Turbo, which
+    is ordered like a rainbow without the false edges of jet.
+
+    Parameters
+    ----------
+    anomaly_map
+        [H, W], larger is more anomalous.
+    low, high
+        The scores of the first and the last colour, the same for all pictures to be compared; see
+        :func:`shared_scale`.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W, 3] uint8 RGB.
+
+    Raises
+    ------
+    InputError
+        The map is not 2-D, or `high` is not above `low`.
+    """
+    levels = np.rint(_normalised(anomaly_map, low, high) * 255).astype(np.uint8)
+    return _as_picture(cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_TURBO), cv2.COLOR_BGR2RGB))
+
+
+def overlay(
+    image: NDArray[Any],
+    anomaly_map: NDArray[Any],
+    low: float,
+    high: float,
+    *,
+    strength: float = 0.7,
+    scored_box: Box | None = None,
+) -> Picture:
+    """Lay the heat map of an image over it: the higher the score, the less of the image shines through.
+
+    Where the score is `low` or less the image stays as it is, so that a good product still looks like itself.
+
+    Parameters
+    ----------
+    image
+        As :func:`to_rgb8` takes it.
+    anomaly_map
+        [H, W] of the image's size.
+    low, high
+        See :func:`heat_map`.
+    strength
+        The share of the heat map where the score is `high` or more, in 0..1.
+    scored_box
+        (top, left, bottom, right); what lies outside is shown faded, see :func:`fade_unscored`.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W, 3] uint8 RGB.
+
+    Raises
+    ------
+    InputError
+        Image and map differ in size, or a value is not allowed.
+    """
+    picture = to_rgb8(image)
+    _check_size("anomaly_map", anomaly_map, picture)
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength is {strength!r}; it must lie in 0..1")
+    level = _normalised(anomaly_map, low, high)
+    opacity = (strength * level * level * (3 - 2 * level))[..., np.newaxis]
+    colours = heat_map(anomaly_map, low, high)
+    mixed = np.rint(picture + opacity * (colours.astype(np.float32) - picture)).astype(np.uint8)
+    return mixed if scored_box is None else fade_unscored(mixed, scored_box)
+
+
+def draw_contours(
+    image: NDArray[Any], mask: NDArray[Any], *, colour: Colour = RED, width: int | None = None
+) -> Picture:
+    """Draw a curve round every region of a mask, holes included, as in figures 8 and 9 of the ConPatch paper.
+
+    Parameters
+    ----------
+    image
+        As :func:`to_rgb8` takes it.
+    mask
+        [H, W] of the image's size; true or non-zero is defective.
+    colour
+        RGB.
+    width
+        In pixels; None for 1/128 of the image's shorter edge, at least 1.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W, 3] uint8 RGB.
+
+    Raises
+    ------
+    InputError
+        Image and mask differ in size.
+    """
+    picture = to_rgb8(image)
+    _check_size("mask", mask, picture)
+    if width is None:
+        width = max(1, round(min(picture.shape[:2]) * _LINE_PER_EDGE))
+    regions = (np.asarray(mask) != 0).astype(np.uint8)
+    contours, _ = cv2.findContours(regions, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.polylines(picture, contours, isClosed=True, color=colour, thickness=width, lineType=cv2.LINE_AA)
+    return picture
+
+
+def fade_unscored(image: NDArray[Any], scored_box: Box) -> Picture:
+    """Fade what a centre crop left out to grey, so that nobody takes it for inspected and good.
+
+    Parameters
+    ----------
+    image
+        As :func:`to_rgb8` takes it.
+    scored_box
+        (top, left, bottom, right) in pixels, half open.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W, 3] uint8 RGB; the pixels inside the box as they were.
+    """
+    picture = to_rgb8(image)
+    top, left, bottom, right = scored_box
+    faded = (picture.astype(np.uint16) + 2 * _FOG) // 3
+    faded[top:bottom, left:right] = picture[top:bottom, left:right]
+    return faded.astype(np.uint8)
+
+
+_INK: Colour = (40, 40, 40)
+_FAINT: Colour = (110, 110, 110)
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def comparison_sheet(
+    images: Sequence[NDArray[Any]],
+    anomaly_maps: Sequence[NDArray[Any]],
+    *,
+    masks: Sequence[NDArray[Any]] | None = None,
+    ground_truth: Sequence[NDArray[Any]] | None = None,
+    captions: Sequence[str] | None = None,
+    scale: tuple[float, float] | None = None,
+    pixel_threshold: float | None = None,
+    scored_boxes: Sequence[Box] | None = None,
+    cell: int = 224,
+) -> Picture:
+    """Show images in columns: input, ground truth, heat map, segmentation (the ConPatch paper's figure 8).
+
+    Parameters
+    ----------
+    images
+        n images as :func:`to_rgb8` takes them, of any sizes.
+    anomaly_maps
+        n of [H, W] at the images' sizes.
+    masks
+        n of [H, W], what was found, drawn as a red curve; None leaves out the row.
+    ground_truth
+        n of [H, W], what was to be found, drawn white on black; None leaves out the row.
+    captions
+        n texts over the columns, of one or more lines; cut in the middle where they are too long.
+    scale
+        (low, high) of the colours; None for :func:`shared_scale` of these maps.
+    pixel_threshold
+        Marked beside the scale of colours.
+    scored_boxes
+        n of (top, left, bottom, right); what lies outside is shown faded.
+    cell
+        The longer edge of every picture on the sheet in pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        [height, width, 3] uint8 RGB on white.
+
+    Raises
+    ------
+    InputError
+        There is no image, or the lists differ in length or the images from their maps in size.
+    """
+    count = len(images)
+    if count == 0:
+        raise InputError("a comparison sheet needs at least one image")
+    if cell < 16:
+        raise InputError(f"cell is {cell!r}; it must be at least 16 pixels")
+    for name, values in (
+        ("anomaly_maps", anomaly_maps),
+        ("masks", masks),
+        ("ground_truth", ground_truth),
+        ("captions", captions),
+        ("scored_boxes", scored_boxes),
+    ):
+        if values is not None and len(values) != count:
+            raise InputError(f"{name} has {len(values)} entries for {count} images")
+    low, high = scale or shared_scale(
+        anomaly_maps, pixel_threshold=pixel_threshold, scored_boxes=scored_boxes
+    )
+
+    titles = ["input"]
+    titles += ["ground truth"] if ground_truth is not None else []
+    titles += ["heat map"]
+    titles += ["segmentation"] if masks is not None else []
+    columns: list[list[Picture]] = []
+    for index in range(count):
+        picture = to_rgb8(images[index])
+        box = None if scored_boxes is None else scored_boxes[index]
+        shown = picture if box is None else fade_unscored(picture, box)
+        _check_size(f"anomaly_maps[{index}]", anomaly_maps[index], picture)
+        column = [_fitted(shown, cell)]
+        if ground_truth is not None:
+            _check_size(f"ground_truth[{index}]", ground_truth[index], picture)
+            column.append(_fitted(to_rgb8(np.asarray(ground_truth[index]) != 0), cell))
+        colours = heat_map(anomaly_maps[index], low, high)
+        column.append(_fitted(colours if box is None else fade_unscored(colours, box), cell))
+        if masks is not None:
+            _check_size(f"masks[{index}]", masks[index], picture)
+            column.append(_with_contours(shown, masks[index], cell))
+        columns.append(column)
+    return _typeset(columns, titles, captions, (low, high), pixel_threshold, cell)
+
+
+def _typeset(
+    columns: list[list[Picture]],
+    titles: list[str],
+    captions: Sequence[str] | None,
+    scale: tuple[float, float],
+    pixel_threshold: float | None,
+    cell: int,
+) -> Picture:
+    """Put the pictures on white paper: captions above, titles to the left, the scale to the right."""
+    size = max(cell / 224 * 0.45, 0.3)
+    line = round(size * 40)
+    gap = max(4, cell // 28)
+    widths = [max(max(picture.shape[1] for picture in column), cell // 2) for column in columns]
+    heights = [max(column[row].shape[0] for column in columns) for row in range(len(titles))]
+    lines = [[] if captions is None else caption.split("\n") for caption in (captions or [""] * len(columns))]
+    left = max(_text_width(title, size) for title in titles) + 2 * gap
+    top = gap + max(len(caption) for caption in lines) * line + (gap if captions is not None else 0)
+    bar = max(8, cell // 16)
+    ticks = [scale[1], scale[0]]
+    if pixel_threshold is not None and scale[0] < pixel_threshold < scale[1]:
+        ticks.append(pixel_threshold)
+    right = bar + 3 * gap + max(_text_width(f"{value:.3g}", size) for value in ticks)
+
+    width = left + sum(widths) + gap * (len(widths) - 1) + gap + right
+    height = top + sum(heights) + gap * len(heights)
+    sheet = np.full((height, width, 3), 255, dtype=np.uint8)
+
+    x = left
+    for column, column_width, caption in zip(columns, widths, lines, strict=True):
+        for number, text in enumerate(caption):
+            _write(
+                sheet,
+                _shortened(text, column_width, size),
+                (x, gap + number * line + line // 2),
+                size,
+                _INK if number == 0 else _FAINT,
+                column_width,
+            )
+        y = top
+        for picture, row_height in zip(column, heights, strict=True):
+            at_y, at_x = y + (row_height - picture.shape[0]) // 2, x + (column_width - picture.shape[1]) // 2
+            sheet[at_y : at_y + picture.shape[0], at_x : at_x + picture.shape[1]] = picture
+            y += row_height + gap
+        x += column_width + gap
+
+    y = top
+    for title, row_height in zip(titles, heights, strict=True):
+        _write(sheet, title, (gap, y + row_height // 2), size, _INK)
+        if title == "heat map":
+            ramp = np.linspace(scale[1], scale[0], row_height)[:, np.newaxis].repeat(bar, axis=1)
+            sheet[y : y + row_height, x : x + bar] = heat_map(ramp, *scale)
+            for value in ticks:
+                at_y = y + round((scale[1] - value) / (scale[1] - scale[0]) * (row_height - 1))
+                cv2.line(sheet, (x, at_y), (x + bar + gap // 2, at_y), _INK, max(1, cell // 224))
+                # The numbers at the ends move inwards, so that they do not stick out over the row.
+                middle = min(max(at_y, y + line // 3), y + row_height - line // 3)
+                _write(sheet, f"{value:.3g}", (x + bar + gap, middle), size, _INK)
+        y += row_height + gap
+    return sheet
+
+
+def _with_contours(picture: Picture, mask: NDArray[Any], cell: int) -> Picture:
+    """Contours on a picture for a cell, drawn at the larger of both sizes: no line gets coarse."""
+    if max(picture.shape[:2]) >= cell:
+        return _fitted(draw_contours(picture, mask), cell)
+    enlarged = _fitted(picture, cell)
+    regions = cv2.resize((np.asarray(mask) != 0).astype(np.float32), enlarged.shape[1::-1]) > 0.5
+    return draw_contours(enlarged, regions)
+
+
+def _fitted(picture: Picture, cell: int) -> Picture:
+    """The picture with a longer edge of `cell` pixels."""
+    height, width = picture.shape[:2]
+    factor = cell / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return _as_picture(
+        cv2.resize(picture, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    )
+
+
+def _write(
+    sheet: Picture, text: str, at: tuple[int, int], size: float, colour: Colour, width: int | None = None
+) -> None:
+    """Write one line with its vertical middle at `at`; centred if a width is given."""
+    (text_width, text_height), _ = cv2.getTextSize(text, _FONT, size, 1)
+    x = at[0] + (0 if width is None else max(0, (width - text_width) // 2))
+    cv2.putText(sheet, text, (x, at[1] + text_height // 2), _FONT, size, colour, 1, cv2.LINE_AA)
+
+
+def _text_width(text: str, size: float) -> int:
+    return int(cv2.getTextSize(text, _FONT, size, 1)[0][0])
+
+
+def _shortened(text: str, width: int, size: float) -> str:
+    """Cut out the middle of a text until it fits: the ends of a path tell more than its beginning alone."""
+    text = text.encode("ascii", "replace").decode()  # OpenCV's vector fonts know no other letters
+    kept = len(text)
+    shown = text
+    while kept > 4 and _text_width(shown, size) > width:
+        kept -= 1
+        shown = f"{text[: kept // 3]}..{text[-(kept - kept // 3) :]}"
+    return shown
+
+
+def _normalised(anomaly_map: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
+    scores = np.asarray(anomaly_map, dtype=np.float32)
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise InputError(f"anomaly_map has the shape {list(scores.shape)}; it must be [H, W]")
+    if not (np.isfinite(low) and np.isfinite(high) and high > low):
+        raise InputError(f"the scale of colours is {low!r} to {high!r}; high must be above low, both finite")
+    # Infinite scores keep their end of the scale; NaN says nothing and gets the low end.
+    level: NDArray[np.float32] = np.clip((scores - np.float32(low)) / np.float32(high - low), 0, 1)
+    return np.nan_to_num(level, copy=False, nan=0.0)
+
+
+def _check_size(name: str, array: NDArray[Any], picture: Picture) -> None:
+    if np.shape(array) != picture.shape[:2]:
+        raise InputError(
+            f"{name} has the shape {list(np.shape(array))}, its image {list(picture.shape[:2])} "
+            "(height, width); they must be the same"
+        )
+
+
+def _as_picture(array: Any) -> Picture:
+    return np.asarray(array, dtype=np.uint8)
