@@ -124,8 +124,8 @@ def shared_scale(
 def heat_map(anomaly_map: NDArray[Any], low: float, high: float) -> Picture:
     """Paint an anomaly map, from dark blue over green to dark red.
 
-    Scores of `low` and below are dark blue, of `high` and above dark red. The colours are Google's Turbo, which
-    is ordered like a rainbow without the false edges of jet.
+    Scores of `low` and below are dark blue, of `high` and above dark red. The colours are Google's
+    Turbo, which is ordered like a rainbow without the false edges of jet.
 
     Parameters
     ----------

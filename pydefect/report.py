@@ -1,0 +1,517 @@
+"""A folder of scores and pictures from a :class:`~pydefect.scoring.Result`."""
+
+from __future__ import annotations
+
+import csv
+import heapq
+import io
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pydefect.data.images import SkippedImage, open_images, read_image
+from pydefect.errors import InputError
+from pydefect.persistence import write_atomically
+from pydefect.scoring import Result
+from pydefect.visualization import (
+    Box,
+    comparison_sheet,
+    draw_contours,
+    fade_unscored,
+    overlay,
+    shared_scale,
+    to_rgb8,
+)
+
+__all__ = ["ReportWriter", "write_report"]
+
+_COLUMNS = (
+    "name",
+    "path",
+    "score",
+    "image_threshold",
+    "defective",
+    "peak_row",
+    "peak_column",
+    "picture",
+)
+# What waits for the sheet is made no larger than this: a few large photographs would fill the memory.
+_SHEET_EDGE = 1024
+# In bytes, of one part of a path: most file systems allow 255, and endings come on top.
+_LONGEST_NAME = 180
+
+
+def write_report(
+    result: Result,
+    out: str | os.PathLike[str],
+    *,
+    images: Any = None,
+    ground_truth: Sequence[NDArray[Any]] | None = None,
+    pictures: bool = True,
+    maps: bool = False,
+    sheet_images: int = 8,
+    configuration: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write scores and pictures of all images of a result into a folder.
+
+    ::
+
+        out/scores.csv             name, path, score, image_threshold, defective, peak_row, peak_column,
+                                   picture
+        out/scores.json            the same, with thresholds, skipped files, version and configuration
+        out/overlays/<picture>     the heat map over the image
+        out/contours/<picture>     a red curve round every defective region (with a pixel threshold)
+        out/masks/<picture>        defective pixels 255, others 0 (with a pixel threshold)
+        out/maps/<name>.tiff       the anomaly map in float32 (with maps=True)
+        out/sheet.png              the images with the highest scores, side by side
+
+    ``picture`` is the image's name with ``.png`` appended where it has another ending, so that ``a.png`` and
+    ``a.jpg`` stay apart; subfolders stay. Parts of a name that lead out of the folder (``..``, a leading
+    ``/``) are left out. (peak_row, peak_column) is the pixel with the highest score.
+
+    Every file is complete or absent, even if the program is killed. Files of the same names are replaced, all
+    others in the folder stay; ``scores.csv`` lists the pictures of the latest report and is written last.
+
+    Parameters
+    ----------
+    result
+        From :func:`pydefect.score`.
+    out
+        Folder to write to, made where it is missing.
+    images
+        The images that were scored, in any form of :func:`pydefect.score`, for results whose images did not
+        come from files; None reads them again from the result's paths.
+    ground_truth
+        One mask [H, W] an image, shown on the sheet.
+    pictures
+        False writes the scores only.
+    maps
+        Write the anomaly maps too.
+    sheet_images
+        Number of columns of ``sheet.png``; 0 for none.
+    configuration
+        JSON values to keep in ``scores.json``, such as the detector's settings.
+
+    Returns
+    -------
+    pathlib.Path
+        `out`.
+
+    Raises
+    ------
+    InputError
+        The folder is a file, an image cannot be had any more, or `images` are not those of the result.
+
+    See Also
+    --------
+    ReportWriter : the same in parts, for more images than fit into memory.
+
+    Examples
+    --------
+    >>> result = pydefect.score(detector, "bottle/test")       # doctest: +SKIP
+    >>> write_report(result, "bottle-report")                  # doctest: +SKIP
+    """
+    scale = None
+    if len(result) and pictures:
+        scale = shared_scale(
+            result.anomaly_maps, pixel_threshold=result.pixel_threshold, scored_boxes=result.scored_boxes
+        )
+    with ReportWriter(
+        out,
+        pictures=pictures,
+        maps=maps,
+        sheet_images=sheet_images,
+        scale=scale,
+        configuration=configuration,
+    ) as writer:
+        writer.add(result, images=images, ground_truth=ground_truth)
+    return writer.out
+
+
+class ReportWriter:
+    """Writes the folder of :func:`write_report` from results that come in parts, none of which is kept.
+
+    Use it as a context manager: the lists of scores and the sheet are written at its end, and not at all if
+    an exception leaves it, since an incomplete list would pass for a complete one.
+
+    Parameters
+    ----------
+    out, pictures, maps, sheet_images, configuration
+        As for :func:`write_report`.
+    scale
+        (low, high) of the heat maps' colours; None for :func:`~pydefect.visualization.shared_scale`. Without
+        a pixel threshold that scale is known only after the last image: images and maps then wait in a
+        temporary folder inside `out`, and the pictures are drawn at the end.
+
+    Raises
+    ------
+    InputError
+        `out` is a file.
+
+    Examples
+    --------
+    >>> with ReportWriter("report") as writer:                 # doctest: +SKIP
+    ...     for paths in batches:
+    ...         writer.add(pydefect.score(detector, paths))
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        pictures: bool = True,
+        maps: bool = False,
+        sheet_images: int = 8,
+        scale: tuple[float, float] | None = None,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out = Path(out)
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"out: {self.out} is a file; a folder is needed")
+        if sheet_images < 0:
+            raise InputError(f"sheet_images: {sheet_images!r} given; allowed are 0 and more")
+        self._pictures = pictures
+        self._maps = maps
+        self._sheet = _HighestScores(sheet_images if pictures else 0)
+        self._scale = scale
+        self._configuration = configuration
+        self._rows: list[dict[str, Any]] = []
+        self._skipped: list[SkippedImage] = []
+        self._thresholds: tuple[float | None, float | None] | None = None
+        self._picture_names = _PictureNames()
+        self._waiting: tempfile.TemporaryDirectory[str] | None = None
+        self._ranges: list[tuple[float, float]] = []
+
+    def __enter__(self) -> ReportWriter:
+        self.out.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._waiting is not None:
+                self._waiting.cleanup()
+
+    def add(
+        self,
+        result: Result,
+        *,
+        images: Any = None,
+        ground_truth: Sequence[NDArray[Any]] | None = None,
+    ) -> None:
+        """Add the images of one result; pictures are on disk when this returns.
+
+        Parameters
+        ----------
+        result
+            Of the same detector as all others: its thresholds must be the same.
+        images, ground_truth
+            As for :func:`write_report`, for the images of this result.
+
+        Raises
+        ------
+        InputError
+            See :func:`write_report`; or the thresholds differ from those of an earlier result.
+        """
+        thresholds = (result.image_threshold, result.pixel_threshold)
+        if self._thresholds not in (None, thresholds):
+            raise InputError(
+                f"a report has one pair of thresholds: {thresholds} given after {self._thresholds}"
+            )
+        self._thresholds = thresholds
+        if ground_truth is not None and len(ground_truth) != len(result):
+            raise InputError(f"ground_truth has {len(ground_truth)} entries for {len(result)} images")
+        if self._scale is None and result.pixel_threshold is not None and result.pixel_threshold > 0:
+            self._scale = shared_scale([], pixel_threshold=result.pixel_threshold)
+        self._skipped += result.skipped
+
+        defective = result.is_defective
+        every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
+        # The pixels come first: only so is it seen that there are more of them than of results.
+        for pixels, index in zip(every_pixels, range(len(result)), strict=False):
+            anomaly_map = result.anomaly_maps[index]
+            peak_row, peak_column = np.unravel_index(int(np.argmax(anomaly_map)), anomaly_map.shape)
+            picture_name = self._picture_names.take(result.names[index])
+            path = result.paths[index]
+            row = {
+                "name": result.names[index],
+                "path": None if path is None else str(path),
+                # Nine digits give back the same float32, and no digits that it never had.
+                "score": float(f"{result.image_scores[index]:.9g}"),
+                "image_threshold": result.image_threshold,
+                "defective": None if defective is None else bool(defective[index]),
+                "peak_row": int(peak_row),
+                "peak_column": int(peak_column),
+                "picture": picture_name if self._pictures else None,
+            }
+            self._rows.append(row)
+            if self._maps:
+                self._write_map(picture_name, anomaly_map)
+            if pixels is None:
+                continue
+            truth = None if ground_truth is None else ground_truth[index]
+            shown = _Shown(row, to_rgb8(pixels), anomaly_map, result.scored_boxes[index], truth)
+            _check_sizes(shown)
+            self._sheet.offer(shown)
+            if self._scale is None:
+                self._put_aside(shown)
+            else:
+                self._draw(shown, self._scale)
+
+    def _draw(self, shown: _Shown, scale: tuple[float, float]) -> None:
+        name = str(shown.row["picture"])
+        self._write_png(
+            "overlays", name, overlay(shown.picture, shown.anomaly_map, *scale, scored_box=shown.scored_box)
+        )
+        mask = self._mask(shown)
+        if mask is not None:
+            marked = draw_contours(fade_unscored(shown.picture, shown.scored_box), mask)
+            self._write_png("contours", name, marked)
+            self._write_png("masks", name, mask.astype(np.uint8) * np.uint8(255))
+
+    def _mask(self, shown: _Shown) -> NDArray[np.bool_] | None:
+        threshold = None if self._thresholds is None else self._thresholds[1]
+        return None if threshold is None else shown.anomaly_map > threshold
+
+    def _put_aside(self, shown: _Shown) -> None:
+        if self._waiting is None:
+            self._waiting = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.out)
+        top, left, bottom, right = shown.scored_box
+        scored = shown.anomaly_map[top:bottom, left:right]
+        self._ranges.append((float(np.median(scored)), float(np.max(scored))))
+        np.savez(
+            Path(self._waiting.name) / f"{len(self._rows) - 1}.npz",
+            picture=shown.picture,
+            anomaly_map=shown.anomaly_map,
+            scored_box=shown.scored_box,
+        )
+
+    def _draw_waiting(self) -> None:
+        if self._waiting is None:
+            return
+        if self._scale is None:
+            self._scale = shared_scale([np.array([[low, low, high]]) for low, high in self._ranges])
+        for index, row in enumerate(self._rows):
+            with np.load(Path(self._waiting.name) / f"{index}.npz") as kept:
+                box = tuple(kept["scored_box"].tolist())
+                self._draw(_Shown(row, kept["picture"], kept["anomaly_map"], box, None), self._scale)
+
+    def _finish(self) -> None:
+        self._draw_waiting()
+        highest = self._sheet.highest_first()
+        if highest and self._scale is not None:
+            masks = [mask for mask in map(self._mask, highest) if mask is not None]
+            truths = [shown.ground_truth for shown in highest if shown.ground_truth is not None]
+            sheet = comparison_sheet(
+                [shown.picture for shown in highest],
+                [shown.anomaly_map for shown in highest],
+                masks=masks or None,
+                ground_truth=truths if len(truths) == len(highest) else None,
+                captions=[_caption(shown.row) for shown in highest],
+                scale=self._scale,
+                pixel_threshold=None if self._thresholds is None else self._thresholds[1],
+                scored_boxes=[shown.scored_box for shown in highest],
+            )
+            write_atomically(self.out / "sheet.png", _png(sheet))
+        write_atomically(self.out / "scores.json", self._as_json())
+        write_atomically(self.out / "scores.csv", self._as_csv())
+
+    def _as_json(self) -> bytes:
+        image_threshold, pixel_threshold = self._thresholds or (None, None)
+        content = {
+            "pydefect": version("pydefect-vision"),
+            "configuration": None if self._configuration is None else dict(self._configuration),
+            "image_threshold": image_threshold,
+            "pixel_threshold": pixel_threshold,
+            "heat_map_scale": self._scale,
+            "images": self._rows,
+            "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in self._skipped],
+        }
+        return _encoded(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def _as_csv(self) -> bytes:
+        text = io.StringIO()
+        rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        rows.writeheader()
+        for row in self._rows:
+            defective = row["defective"]
+            rows.writerow({**row, "defective": "" if defective is None else str(defective).lower()})
+        return _encoded(text.getvalue())
+
+    def _write_png(self, folder: str, name: str, picture: NDArray[np.uint8]) -> None:
+        write_atomically(self.out / folder / name, _png(picture))
+
+    def _write_map(self, picture_name: str, anomaly_map: NDArray[np.float32]) -> None:
+        values = np.asarray(anomaly_map, dtype=np.float32)
+        path = self.out / "maps" / f"{picture_name.removesuffix('.png')}.tiff"
+        write_atomically(path, _encoded_image(".tiff", values))
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An image of which pictures are drawn."""
+
+    row: dict[str, Any]
+    picture: NDArray[np.uint8]
+    anomaly_map: NDArray[np.float32]
+    scored_box: Box
+    ground_truth: NDArray[Any] | None
+
+
+class _HighestScores:
+    """The few images with the highest scores, small enough to be kept."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._heap: list[tuple[float, int, _Shown]] = []
+        self._offered = 0
+
+    def offer(self, shown: _Shown) -> None:
+        score = float(shown.row["score"])
+        self._offered += 1
+        if self._count == 0 or (len(self._heap) == self._count and score <= self._heap[0][0]):
+            return
+        # Of equal scores the first one stays, and no two images are ever compared themselves.
+        heapq.heappush(self._heap, (score, -self._offered, _made_smaller(shown)))
+        if len(self._heap) > self._count:
+            heapq.heappop(self._heap)
+
+    def highest_first(self) -> list[_Shown]:
+        return [shown for _, _, shown in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _made_smaller(shown: _Shown) -> _Shown:
+    height, width = shown.picture.shape[:2]
+    factor = _SHEET_EDGE / max(height, width)
+    if factor >= 1:
+        return shown
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    top, left, bottom, right = shown.scored_box
+    truth = shown.ground_truth
+    if truth is not None:
+        regions = (np.asarray(truth) != 0).astype(np.float32)
+        truth = cv2.resize(regions, size, interpolation=cv2.INTER_AREA) > 0
+    # The highest score of each block: an average would lose small defects.
+    block = np.ones((int(np.ceil(1 / factor)),) * 2, dtype=np.uint8)
+    highest = cv2.dilate(np.asarray(shown.anomaly_map, dtype=np.float32), block)
+    return _Shown(
+        shown.row,
+        cv2.resize(shown.picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8),
+        cv2.resize(highest, size, interpolation=cv2.INTER_NEAREST).astype(np.float32),
+        (
+            round(top * size[1] / height),
+            round(left * size[0] / width),
+            round(bottom * size[1] / height),
+            round(right * size[0] / width),
+        ),
+        truth,
+    )
+
+
+class _PictureNames:
+    """Gives every image a file name of its own below a folder, whatever its name is."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def take(self, name: str) -> str:
+        parts = [_safe_part(part) for part in name.replace("\\", "/").split("/")]
+        parts = [part for part in parts if part] or ["image"]
+        if parts[-1].endswith(".png"):
+            parts[-1] = parts[-1].removesuffix(".png")
+        for number in itertools.count(1):
+            last = parts[-1] if number == 1 else f"{parts[-1]}-{number}"
+            candidate = "/".join([*parts[:-1], f"{last}.png"])
+            if self._is_free(candidate):
+                break
+        # Windows and macOS take a.png and A.png for one file.
+        key = candidate.casefold()
+        self._files.add(key)
+        self._folders.update(_folders_of(key))
+        return candidate
+
+    def _is_free(self, candidate: str) -> bool:
+        key = candidate.casefold()
+        taken = key in self._files or key in self._folders
+        return not taken and not any(folder in self._files for folder in _folders_of(key))
+
+
+def _folders_of(key: str) -> Iterator[str]:
+    parts = key.split("/")
+    return ("/".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _safe_part(part: str) -> str:
+    if part in (".", ".."):
+        return ""
+    part = "".join("_" if ord(letter) < 32 or letter in ':*?"<>|' else letter for letter in part)
+    while len(os.fsencode(part)) > _LONGEST_NAME:
+        part = part[1:]
+    return part
+
+
+def _pixels_of(result: Result, images: Any) -> Iterator[NDArray[Any]]:
+    if images is None:
+        for name, path in zip(result.names, result.paths, strict=True):
+            if path is None:
+                raise InputError(
+                    f"{name} did not come from a file: give its pixels with images=, or pictures=False"
+                )
+            yield read_image(path)
+        return
+    # What could not be read was left out of the result too.
+    given: Iterable[Any] = open_images(images, on_error="skip")
+    count = 0
+    for count, image in enumerate(given, start=1):
+        if count > len(result):
+            break
+        yield image.pixels
+    if count != len(result):
+        what = "more" if count > len(result) else "fewer"
+        raise InputError(f"images: there are {what} than the {len(result)} of the result")
+
+
+def _check_sizes(shown: _Shown) -> None:
+    for what, array in (("anomaly map", shown.anomaly_map), ("ground truth", shown.ground_truth)):
+        if array is not None and np.shape(array) != shown.picture.shape[:2]:
+            raise InputError(
+                f"{shown.row['name']}: the image is {list(shown.picture.shape[:2])} (height, width), its "
+                f"{what} {list(np.shape(array))}; they must be the same"
+            )
+
+
+def _caption(row: Mapping[str, Any]) -> str:
+    verdict = {None: "", True: "  defective", False: "  good"}[row["defective"]]
+    return f"{row['name']}\nscore {row['score']:.3g}{verdict}"
+
+
+def _encoded(text: str) -> bytes:
+    # Names of files may hold bytes that are no text.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    return _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1])
+
+
+def _encoded_image(ending: str, values: NDArray[Any]) -> bytes:
+    worked, data = cv2.imencode(ending, values)
+    if not worked:
+        raise OSError(f"OpenCV could not encode a picture as {ending}")
+    return bytes(data.tobytes())
