@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pydefect.data.images import Image, open_images, read_image
+from pydefect.errors import InputError
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def write(path: Path, rgb: np.ndarray) -> Path:
+    """Write an image given in RGB(A) order."""
+    pixels = rgb[..., [2, 1, 0, 3][: rgb.shape[2]]] if rgb.ndim == 3 else rgb
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix.lower(), pixels)[1].tobytes())
+    return path
+
+
+def exif(orientation: int, order: str = "<") -> bytes:
+    """A TIFF directory with the orientation as its only entry."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    return mark + struct.pack(order + "IHHHIHHI", 8, 1, 274, 3, 1, orientation, 0, 0)
+
+
+def with_jpeg_exif(jpeg: bytes, directory: bytes) -> bytes:
+    body = b"Exif\0\0" + directory
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def with_png_exif(png: bytes, directory: bytes) -> bytes:
+    chunk = b"eXIf" + directory
+    return (
+        png[:33] + struct.pack(">I", len(directory)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+    )
+
+
+# How an upright image is stored under each EXIF orientation.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+class TestFormats:
+    @pytest.mark.parametrize("ending", [".png", ".bmp", ".tif", ".tiff", ".ppm", ".PNG"])
+    def test_lossless_rgb(self, tmp_path: Path, ending: str) -> None:
+        pixels = read_image(write(tmp_path / f"a{ending}", RGB))
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, RGB)
+
+    @pytest.mark.parametrize("ending", [".jpg", ".jpeg", ".webp", ".JPG"])
+    def test_lossy_rgb_keeps_the_order_of_channels(self, tmp_path: Path, ending: str) -> None:
+        red = np.zeros((16, 16, 3), dtype=np.uint8)
+        red[..., 0] = 200
+        mean = read_image(write(tmp_path / f"a{ending}", red)).mean(axis=(0, 1))
+        np.testing.assert_allclose(mean, [200, 0, 0], atol=6)
+
+    @pytest.mark.parametrize("ending", [".png", ".pgm", ".tif", ".bmp"])
+    def test_grey_becomes_three_equal_channels(self, tmp_path: Path, ending: str) -> None:
+        pixels = read_image(write(tmp_path / f"a{ending}", RGB[..., 0]))
+        np.testing.assert_array_equal(pixels, np.repeat(RGB[..., :1], 3, axis=2))
+
+    @pytest.mark.parametrize("ending", [".png", ".tif", ".pgm"])
+    def test_sixteen_bits_are_divided_by_the_full_range(self, tmp_path: Path, ending: str) -> None:
+        # 12-bit camera data in a 16-bit file stay dark: nothing is stretched to the image's own contrast.
+        grey = np.array([[0, 1, 4095], [2048, 30000, 65535]], dtype=np.uint16)
+        pixels = read_image(write(tmp_path / f"a{ending}", grey))
+        assert pixels.dtype == np.float32
+        np.testing.assert_array_equal(pixels[..., 1], grey.astype(np.float32) / np.float32(65535))
+
+    def test_sixteen_bit_rgb(self, tmp_path: Path) -> None:
+        wide = RGB.astype(np.uint16) * 257
+        np.testing.assert_allclose(read_image(write(tmp_path / "a.png", wide)), RGB / 255, atol=1e-7)
+
+    @pytest.mark.parametrize("ending", [".png", ".tif", ".webp"])
+    def test_transparency_is_shown_over_white(self, tmp_path: Path, ending: str) -> None:
+        rgba = np.zeros((8, 8, 4), dtype=np.uint8)
+        rgba[..., 0], rgba[:4, :, 3], rgba[4:, :, 3] = 100, 255, 51
+        path = tmp_path / f"a{ending}"
+        lossless = [cv2.IMWRITE_WEBP_QUALITY, 101] if ending == ".webp" else []
+        path.write_bytes(cv2.imencode(ending, rgba[..., [2, 1, 0, 3]], lossless)[1].tobytes())
+        pixels = read_image(path)
+        np.testing.assert_array_equal(pixels[0, 0], [100, 0, 0])
+        np.testing.assert_array_equal(pixels[7, 7], [100 * 0.2 + 255 * 0.8, 204, 204])
+
+    def test_sixteen_bit_transparency(self, tmp_path: Path) -> None:
+        rgba = np.zeros((2, 2, 4), dtype=np.uint16)
+        rgba[..., 3] = 65535 // 5
+        np.testing.assert_allclose(read_image(write(tmp_path / "a.png", rgba)), 0.8, atol=1e-6)
+
+    def test_unused_fourth_channel_of_a_bmp_is_no_transparency(self, tmp_path: Path) -> None:
+        unused = np.concatenate([RGB, np.zeros((5, 7, 1), dtype=np.uint8)], axis=2)
+        np.testing.assert_array_equal(read_image(write(tmp_path / "a.bmp", unused)), RGB)
+
+    def test_floating_point_tiff(self, tmp_path: Path) -> None:
+        values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+        np.testing.assert_array_equal(read_image(write(tmp_path / "a.tif", values))[..., 2], values)
+
+    def test_content_decides_not_the_ending(self, tmp_path: Path) -> None:
+        renamed = write(tmp_path / "a.png", RGB).rename(tmp_path / "a.jpg")
+        np.testing.assert_array_equal(read_image(renamed), RGB)
+
+    def test_unicode_path(self, tmp_path: Path) -> None:
+        np.testing.assert_array_equal(read_image(write(tmp_path / "größe 瓶" / "é.png", RGB)), RGB)
+
+
+class TestOrientation:
+    @pytest.mark.parametrize("orientation", STORED)
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_jpeg(self, tmp_path: Path, orientation: int, order: str) -> None:
+        upright = np.zeros((16, 32, 3), dtype=np.uint8)
+        upright[:8, :16] = 255
+        jpeg = cv2.imencode(".jpg", np.ascontiguousarray(STORED[orientation](upright)))[1].tobytes()
+        (tmp_path / "a.jpg").write_bytes(with_jpeg_exif(jpeg, exif(orientation, order)))
+        pixels = read_image(tmp_path / "a.jpg")
+        assert pixels.shape == upright.shape
+        np.testing.assert_allclose(pixels, upright, atol=8)
+
+    @pytest.mark.parametrize("orientation", STORED)
+    @pytest.mark.parametrize("channels", [3, 4])
+    def test_png(self, tmp_path: Path, orientation: int, channels: int) -> None:
+        opaque = np.concatenate([RGB, np.full((5, 7, 1), 255, dtype=np.uint8)], axis=2)[..., :channels]
+        path = write(tmp_path / "a.png", np.ascontiguousarray(STORED[orientation](opaque)))
+        path.write_bytes(with_png_exif(path.read_bytes(), exif(orientation)))
+        np.testing.assert_array_equal(read_image(path), RGB)
+
+    @pytest.mark.parametrize("orientation", STORED)
+    def test_webp(self, tmp_path: Path, orientation: int) -> None:
+        stored = np.ascontiguousarray(STORED[orientation](RGB)[..., ::-1])
+        simple = cv2.imencode(".webp", stored, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
+        height, width = stored.shape[:2]
+        has_exif = 8
+        extended = struct.pack("<4sIB3x", b"VP8X", 10, has_exif)
+        extended += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+        chunks = b"WEBP" + extended + simple[12:] + struct.pack("<4sI", b"EXIF", 26) + exif(orientation)
+        (tmp_path / "a.webp").write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+        np.testing.assert_array_equal(read_image(tmp_path / "a.webp"), RGB)
+
+    def test_nonsense_in_exif_is_upright(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.png", RGB)
+        png = path.read_bytes()
+        for directory in (exif(0), exif(9), b"II*\0\xff\xff\xff\xff", b"", exif(6)[:-8]):
+            path.write_bytes(with_png_exif(png, directory))
+            np.testing.assert_array_equal(read_image(path), RGB)
+
+
+class TestBrokenFiles:
+    @pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".tif", ".webp", ".ppm"])
+    @pytest.mark.parametrize("kept", [0.3, 0.98])
+    def test_cut_off(
+        self, tmp_path: Path, ending: str, kept: float, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        path = write(tmp_path / f"cut{ending}", noise)
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+        with pytest.raises(InputError, match=rf"cut\{ending}: .*(damaged|cut off)"):
+            read_image(path)
+        assert capfd.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [(b"", r"empty \(0 bytes\)"), (b"no image at all", "no image"), (b"\xff\xd8\xff", "damaged")],
+    )
+    def test_no_image(self, tmp_path: Path, content: bytes, reason: str) -> None:
+        path = tmp_path / "bad.jpg"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"bad.jpg: .*{reason}"):
+            read_image(path)
+
+    def test_floating_point_file_out_of_range(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.tif", np.array([[0, 2.5]], dtype=np.float32))
+        with pytest.raises(InputError, match=r"a.tif: .* 0\.\.2\.5"):
+            read_image(path)
+
+    def test_folder_and_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is a folder"):
+            read_image(tmp_path)
+        with pytest.raises(InputError, match=r"gone\.png: cannot be read"):
+            read_image(tmp_path / "gone.png")
+
+    def test_skipped_files_are_listed(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", RGB)
+        (tmp_path / "2.png").write_bytes(b"")
+        write(tmp_path / "3.png", RGB)
+        images = open_images(tmp_path, on_error="skip")
+        for _ in range(2):  # reading again starts a new list
+            assert [image.name for image in images] == ["1.png", "3.png"]
+            assert [skipped.name for skipped in images.skipped] == ["2.png"]
+            assert "empty" in images.skipped[0].reason
+        assert len(images) == 3
+
+    def test_the_first_bad_file_stops_by_default(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", RGB)
+        (tmp_path / "2.png").write_bytes(b"")
+        images = iter(open_images(tmp_path))
+        next(images)
+        with pytest.raises(InputError, match=r"2\.png"):
+            next(images)
+
+    def test_skipping_arrays_keeps_the_numbers(self) -> None:
+        good, bad = np.zeros((4, 4)), np.full((4, 4), np.nan)
+        images = open_images([good, bad, good], on_error="skip")
+        assert [image.name for image in images] == ["image-00000", "image-00002"]
+        assert images.skipped[0].name == "image-00001"
+
+
+class TestFolders:
+    def test_natural_order_endings_and_hidden_files(self, tmp_path: Path) -> None:
+        wanted = ["1.png", "2.PNG", "10.jpg", "b2/3.tiff", "B10/3.bmp"]
+        for name in [*wanted, ".hidden.png", ".cache/1.png", "b2/._3.png"]:
+            write(tmp_path / name, RGB)
+        (tmp_path / "notes.txt").write_text("no image")
+        images = open_images(tmp_path)
+        assert [image.name for image in images] == wanted
+        assert len(images) == len(wanted)
+        assert next(iter(images)).path == tmp_path / "1.png"
+
+    def test_a_link_back_to_the_folder_ends(self, tmp_path: Path) -> None:
+        write(tmp_path / "a" / "1.png", RGB)
+        (tmp_path / "a" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
+        assert [image.name for image in open_images(str(tmp_path))] == ["a/1.png"]
+
+    def test_files_are_opened_one_at_a_time(self, tmp_path: Path) -> None:
+        for number in range(3):
+            write(tmp_path / f"{number}.png", RGB)
+        images = iter(open_images(tmp_path))
+        next(images)
+        (tmp_path / "2.png").unlink()
+        next(images)
+        with pytest.raises(InputError, match=r"2\.png"):
+            next(images)
+
+    def test_one_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.png", RGB)
+        (image,) = open_images(path)
+        assert (image.name, image.path) == (str(path), path)
+
+    def test_list_of_paths_keeps_its_order_and_names(self, tmp_path: Path) -> None:
+        paths = [str(write(tmp_path / name, RGB)) for name in ("10.png", "2.png")]
+        assert [image.name for image in open_images(paths)] == paths
+
+
+class TestArrays:
+    @pytest.mark.parametrize(
+        ("shape", "count", "size"),
+        [
+            ((6, 8), 1, (6, 8)),
+            ((6, 8, 1), 1, (6, 8)),
+            ((6, 8, 3), 1, (6, 8)),
+            ((6, 8, 4), 1, (6, 8)),
+            ((5, 6, 8), 5, (6, 8)),
+            ((3, 6, 8), 3, (6, 8)),
+            ((5, 6, 8, 1), 5, (6, 8)),
+            ((5, 6, 8, 3), 5, (6, 8)),
+            ((5, 6, 8, 4), 5, (6, 8)),
+        ],
+    )
+    def test_shapes(self, shape: tuple[int, ...], count: int, size: tuple[int, int]) -> None:
+        images = open_images(np.zeros(shape, dtype=np.uint8))
+        assert len(images) == count
+        assert [image.pixels.shape for image in images] == [(*size, 3)] * count
+
+    @pytest.mark.parametrize(
+        ("shape", "count", "size"),
+        [
+            ((6, 8), 1, (6, 8)),
+            ((1, 6, 8), 1, (6, 8)),
+            ((3, 6, 8), 1, (6, 8)),
+            ((4, 6, 8), 1, (6, 8)),
+            ((6, 8, 3), 1, (6, 8)),
+            ((3, 6, 3), 1, (6, 3)),  # channels first wins where both readings are possible
+            ((5, 6, 8), 5, (6, 8)),
+            ((5, 3, 6, 8), 5, (6, 8)),
+            ((5, 6, 8, 3), 5, (6, 8)),
+            ((5, 3, 6, 3), 5, (6, 3)),
+        ],
+    )
+    def test_tensor_shapes(self, shape: tuple[int, ...], count: int, size: tuple[int, int]) -> None:
+        images = open_images(torch.zeros(shape))
+        assert len(images) == count
+        assert [image.pixels.shape for image in images] == [(*size, 3)] * count
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            (np.uint8(200), np.uint8(200)),
+            (np.uint16(65535), np.float32(1)),
+            (np.bool_(True), np.uint8(255)),
+            (np.float64(0.25), np.float32(0.25)),
+            (np.float16(0.5), np.float32(0.5)),
+            (np.float32(1 + 5e-7), np.float32(1)),
+        ],
+    )
+    def test_types(self, value: np.generic, expected: np.generic) -> None:
+        (image,) = open_images(np.full((2, 3), value))
+        assert image.pixels.dtype == expected.dtype
+        assert (image.pixels == expected).all()
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float16, torch.bfloat16, torch.float64])
+    def test_tensor_types(self, dtype: torch.dtype) -> None:
+        (image,) = open_images(torch.ones(3, 4, 5).to(dtype))
+        assert image.pixels.dtype == (np.uint8 if dtype in (torch.uint8, torch.bool) else np.float32)
+
+    def test_tensor_values_keep_their_channels(self) -> None:
+        tensor = torch.from_numpy(RGB).permute(2, 0, 1)
+        (image,) = open_images(tensor)
+        np.testing.assert_array_equal(image.pixels, RGB)
+        (image,) = open_images((tensor / 255).requires_grad_())
+        np.testing.assert_allclose(image.pixels, RGB / 255, atol=1e-7)
+
+    def test_sizes_may_differ_and_batches_are_taken_apart(self) -> None:
+        source = [np.zeros((4, 5)), np.zeros((2, 6, 7, 3)), torch.zeros(3, 8, 9)]
+        images = open_images(source)
+        assert len(images) == 4
+        assert [image.pixels.shape[:2] for image in images] == [(4, 5), (6, 7), (6, 7), (8, 9)]
+        assert [image.name for image in images][-1] == "image-00003"
+
+    def test_images_pass_through(self) -> None:
+        given = Image(RGB, "a", None)
+        (image,) = open_images([given])
+        assert (image.name, image.path) == ("a", None)
+        assert image.pixels is RGB
+        collection = open_images([given])
+        assert open_images(collection) is collection
+
+    @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "CMYK", "LA", "I;16", "F"])
+    def test_pil_images(self, mode: str) -> None:
+        pil = pytest.importorskip("PIL.Image")
+        (image,) = open_images(pil.new(mode, (7, 5)))
+        assert image.pixels.shape == (5, 7, 3)
+
+    def test_pil_palette_gives_colours(self) -> None:
+        pil = pytest.importorskip("PIL.Image")
+        (image,) = open_images(pil.new("RGB", (7, 5), (255, 0, 0)).quantize(4))
+        assert (image.pixels == [255, 0, 0]).all()
+
+
+class TestIterables:
+    def test_a_generator_is_streamed(self) -> None:
+        asked = 0
+
+        def endless() -> Iterator[np.ndarray]:
+            nonlocal asked
+            while True:
+                asked += 1
+                yield np.zeros((4, 4), dtype=np.uint8)
+
+        images = iter(open_images(endless()))
+        for number in range(1, 4):
+            next(images)
+            assert asked == number
+
+    def test_a_generator_has_no_length_and_is_read_once(self) -> None:
+        images = open_images(np.zeros((4, 4)) for _ in range(2))
+        with pytest.raises(TypeError, match="not known"):
+            len(images)
+        assert len(list(images)) == 2
+        with pytest.raises(InputError, match="already been read"):
+            list(images)
+
+    def test_other_iterables_are_read_again(self, tmp_path: Path) -> None:
+        paths = dict.fromkeys([write(tmp_path / "a.png", RGB), write(tmp_path / "b.png", RGB)])
+        images = open_images(paths.keys())
+        assert len(list(images)) == len(list(images)) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "source is of type NoneType; allowed are a folder"),
+        (3, "source is of type int"),
+        (b"a.png", "source is of type bytes"),
+        ({}, "source is of type dict"),
+        ([], "source is an empty list"),
+        ((), "source is an empty tuple"),
+        ("", "empty path"),
+        ("nowhere", "there is no file or folder nowhere"),
+        ([None], "item 0 of source is of type NoneType"),
+        ([np.zeros((2, 2)), [1, 2]], "item 1 of source is of type list"),
+        (np.zeros(5), r"source has the shape \[5\]"),
+        (np.zeros((2, 3, 4, 5)), r"source has the shape \[2, 3, 4, 5\]"),
+        (np.zeros((0, 4, 4, 3)), "at least one pixel"),
+        (np.zeros((4, 0), dtype=np.uint8), "at least one pixel"),
+        (torch.zeros(1, 1, 3, 4, 5), "source has the shape"),
+    ],
+)
+def test_wrong_sources(source: object, message: str) -> None:
+    for on_error in ("raise", "skip"):
+        with pytest.raises(InputError, match=message):
+            open_images(source, on_error=on_error)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2), dtype=np.int64), "image-00000: pixels are of type int64"),
+        (np.zeros((2, 2), dtype=complex), "complex128"),
+        (np.array([[0.0, 255.0]]), r"image-00000: floating point pixels lie in 0\.\.255"),
+        (np.array([[-0.5, 0.5]]), r"-0\.5\.\.0\.5"),
+        (np.array([[np.nan, 0.5]]), "NaN"),
+        (np.array([[np.inf, 0.5]]), "infinite"),
+        (torch.zeros(2, 2, dtype=torch.int32), "int32"),
+    ],
+)
+def test_wrong_pixels(array: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(open_images(array))
+
+
+def test_wrong_item_of_a_generator_is_never_skipped() -> None:
+    with pytest.raises(InputError, match="item 0 of source is of type int"):
+        list(open_images(iter([7]), on_error="skip"))
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(InputError, match=r"no image in the folder .*\.png"):
+        open_images(tmp_path)
+
+
+def test_wrong_on_error() -> None:
+    with pytest.raises(InputError, match="on_error is 'ignore'"):
+        open_images(np.zeros((2, 2)), on_error="ignore")  # type: ignore[arg-type]

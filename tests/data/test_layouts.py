@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pydefect.data.images import read_image
+from pydefect.data.layouts import Dataset, Sample, read_dataset, read_mask, training_images
+from pydefect.errors import InputError
+
+
+def touch(root: Path, *names: str) -> None:
+    """Files with the names of images: no reader of a layout opens one."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def names(paths: list[Path], root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in paths]
+
+
+def masks(dataset: Dataset) -> dict[str, list[str]]:
+    return {
+        sample.image.relative_to(dataset.root).as_posix(): names(list(sample.masks), dataset.root)
+        for sample in dataset.test
+        if sample.masks
+    }
+
+
+def mvtec(root: Path) -> Path:
+    touch(
+        root, "train/good/10.png", "train/good/2.png", "test/good/0.png", "test/hole/0.png", "test/hole/1.png"
+    )
+    touch(root, "ground_truth/hole/0_mask.png", "ground_truth/hole/1_mask.png", "readme.txt")
+    return root
+
+
+class TestMVTec:
+    def test_read(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path / "bottle")
+        dataset = read_dataset(root)
+        assert (dataset.name, dataset.layout, dataset.root) == ("bottle", "mvtec_ad", root)
+        assert names([sample.image for sample in dataset.train], root) == [
+            "train/good/2.png",
+            "train/good/10.png",
+        ]
+        assert dataset.validation == ()
+        assert [(sample.defect, sample.label) for sample in dataset.test] == [
+            ("good", 0),
+            ("hole", 1),
+            ("hole", 1),
+        ]
+        assert masks(dataset)["test/hole/1.png"] == ["ground_truth/hole/1_mask.png"]
+
+    def test_masks_named_like_the_images(self, tmp_path: Path) -> None:
+        # VisA as its own script writes it for PyTorch.
+        touch(tmp_path, "train/good/0.JPG", "test/good/1.JPG", "test/bad/0.JPG", "ground_truth/bad/0.png")
+        assert masks(read_dataset(tmp_path)) == {"test/bad/0.JPG": ["ground_truth/bad/0.png"]}
+
+    def test_a_missing_mask_is_not_known(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path)
+        (root / "ground_truth/hole/1_mask.png").unlink()
+        sample = read_dataset(root).test[2]
+        assert sample.masks == ()
+        with pytest.raises(InputError, match=r"hole/1.png: no mask is known"):
+            read_mask(sample, (4, 4))
+
+    def test_masks_that_fit_no_image(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/good/0.png", "test/bad/0.png", "ground_truth/bad/zero.png")
+        with pytest.raises(InputError, match="none of the masks fits"):
+            read_dataset(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("missing", "made"), [("train/good", "test/a/0.png"), ("test", "train/good/0.png")]
+    )
+    def test_missing_part(self, tmp_path: Path, missing: str, made: str) -> None:
+        touch(tmp_path, made)
+        with pytest.raises(InputError, match=f"no folder {missing}"):
+            read_dataset(tmp_path, layout="mvtec_ad")
+
+
+class TestLoco:
+    def test_several_masks_of_one_image(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/good/0.png", "validation/good/0.png", "test/good/0.png")
+        touch(tmp_path, "test/logical_anomalies/000.png", "test/structural_anomalies/000.png")
+        touch(tmp_path, *(f"ground_truth/logical_anomalies/000/00{n}.png" for n in (1, 0)))
+        touch(tmp_path, "ground_truth/structural_anomalies/000_mask.png")
+        dataset = read_dataset(tmp_path)
+        assert (dataset.layout, len(dataset.validation)) == ("mvtec_loco", 1)
+        assert masks(dataset) == {
+            "test/logical_anomalies/000.png": [
+                "ground_truth/logical_anomalies/000/000.png",
+                "ground_truth/logical_anomalies/000/001.png",
+            ],
+            "test/structural_anomalies/000.png": ["ground_truth/structural_anomalies/000_mask.png"],
+        }
+
+    def test_known_by_its_masks_without_validation(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/good/0.png", "test/a/0.png", "ground_truth/a/0/000.png")
+        assert read_dataset(tmp_path).layout == "mvtec_loco"
+
+
+class TestVisA:
+    @pytest.fixture
+    def visa(self, tmp_path: Path) -> Path:
+        lines = ["object,split,label,image,mask"]
+        for number, (split, label) in enumerate(
+            [("train", "normal"), ("test", "normal"), ("test", "anomaly")]
+        ):
+            image, mask = (
+                f"candle/Data/Images/{label}/{number}.JPG",
+                f"candle/Data/Masks/{label}/{number}.png",
+            )
+            touch(tmp_path, image)
+            if label == "anomaly":
+                touch(tmp_path, mask)
+            lines.append(f"candle,{split},{label},{image},{mask if label == 'anomaly' else ''}")
+        touch(tmp_path, "split_csv/1cls.csv", "capsules/Data/Images/Normal/0.JPG")
+        (tmp_path / "split_csv/1cls.csv").write_text(
+            "\n".join([*lines, "capsules,train,normal,capsules/x.JPG,"])
+        )
+        return tmp_path
+
+    def test_read(self, visa: Path) -> None:
+        dataset = read_dataset(visa / "candle")
+        assert (dataset.name, dataset.layout) == ("candle", "visa")
+        assert [sample.label for sample in dataset.train] == [0]
+        assert [sample.defect for sample in dataset.test] == ["good", "anomaly"]
+        assert masks(dataset) == {"Data/Images/anomaly/2.JPG": ["Data/Masks/anomaly/2.png"]}
+
+    def test_root_names_its_categories(self, visa: Path) -> None:
+        with pytest.raises(InputError, match=r"several data sets.*: candle"):
+            read_dataset(visa)
+
+    def test_errors(self, visa: Path) -> None:
+        with pytest.raises(InputError, match=r"capsules/x\.JPG: missing"):
+            read_dataset(visa / "capsules")
+        with pytest.raises(InputError, match="no category of VisA"):
+            read_dataset(visa / "split_csv", layout="visa")
+        (visa / "split_csv/1cls.csv").write_text("object,image\ncandle,a.png\n")
+        with pytest.raises(InputError, match="columns split, label, mask are missing"):
+            read_dataset(visa / "candle")
+
+
+class TestMagneticTile:
+    def test_read(self, tmp_path: Path) -> None:
+        touch(tmp_path, *(f"MT_Free/Imgs/{n}.{ending}" for n in range(10) for ending in ("jpg", "png")))
+        touch(
+            tmp_path, "MT_Blowhole/Imgs/a.jpg", "MT_Blowhole/Imgs/a.png", "MT_Crack/Imgs/b.jpg", "README.md"
+        )
+        dataset = read_dataset(tmp_path)
+        assert dataset.layout == "magnetic_tile"
+        assert Counter(sample.defect for sample in dataset.test) == {"good": 2, "blowhole": 1, "crack": 1}
+        assert masks(dataset) == {"MT_Blowhole/Imgs/a.jpg": ["MT_Blowhole/Imgs/a.png"]}
+        everything = [sample.image for sample in (*dataset.train, *dataset.test)]
+        assert len(dataset.train) == 8
+        assert len(set(everything)) == len(everything) == 12
+        assert read_dataset(tmp_path, seed=0) == dataset
+        assert any(read_dataset(tmp_path, seed=seed).train != dataset.train for seed in range(1, 4))
+
+    def test_missing_part(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="no folder MT_Free/Imgs"):
+            read_dataset(tmp_path, layout="magnetic_tile")
+
+
+class TestFolder:
+    def test_images_alone_are_good_training_images(self, tmp_path: Path) -> None:
+        touch(tmp_path, "10.png", "2.png", "monday/1.png")
+        dataset = read_dataset(tmp_path)
+        assert (dataset.layout, dataset.test) == ("folder", ())
+        assert names([sample.image for sample in dataset.train], tmp_path) == [
+            "2.png",
+            "10.png",
+            "monday/1.png",
+        ]
+        assert {sample.label for sample in dataset.train} == {0}
+
+    def test_train_and_flat_test(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/0.png", "test/0.png")
+        dataset = read_dataset(tmp_path)
+        assert [sample.label for sample in dataset.train] == [0]
+        assert [(sample.defect, sample.label) for sample in dataset.test] == [("unknown", None)]
+        with pytest.raises(InputError, match="no mask is known"):
+            read_mask(dataset.test[0], (2, 2))
+
+    def test_train_and_labelled_test(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/0.png", "test/good/0.png", "test/bent/0.png")
+        assert [sample.defect for sample in read_dataset(tmp_path).test] == ["bent", "good"]
+
+    def test_good_beside_defects_is_split(self, tmp_path: Path) -> None:
+        touch(tmp_path, *(f"good/{n}.png" for n in range(5)), "bent/0.png", "scratch/0.png")
+        dataset = read_dataset(tmp_path)
+        assert len(dataset.train) == 4
+        assert [sample.defect for sample in dataset.test] == ["good", "bent", "scratch"]
+
+    def test_images_beside_good(self, tmp_path: Path) -> None:
+        touch(tmp_path, "good/0.png", "bent/0.png", "1.png")
+        with pytest.raises(InputError, match="images beside its folder good"):
+            read_dataset(tmp_path)
+
+
+class TestTrainingImages:
+    @pytest.mark.parametrize("place", ["", "train", "train/good"])
+    def test_never_a_test_image_or_a_mask(self, tmp_path: Path, place: str) -> None:
+        root = mvtec(tmp_path)
+        assert names(training_images(root / place), root) == ["train/good/2.png", "train/good/10.png"]
+
+    def test_plain_folder_and_file(self, tmp_path: Path) -> None:
+        touch(tmp_path, "b/1.png", "a/2.png", "a/1.png")
+        assert names(training_images(tmp_path), tmp_path) == ["a/1.png", "a/2.png", "b/1.png"]
+        assert training_images(tmp_path / "b/1.png") == [tmp_path / "b/1.png"]
+
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            (["test/good/0.png", "test/bent/0.png"], "folders named test"),
+            (["images/0.png", "ground_truth/0.png"], "folders named ground_truth"),
+            (["a/b/train/good/0.png", "a/b/test/good/0.png"], "folders named test"),
+            (["a/good/0.png", "a/bent/0.png"], "folders named good and others"),
+            (["train/good/0.png", "train/bent/0.png"], "folders named good and others"),
+            (["bottle/train/good/0.png", "bottle/test/good/0.png"], "several data sets; .*: bottle"),
+            (["notes.txt"], "no images"),
+            (["train/notes.txt", "test/0.png"], "no training images"),
+        ],
+    )
+    def test_what_could_hold_other_than_good_images_is_refused(
+        self, tmp_path: Path, files: list[str], message: str
+    ) -> None:
+        touch(tmp_path, *files)
+        with pytest.raises(InputError, match=message):
+            training_images(tmp_path)
+
+
+class TestMask:
+    @staticmethod
+    def sample(tmp_path: Path, *values: np.ndarray) -> Sample:
+        paths = tuple(tmp_path / f"{number}.png" for number in range(len(values)))
+        for path, value in zip(paths, values, strict=True):
+            path.write_bytes(cv2.imencode(".png", value)[1].tobytes())
+        return Sample(tmp_path / "image.png", "hole", paths)
+
+    def test_union_of_everything_above_zero(self, tmp_path: Path) -> None:
+        first = np.array([[0, 1, 0]], dtype=np.uint8)
+        second = np.array([[0, 0, 256]], dtype=np.uint16)  # vanishes where 16 bits are cut to 8
+        mask = read_mask(self.sample(tmp_path, first, second), (1, 3))
+        assert mask.dtype == np.bool_
+        np.testing.assert_array_equal(mask, [[False, True, True]])
+
+    def test_colour_counts_and_opacity_does_not(self, tmp_path: Path) -> None:
+        rgba = np.zeros((1, 2, 4), dtype=np.uint8)
+        rgba[..., 3] = 255
+        rgba[0, 1, 2] = 9
+        np.testing.assert_array_equal(read_mask(self.sample(tmp_path, rgba), (1, 2)), [[False, True]])
+
+    def test_another_size_is_resized_to_the_nearest(self, tmp_path: Path) -> None:
+        small = np.array([[0, 255], [0, 0]], dtype=np.uint8)
+        expected = np.kron(small > 0, np.ones((3, 2), dtype=bool))
+        np.testing.assert_array_equal(read_mask(self.sample(tmp_path, small), (6, 4)), expected)
+
+    def test_good_images_have_an_empty_mask(self) -> None:
+        mask = read_mask(Sample(Path("a.png"), "good"), (3, 4))
+        assert mask.shape == (3, 4)
+        assert not mask.any()
+
+    def test_unreadable(self, tmp_path: Path) -> None:
+        sample = self.sample(tmp_path, np.zeros((2, 2), dtype=np.uint8))
+        sample.masks[0].write_bytes(b"")
+        with pytest.raises(InputError, match=r"0\.png: the file is empty"):
+            read_mask(sample, (2, 2))
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="layout is 'coco'; allowed are auto, mvtec_ad"):
+        read_dataset(tmp_path, layout="coco")
+    with pytest.raises(InputError, match="is missing; it must be a folder"):
+        read_dataset(tmp_path / "nowhere")
+    touch(tmp_path, "a.png")
+    with pytest.raises(InputError, match="is a file; it must be a folder"):
+        read_dataset(tmp_path / "a.png")
+    with pytest.raises(InputError, match="missing"):
+        training_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "layout", "train", "validation", "test"),
+    [
+        (
+            "bottle",
+            "mvtec_ad",
+            209,
+            0,
+            {"good": 20, "broken_large": 20, "broken_small": 22, "contamination": 21},
+        ),
+        (
+            "transistor",
+            "mvtec_ad",
+            213,
+            0,
+            {"good": 60, "bent_lead": 10, "cut_lead": 10, "damaged_case": 10, "misplaced": 10},
+        ),
+        ("magnetic_tile", "mvtec_ad", 384, 0, {"good": 96, "blowhole": 115, "crack": 57, "fray": 32}),
+        ("juice_bottle", "mvtec_loco", 301, 34, {"good": 27, "logical_anomalies": 71}),
+    ],
+)
+def test_real_data_sets(
+    request: pytest.FixtureRequest,
+    fixture: str,
+    layout: str,
+    train: int,
+    validation: int,
+    test: dict[str, int],
+) -> None:
+    dataset = read_dataset(request.getfixturevalue(fixture))
+    assert (dataset.layout, len(dataset.train), len(dataset.validation)) == (layout, train, validation)
+    assert Counter(sample.defect for sample in dataset.test) == test
+    assert all(len(sample.masks) == 1 for sample in dataset.test if sample.label)
+    for sample in dataset.test[::17]:
+        size = read_image(sample.image).shape[:2]
+        assert read_mask(sample, size).any() == bool(sample.label)

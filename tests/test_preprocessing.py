@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pydefect.errors import InputError
+from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+RNG = np.random.default_rng(0)
+
+
+def raw(**sizes: object) -> Preprocessing:
+    """Without normalisation, so that outputs can be compared with pixels."""
+    return Preprocessing.create(**sizes, mean=(0, 0, 0), std=(1, 1, 1))  # type: ignore[arg-type]
+
+
+class TestForward:
+    def test_normalisation(self) -> None:
+        pixels = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        output = Preprocessing()(pixels)
+        assert output.shape == (3, 6, 8)
+        assert output.dtype == torch.float32
+        expected = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+        np.testing.assert_allclose(output.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+    def test_eight_bits_and_floats_agree(self) -> None:
+        pixels = RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8)
+        preprocessing = Preprocessing.create(resize=(20, 30), crop=(16, 24))
+        difference = preprocessing(pixels) - preprocessing((pixels / 255).astype(np.float32))
+        assert difference.abs().max() < 1e-5
+
+    def test_nothing_to_do_keeps_the_pixels(self) -> None:
+        pixels = RNG.random((6, 8, 3), dtype=np.float32)
+        np.testing.assert_array_equal(
+            raw(resize=(6, 8), crop=(6, 8))(pixels).permute(1, 2, 0).numpy(), pixels
+        )
+
+    def test_crop_is_centred(self) -> None:
+        pixels = RNG.random((9, 8, 3), dtype=np.float32)
+        output = raw(crop=(4, 6))(pixels).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(output, pixels[2:6, 1:7])
+
+    def test_downscaling_averages(self) -> None:
+        # Without antialiasing a fine chequerboard would turn into a plain black or white area.
+        board = np.indices((64, 64)).sum(axis=0) % 2
+        output = raw(resize=16)(np.repeat(board[..., None], 3, axis=2).astype(np.float32))
+        assert (output - 0.5).abs().max() < 0.02
+
+    def test_rectangles_from_rectangles(self) -> None:
+        assert Preprocessing.create(resize=(30, 40), crop=(24, 36))(
+            np.zeros((50, 20, 3), np.uint8)
+        ).shape == (3, 24, 36)
+
+    def test_a_resize_keeps_a_ramp_in_place(self) -> None:
+        height, width = 40, 60
+        centres = (np.arange(height) + 0.5) / height
+        ramp = np.broadcast_to(centres[:, None, None], (height, width, 3)).astype(np.float32)
+        output = raw(resize=(100, 70), crop=(60, 70))(ramp)[0, :, 0].numpy()
+        expected = (np.arange(100) + 0.5)[20:80] / 100
+        np.testing.assert_allclose(output, expected, atol=1e-6)
+
+
+SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[Preprocessing, tuple[int, int]]:
+    original = draw(SIZES)
+    resize = draw(st.none() | SIZES)
+    full = resize or original
+    crop = draw(st.none() | st.tuples(st.integers(1, full[0]), st.integers(1, full[1])))
+    return raw(resize=resize, crop=crop), original
+
+
+def geometry(preprocessing: Preprocessing, original: tuple[int, int]) -> list[tuple[float, float, int]]:
+    """Scale, crop offset and output length for rows and columns, told in the plainest words."""
+    full = preprocessing.resize or original
+    output = preprocessing.crop or full
+    return [(full[axis] / original[axis], (full[axis] - output[axis]) // 2, output[axis]) for axis in (0, 1)]
+
+
+class TestBack:
+    def test_identity_to_the_bit(self) -> None:
+        anomaly_map = torch.rand(17, 23)
+        for preprocessing in (Preprocessing(), Preprocessing.create(resize=(17, 23), crop=(17, 23))):
+            assert torch.equal(preprocessing.to_original(anomaly_map, (17, 23)), anomaly_map)
+            assert preprocessing.scored_box((17, 23)) == (0, 0, 17, 23)
+
+    @pytest.mark.parametrize("original", [(256, 256), (512, 200), (900, 901), (31, 57)])
+    @pytest.mark.parametrize(
+        ("resize", "crop"), [(64, None), (64, 56), ((96, 40), (81, 33)), ((33, 70), (32, 69))]
+    )
+    def test_a_ramp_comes_back_in_place(
+        self, original: tuple[int, int], resize: int | tuple[int, int], crop: int | tuple[int, int] | None
+    ) -> None:
+        preprocessing = Preprocessing.create(resize=resize, crop=crop)
+        (scale_y, top, height), (scale_x, left, width) = geometry(preprocessing, original)
+        # The ramp 2 y + 3 x + 1 over original coordinates, as it looks at the centres of the network's pixels.
+        y = (torch.arange(height, dtype=torch.float64) + 0.5 + top) / scale_y
+        x = (torch.arange(width, dtype=torch.float64) + 0.5 + left) / scale_x
+        back = preprocessing.to_original(2 * y[:, None] + 3 * x[None] + 1, original)
+        assert back.shape == original
+
+        centres_y = torch.arange(original[0], dtype=torch.float64) + 0.5
+        centres_x = torch.arange(original[1], dtype=torch.float64) + 0.5
+        ramp = 2 * centres_y[:, None] + 3 * centres_x[None] + 1
+        interior = (
+            ((centres_y >= y[0]) & (centres_y <= y[-1]))[:, None] & (centres_x >= x[0]) & (centres_x <= x[-1])
+        )
+        assert interior.any()
+        torch.testing.assert_close(back[interior], ramp[interior], rtol=1e-12, atol=1e-9)
+
+    @given(geometries())
+    @settings(max_examples=150, deadline=None)
+    def test_box_holds_the_centres_inside_the_crop(self, case: tuple[Preprocessing, tuple[int, int]]) -> None:
+        preprocessing, original = case
+        top, left, bottom, right = preprocessing.scored_box(original)
+        full, output = preprocessing.resize or original, preprocessing.output_size(original)
+        for (first, end), size, whole, length in zip(
+            ((top, bottom), (left, right)), original, full, output, strict=True
+        ):
+            start = (whole - length) // 2
+            # (i + 0.5) * whole / size lies in [start, start + length), in whole numbers
+            inside = [
+                i
+                for i in range(size)
+                if 2 * start * size <= (2 * i + 1) * whole < 2 * (start + length) * size
+            ]
+            assert list(range(first, end)) == inside
+
+    @given(geometries())
+    @settings(max_examples=100, deadline=None)
+    def test_constant_inside_and_zero_outside(self, case: tuple[Preprocessing, tuple[int, int]]) -> None:
+        preprocessing, original = case
+        back = preprocessing.to_original(torch.full(preprocessing.output_size(original), 0.7), original)
+        top, left, bottom, right = preprocessing.scored_box(original)
+        assert (back[top:bottom, left:right] == 0.7).all()
+        back[top:bottom, left:right] = 0
+        assert not back.any()
+
+    @given(geometries())
+    @settings(max_examples=100, deadline=None)
+    def test_agrees_with_interpolate_where_nothing_is_cropped(
+        self, case: tuple[Preprocessing, tuple[int, int]]
+    ) -> None:
+        preprocessing, original = case
+        preprocessing = raw(resize=preprocessing.resize)
+        anomaly_map = torch.rand(preprocessing.output_size(original), dtype=torch.float64)
+        expected = torch.nn.functional.interpolate(
+            anomaly_map[None, None], original, mode="bilinear", align_corners=False
+        )[0, 0]
+        torch.testing.assert_close(preprocessing.to_original(anomaly_map, original), expected)
+
+    def test_maps_and_masks_agree(self) -> None:
+        preprocessing = Preprocessing.create(resize=64, crop=48)
+        mask = np.zeros((160, 128), dtype=bool)
+        mask[60:90, 40:70] = True
+        small = preprocessing.mask_to_input(mask)
+        assert small.shape == (48, 48)
+        back = preprocessing.to_original(torch.from_numpy(small).float(), mask.shape)  # type: ignore[arg-type]
+        differ = (back.numpy() > 0.5) != mask
+        assert differ.mean() < 0.02
+
+    def test_mask_without_a_resize_is_the_crop(self) -> None:
+        mask = RNG.random((9, 8)) > 0.5
+        np.testing.assert_array_equal(Preprocessing.create(crop=(4, 6)).mask_to_input(mask), mask[2:6, 1:7])
+
+    @pytest.mark.parametrize(
+        "map_", [torch.zeros(5, 5), torch.zeros(1, 4, 4), torch.zeros(4, 4, dtype=torch.int64)]
+    )
+    def test_wrong_map(self, map_: torch.Tensor) -> None:
+        with pytest.raises(InputError, match=r"anomaly_map .* \[4, 4\]"):
+            Preprocessing.create(resize=4).to_original(map_, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"resize": 0}, r"resize is \(0, 0\)"),
+        ({"resize": (10,)}, r"resize is \(10,\)"),
+        ({"resize": 2.5}, r"resize is 2\.5"),
+        ({"resize": True}, "resize is True"),
+        ({"crop": (3, "4")}, "crop is"),
+        ({"resize": (10, 20), "crop": (10, 21)}, "crop is 10 x 21, larger than resize, which is 10 x 20"),
+        ({"mean": (0, 0)}, "mean is"),
+        ({"mean": (0, 0, float("nan"))}, "mean is"),
+        ({"std": (1, 0, 1)}, "above 0"),
+        ({"std": 1}, "std is 1"),
+    ],
+)
+def test_wrong_settings(settings_: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Preprocessing.create(**settings_)  # type: ignore[arg-type]
+
+
+def test_sizes_of_the_class_itself_are_pairs() -> None:
+    with pytest.raises(InputError, match="resize is 256"):
+        Preprocessing(resize=256)  # type: ignore[arg-type]
+
+
+def test_image_smaller_than_the_crop() -> None:
+    message = r"the image is 100 x 300 .* smaller than the crop of 224 x 224"
+    preprocessing = Preprocessing.create(crop=224)
+    for call in (preprocessing.output_size, preprocessing.scored_box):
+        with pytest.raises(InputError, match=message):
+            call((100, 300))
+    with pytest.raises(InputError, match=message):
+        preprocessing(np.zeros((100, 300, 3), dtype=np.uint8))
+    with pytest.raises(InputError, match=message):
+        preprocessing.mask_to_input(np.zeros((100, 300), dtype=bool))
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3))]
+)
+def test_wrong_pixels(pixels: np.ndarray) -> None:
+    with pytest.raises(InputError, match="must be uint8 or float32"):
+        Preprocessing()(pixels)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"resize": 256}, {"resize": (256, 128), "crop": (224, 96)}])
+def test_json_round_trip(sizes: dict[str, object]) -> None:
+    preprocessing = Preprocessing.create(**sizes)  # type: ignore[arg-type]
+    assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+def test_dictionary_with_other_keys() -> None:
+    with pytest.raises(InputError, match="keys"):
+        Preprocessing.from_dict({"resize": 256})
