@@ -29,6 +29,9 @@ inline void check_float_matrix(const char* op, const char* name, const Tensor& t
         "; convert it with .float()");
 }
 
+// Lets kernels count rows and columns, a tile past the end included, in 32 bits.
+constexpr int64_t kDimensionLimit = int64_t{1} << 30;
+
 inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k) {
   check_float_matrix("knn", "queries", queries);
   check_float_matrix("knn", "bank", bank);
@@ -37,9 +40,10 @@ inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k) {
   check(queries.size(1) == bank.size(1), "knn: bank must have the width of queries, ", queries.size(1),
         ", got ", bank.size(1));
   check(bank.size(0) >= 1, "knn: bank must have at least 1 row, got 0");
-  check(bank.size(0) < (int64_t{1} << 31), "knn: bank must have fewer than 2^31 rows, got ", bank.size(0));
-  check(k >= 1 && k <= bank.size(0), "knn: k must be between 1 and the ", bank.size(0),
-        " rows of bank, got ", k);
+  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
+        "knn: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ", bank.size(1));
+  check(k >= 1 && k <= bank.size(0), "knn: k must be between 1 and the ", bank.size(0), " rows of bank, got ",
+        k);
 }
 
 }  // namespace pydefect

@@ -8,8 +8,8 @@
 // summation, with or without FMA; the start value carries the error of its own sum), plus the smallest normal
 // number per operation where underflow is flushed. So its true squared distance is at least
 // |x|^2 - 2 (worst + E), and its directly computed one at least (1 - g(D + 8)) of that. If this exceeds the
-// k-th distance found, no row outside the kept ones belongs in the answer, and the answer equals, bit for bit,
-// that of measuring every row directly. Otherwise the query is searched again, exhaustively.
+// k-th distance found, no row outside the kept ones belongs in the answer, and the answer equals, bit for
+// bit, that of measuring every row directly. Otherwise the query is searched again, exhaustively.
 #pragma once
 
 #include <cfloat>

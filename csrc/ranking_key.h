@@ -24,6 +24,8 @@ PYDEFECT_HOST_DEVICE inline float key_distance(RankingKey key) {
   return distance;
 }
 
-PYDEFECT_HOST_DEVICE inline int64_t key_row(RankingKey key) { return static_cast<int64_t>(key & 0xffffffffu); }
+PYDEFECT_HOST_DEVICE inline int64_t key_row(RankingKey key) {
+  return static_cast<int64_t>(key & 0xffffffffu);
+}
 
 }  // namespace pydefect

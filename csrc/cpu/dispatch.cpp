@@ -31,8 +31,8 @@ Level choose_level() {
     if (wanted == std::string(name(level))) return level;
     allowed += std::string(allowed.empty() ? "" : ", ") + name(level);
   }
-  throw std::runtime_error("PYDEFECT_CPU_LEVEL is '" + std::string(wanted) + "'; this build on this CPU allows: " +
-                           allowed);
+  throw std::runtime_error("PYDEFECT_CPU_LEVEL is '" + std::string(wanted) +
+                           "'; this build on this CPU allows: " + allowed);
 }
 
 }  // namespace

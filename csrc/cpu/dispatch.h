@@ -1,5 +1,5 @@
-// Which of the compiled instruction set levels this machine runs. No PyTorch here: the pybind11 module reports
-// the same facts.
+// Which of the compiled instruction set levels this machine runs. No PyTorch here: the pybind11 module
+// reports the same facts.
 #pragma once
 
 #include <string>

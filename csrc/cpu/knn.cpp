@@ -1,6 +1,8 @@
-// k-NN on the CPU. Candidates come from the expanded form in register tiles over a packed bank; only winners are
-// measured directly. csrc/knn_certificate.h says why the answer is that of measuring everything directly, so it
-// depends on neither the thread count nor the blocking nor the instruction set.
+// k-NN on the CPU. Candidates come from the expanded form in register tiles over a packed bank; only winners
+// are measured directly. csrc/knn_certificate.h says why the answer is that of measuring everything directly,
+// so it depends on neither the thread count nor the blocking nor the instruction set.
+#include "kernels/knn.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,7 +18,6 @@
 #include "../knn_certificate.h"
 #include "../ranking_key.h"
 #include "dispatch.h"
-#include "kernels/knn.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -67,8 +68,8 @@ class CandidateLists {
     if (size < capacity_) ++size;
     Candidate* first = items_.data() + query * capacity_;
     Candidate* last = first + size - 1;
-    Candidate* at = std::upper_bound(first, last, candidate,
-                                     [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+    Candidate* at = std::upper_bound(
+        first, last, candidate, [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
     std::move_backward(at, last, last + 1);
     *at = candidate;
   }
@@ -110,10 +111,12 @@ double largest(const std::vector<double>& values) {
   return result;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// A part of the bank as panels of `columns` rows: [panel][1 + width][columns], the first line of a panel being
-// the scores' start values -|y|^2 / 2. Columns past the last row start at -infinity and so never win.
+// A part of the bank as panels of `columns` rows: [panel][1 + width][columns], the first line of a panel
+// being the scores' start values -|y|^2 / 2. Columns past the last row start at -infinity and so never win.
 class PackedBank {
  public:
   PackedBank(int columns, int64_t width, int64_t most_rows)
@@ -166,8 +169,8 @@ void pack_queries(const Matrix& queries, int64_t first, int tile_rows, float* to
 }
 
 // Shows one panel to one tile of queries.
-void search_panel(const KnnKernel& kernel, const float* tile, const float* panel, int64_t width, int64_t first_query,
-                  int64_t filled, int64_t first_row, CandidateLists& lists) {
+void search_panel(const KnnKernel& kernel, const float* tile, const float* panel, int64_t width,
+                  int64_t first_query, int64_t filled, int64_t first_row, CandidateLists& lists) {
   float thresholds[32];
   float scores[32 * 32];
   uint32_t hits[32];
@@ -185,8 +188,8 @@ void search_panel(const KnnKernel& kernel, const float* tile, const float* panel
 }
 
 // Shows the packed part of the bank to the tiles begin..end of the queries.
-void search_tiles(const KnnKernel& kernel, const Matrix& queries, const PackedBank& packed, int64_t begin, int64_t end,
-                  CandidateLists& lists) {
+void search_tiles(const KnnKernel& kernel, const Matrix& queries, const PackedBank& packed, int64_t begin,
+                  int64_t end, CandidateLists& lists) {
   const int64_t tile_size = kernel.rows * queries.width;
   std::vector<float> tiles(static_cast<size_t>(std::min(kTilesPerPass, end - begin) * tile_size));
   for (int64_t first = begin; first < end; first += kTilesPerPass) {
@@ -228,7 +231,8 @@ void search_exhaustively(const KnnKernel& kernel, const Matrix& queries, const M
   answer.write(query, keys.data());
 }
 
-// Measures the query's candidates directly. False where a row that is no candidate might belong in the answer.
+// Measures the query's candidates directly. False where a row that is no candidate might belong in the
+// answer.
 bool rank_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, double bank_norm,
                      const CandidateLists& lists, int64_t query, std::vector<RankingKey>& keys,
                      const Answer& answer) {
@@ -251,7 +255,8 @@ bool rank_candidates(const KnnKernel& kernel, const Matrix& queries, const Matri
   return true;
 }
 
-void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, const Answer& answer) {
+void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank,
+                          const Answer& answer) {
   std::vector<double> squared_norms(static_cast<size_t>(bank.rows));
   torch::stable::parallel_for(0, bank.rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -306,7 +311,9 @@ std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_g
   return {distances, indices};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) { library.impl("knn", TORCH_BOX(&knn)); }
+STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) {
+  library.impl("knn", TORCH_BOX(&knn));
+}
 
 }  // namespace
 }  // namespace pydefect::cpu

@@ -1,5 +1,5 @@
-// pydefect._native: what takes NumPy arrays or plain values and is no tensor operator. Here: how this build was
-// made, for `pydefect info`.
+// pydefect._native: what takes NumPy arrays or plain values and is no tensor operator. Here: how this build
+// was made, for `pydefect info`.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,11 +19,10 @@ std::vector<std::string> names(const std::vector<pydefect::cpu::Level>& levels) 
   return result;
 }
 
-// CMake's lists are separated by semicolons.
 std::vector<std::string> split_list(const std::string& list) {
   std::vector<std::string> items;
   std::istringstream stream(list);
-  for (std::string item; std::getline(stream, item, ';');) items.push_back(item);
+  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
   return items;
 }
 

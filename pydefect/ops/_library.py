@@ -32,7 +32,7 @@ def load_cpu_library() -> None:
     if not _load(_CPU_LIBRARY):
         raise ImportError(
             f"pydefect is not built: {_CPU_LIBRARY} is missing from the installed package. "
-            "Install it with `pip install .` (or `pip install --no-build-isolation -e .`) from its source folder."
+            "Install it from its source folder: `pip install .` or `pip install --no-build-isolation -e .`"
         )
 
 
@@ -47,5 +47,5 @@ def require_kernels(device: torch.device) -> None:
     if device.type == "cuda" and not load_cuda_library():
         raise RuntimeError(
             f"this build of pydefect has no CUDA kernels for tensors on {device}: move them to the CPU, "
-            "or install pydefect from source where nvcc is found (`PYDEFECT_CUDA=ON` makes that a requirement)"
+            "or install pydefect from source where nvcc is found"
         )

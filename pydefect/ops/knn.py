@@ -15,9 +15,9 @@ def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the `k` rows of `bank` that are nearest to each row of `queries`.
 
     The answer is that of measuring every pair directly as ``((query - row) ** 2).sum()`` in float32, although
-    most pairs are only estimated on the way: wherever the estimate's rounding could matter, the pair is measured.
-    So vectors that nearly coincide keep their small distances, and the result is the same bit for bit for every
-    number of threads, on every instruction set and on every device.
+    most pairs are only estimated on the way: wherever the estimate's rounding could matter, the pair is
+    measured. So vectors that nearly coincide keep their small distances, and the result is the same bit for
+    bit for every number of threads, on every instruction set and on every device.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Float32, shape ``[N, D]``, on the CPU or a CUDA device. ``N`` may be 0. Half-precision tensors are
         refused: convert them with ``.float()``.
     bank : Tensor
-        Float32, shape ``[M, D]``, on the same device; fewer than 2**31 rows.
+        Float32, shape ``[M, D]``, on the same device; fewer than 2**30 rows.
     k : int
         Number of neighbours, between 1 and ``M``; on CUDA at most 64.
 
@@ -39,15 +39,16 @@ def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises
     ------
     RuntimeError
-        If an argument has the wrong shape, dtype, device or range, or if this build has no kernels for the device.
+        If an argument has the wrong shape, dtype, device or range, or if this build has no kernels for the
+        device.
 
     Notes
     -----
     No gradient flows through this operator: both results are detached. Where one is needed, measure the
     neighbours again: ``(queries[:, None] - bank[indices]).square().sum(-1)``.
 
-    Vectors whose common offset is large against their distances (a mean of 1000 with a spread of 1, say) make the
-    estimates useless and the search slow, though never wrong: subtract the offset from both sides first.
+    Vectors whose common offset is large against their distances (a mean of 1000 with a spread of 1, say) make
+    the estimates useless and the search slow, though never wrong: subtract the offset from both sides first.
 
     Examples
     --------
@@ -67,12 +68,12 @@ def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("pydefect::knn")
 def _knn_fake(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    torch._check(queries.dim() == 2 and bank.dim() == 2, lambda: "knn: queries and bank must have 2 dimensions")
+    torch._check(
+        queries.dim() == 2 and bank.dim() == 2, lambda: "knn: queries and bank must have 2 dimensions"
+    )
     torch._check(
         queries.dtype == bank.dtype == torch.float32, lambda: "knn: queries and bank must be float32"
     )
-    torch._check(
-        queries.size(1) == bank.size(1), lambda: "knn: bank must have the width of queries"
-    )
+    torch._check(queries.size(1) == bank.size(1), lambda: "knn: bank must have the width of queries")
     shape = (queries.size(0), k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)

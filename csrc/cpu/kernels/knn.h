@@ -18,8 +18,8 @@ struct KnnKernel {
                      float* scores,            // [rows, columns]
                      uint32_t* hits);          // [rows]
 
-  // The squared distance of two vectors, bit for bit the same at every level and on CUDA: sixteen partial sums
-  // (element i goes to sum i % 16), product and sum rounded apart, then halves added to halves.
+  // The squared distance of two vectors, bit for bit the same at every level and on CUDA: sixteen partial
+  // sums (element i goes to sum i % 16), product and sum rounded apart, then halves added to halves.
   float (*squared_distance)(const float* a, const float* b, int64_t width);
 };
 

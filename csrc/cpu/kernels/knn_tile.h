@@ -1,7 +1,7 @@
-// The k-NN kernels over a vector type `V`; each instruction set level includes this file in a translation unit
-// of its own, compiled with that level's flags. Everything here sits in an unnamed namespace and no standard
-// library template is used: code that the linker may merge with another unit's copy must not hold instructions
-// that the machine lacks.
+// The k-NN kernels over a vector type `V`; each instruction set level includes this file in a translation
+// unit of its own, compiled with that level's flags. Everything here sits in an unnamed namespace and no
+// standard library template is used: code that the linker may merge with another unit's copy must not hold
+// instructions that the machine lacks.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace pydefect::cpu {
 namespace {
 
 template <class V, int rows, int vectors>
-bool score_tile(const float* queries, const float* panel, int64_t width, const float* thresholds, float* scores,
-                uint32_t* hits) {
+bool score_tile(const float* queries, const float* panel, int64_t width, const float* thresholds,
+                float* scores, uint32_t* hits) {
   constexpr int columns = vectors * V::lanes;
   typename V::type sums[rows][vectors];
 #pragma GCC unroll 16

@@ -1,0 +1,454 @@
+// k-NN on CUDA, four kernels on the caller's stream and no synchronisation with the host:
+//   1. prepare_bank: the scores' start values -|y|^2 / 2 and the largest norm of the bank;
+//   2. search_tiles: scores of a tile of queries and a tile of the bank in registers, selection fused, so no
+//      [N, M] matrix exists; the bank is split over blocks where the queries alone would not fill the device;
+//   3. rank_candidates: merges the splits, measures the winners directly and certifies the answer
+//      (csrc/knn_certificate.h), or notes the query for
+//   4. search_exhaustively: measures every row for the queries noted.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../checks.h"
+#include "../knn_certificate.h"
+#include "../ranking_key.h"
+#include "common.cuh"
+
+namespace pydefect::cuda {
+namespace {
+
+constexpr int kTileQueries = 128;
+constexpr int kTileRows = 64;   // rows of the bank
+constexpr int kTileDepth = 16;  // elements of a vector
+constexpr int kThreads = 256;
+constexpr int kThreadQueries = 8;  // the corner of the score tile that a thread computes
+constexpr int kThreadRows = 4;
+constexpr int kThreadsPerQuery = kThreads / kTileQueries;  // in the selection
+constexpr int kMostSplits = 32;                            // one lane of a warp each when they are merged
+constexpr int kMostNeighbours = 64;
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+static_assert(kTileQueries / kThreadQueries * (kTileRows / kThreadRows) == kThreads);
+static_assert(kThreadsPerQuery == 2, "merge_pair merges two lists");
+
+struct Problem {
+  const float* queries;  // [query_count, width]
+  const float* bank;     // [bank_rows, width]
+  int64_t query_count;
+  int bank_rows;
+  int width;
+  int k;
+};
+
+// `length` rows with the largest scores so far, best first, in registers: every index is known at compile
+// time. Free places hold a score of -infinity, which nothing that may enter has.
+template <int length>
+struct CandidateList {
+  float scores[length];
+  int rows[length];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < length; ++i) {
+      scores[i] = -INFINITY;
+      rows[i] = -1;
+    }
+  }
+
+  __device__ float worst() const { return scores[length - 1]; }
+
+  // The caller has seen that score > worst(). A bubble upwards: the newcomer replaces the last.
+  __device__ void insert(float score, int row) {
+    scores[length - 1] = score;
+    rows[length - 1] = row;
+#pragma unroll
+    for (int i = length - 1; i > 0; --i) {
+      if (scores[i] > scores[i - 1]) {
+        const float score_above = scores[i - 1];
+        const int row_above = rows[i - 1];
+        scores[i - 1] = scores[i];
+        rows[i - 1] = rows[i];
+        scores[i] = score_above;
+        rows[i] = row_above;
+      }
+    }
+  }
+
+  __device__ void drop_first() {
+#pragma unroll
+    for (int i = 0; i + 1 < length; ++i) {
+      scores[i] = scores[i + 1];
+      rows[i] = rows[i + 1];
+    }
+    scores[length - 1] = -INFINITY;
+    rows[length - 1] = -1;
+  }
+};
+
+__device__ double warp_sum(double value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+// A warp's squared norm of a vector; every lane gets the sum.
+__device__ double squared_norm(const float* vector, int width, int lane) {
+  double sum = 0.0;
+  for (int d = lane; d < width; d += kWarp) sum += static_cast<double>(vector[d]) * vector[d];
+  return warp_sum(sum);
+}
+
+// Half a warp's squared distance of two vectors, in exactly the order of the CPU's kernels; every lane of the
+// half gets the sum. All lanes of the warp must call.
+__device__ float squared_distance(const float* a, const float* b, int width, int lane) {
+  float sum = 0.0f;
+  for (int d = lane % 16; d < width; d += 16) {
+    const float difference = __fsub_rn(a[d], b[d]);
+    sum = __fadd_rn(sum, __fmul_rn(difference, difference));
+  }
+  for (int offset = 8; offset > 0; offset /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, offset));
+  return sum;
+}
+
+// One warp a row. Non-negative doubles order as their bits do, and the bits of a NaN are larger still, so the
+// largest norm is NaN where any is.
+__global__ void prepare_bank(Problem problem, float* start_values,        // [bank_rows]
+                             unsigned long long* largest_squared_norm) {  // one, zero before
+  const int row = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (row >= problem.bank_rows) return;
+  const double norm =
+      squared_norm(problem.bank + static_cast<int64_t>(row) * problem.width, problem.width, lane);
+  if (lane == 0) {
+    start_values[row] = static_cast<float>(-0.5 * norm);
+    atomicMax(largest_squared_norm, static_cast<unsigned long long>(__double_as_longlong(norm)));
+  }
+}
+
+// Copies rows first.. of a matrix, elements depth.., transposed into shared memory; zeros outside the matrix.
+template <int tile_rows, int pitch>
+__device__ void load_tile(const float* matrix, int64_t first, int64_t row_count, int width, int depth,
+                          float (*tile)[pitch]) {  // [kTileDepth][pitch]
+  for (int i = threadIdx.x; i < tile_rows * kTileDepth; i += kThreads) {
+    const int row = i / kTileDepth;
+    const int d = i % kTileDepth;
+    const bool inside = first + row < row_count && depth + d < width;
+    tile[d][row] = inside ? matrix[(first + row) * width + depth + d] : 0.0f;
+  }
+}
+
+// Leaves the best of two neighbouring lanes' lists, in order, in `scores` and `rows`; the even lane writes
+// them.
+template <int length>
+__device__ void merge_pair(CandidateList<length>& list, bool writes, float* scores, int* rows) {
+  for (int i = 0; i < length; ++i) {
+    const float other_score = __shfl_xor_sync(kAllLanes, list.scores[0], 1);
+    const int other_row = __shfl_xor_sync(kAllLanes, list.rows[0], 1);
+    const bool even = threadIdx.x % 2 == 0;
+    // Both lanes must agree on whose entry goes, so a tie is the even lane's.
+    const bool mine = list.scores[0] > other_score || (list.scores[0] == other_score && even);
+    if (writes && even) {
+      scores[i] = mine ? list.scores[0] : other_score;
+      rows[i] = mine ? list.rows[0] : other_row;
+    }
+    if (mine) list.drop_first();
+  }
+}
+
+// Block (x, y) shows the y-th part of the bank to the x-th tile of queries. The lists come out best first,
+// free places as -infinity. A list that is full has a last score that no row left out by it exceeds.
+template <int length>
+__global__ void __launch_bounds__(kThreads)
+    search_tiles(Problem problem, const float* start_values,  // [bank_rows]
+                 int rows_per_split,
+                 float* candidate_scores,  // [query_count, splits, length]
+                 int* candidate_rows) {    // [query_count, splits, length]
+  // The padding keeps 16-byte alignment in the first two and spreads columns over the memory banks in the
+  // third.
+  __shared__ __align__(16) float query_tile[kTileDepth][kTileQueries + 4];
+  __shared__ __align__(16) float bank_tile[kTileDepth][kTileRows + 4];
+  __shared__ float score_tile[kTileQueries][kTileRows + 1];
+
+  const int64_t first_query = static_cast<int64_t>(blockIdx.x) * kTileQueries;
+  const int first_row = blockIdx.y * rows_per_split;
+  const int last_row = min(first_row + rows_per_split, problem.bank_rows);
+  const int corner_query = threadIdx.x / (kTileRows / kThreadRows) * kThreadQueries;
+  const int corner_row = threadIdx.x % (kTileRows / kThreadRows) * kThreadRows;
+  const int list_query = threadIdx.x / kThreadsPerQuery;
+  const int list_part = threadIdx.x % kThreadsPerQuery;
+
+  CandidateList<length> list;
+  list.clear();
+
+  for (int tile_row = first_row; tile_row < last_row; tile_row += kTileRows) {
+    float sums[kThreadQueries][kThreadRows];
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int row = tile_row + corner_row + r;
+      // Rows past the end start at -infinity and so never enter a list.
+      const float start = row < last_row ? start_values[row] : -INFINITY;
+#pragma unroll
+      for (int q = 0; q < kThreadQueries; ++q) sums[q][r] = start;
+    }
+
+    for (int depth = 0; depth < problem.width; depth += kTileDepth) {
+      __syncthreads();  // the tiles' last readers are done
+      load_tile<kTileQueries>(problem.queries, first_query, problem.query_count, problem.width, depth,
+                              query_tile);
+      load_tile<kTileRows>(problem.bank, tile_row, last_row, problem.width, depth, bank_tile);
+      __syncthreads();
+#pragma unroll
+      for (int d = 0; d < kTileDepth; ++d) {
+        float queries[kThreadQueries];
+        float rows[kThreadRows];
+#pragma unroll
+        for (int q = 0; q < kThreadQueries; ++q) queries[q] = query_tile[d][corner_query + q];
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) rows[r] = bank_tile[d][corner_row + r];
+#pragma unroll
+        for (int q = 0; q < kThreadQueries; ++q) {
+#pragma unroll
+          for (int r = 0; r < kThreadRows; ++r) sums[q][r] = fmaf(queries[q], rows[r], sums[q][r]);
+        }
+      }
+    }
+
+    // Every thread has passed the barriers above, so nobody still reads the previous tile's scores.
+#pragma unroll
+    for (int q = 0; q < kThreadQueries; ++q) {
+#pragma unroll
+      for (int r = 0; r < kThreadRows; ++r) score_tile[corner_query + q][corner_row + r] = sums[q][r];
+    }
+    __syncthreads();
+    for (int c = list_part; c < kTileRows; c += kThreadsPerQuery) {
+      const float score = score_tile[list_query][c];
+      if (score > list.worst()) list.insert(score, tile_row + c);
+    }
+  }
+
+  const int64_t query = first_query + list_query;
+  const int64_t to = (query * gridDim.y + blockIdx.y) * length;
+  merge_pair(list, query < problem.query_count, candidate_scores + to, candidate_rows + to);
+}
+
+struct ScoredRow {
+  float score;
+  int row;
+};
+
+// The lanes' largest score, ties to the lower row; every lane gets it.
+__device__ ScoredRow warp_best(ScoredRow mine) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float score = __shfl_xor_sync(kAllLanes, mine.score, offset);
+    const int row = __shfl_xor_sync(kAllLanes, mine.row, offset);
+    if (score > mine.score || (score == mine.score && row < mine.row)) mine = {score, row};
+  }
+  return mine;
+}
+
+// One warp a query. Each lane walks down the list of one split.
+template <int length>
+__global__ void rank_candidates(Problem problem, int splits, const float* candidate_scores,
+                                const int* candidate_rows, const unsigned long long* largest_squared_norm,
+                                float* distances,             // [query_count, k]
+                                int64_t* indices,             // [query_count, k]
+                                int64_t* uncertain_queries,   // [query_count]
+                                unsigned* uncertain_count) {  // one, zero before
+  __shared__ int winner_rows[kThreads / kWarp][length];
+  __shared__ RankingKey winner_keys[kThreads / kWarp][length];
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + warp;
+  if (query >= problem.query_count) return;  // the whole warp leaves, and no barrier of the block follows
+
+  const int64_t from = (query * splits + lane) * length;
+  int next = 0;
+  const auto head = [&] {
+    const bool any = lane < splits && next < length;
+    return any ? ScoredRow{candidate_scores[from + next], candidate_rows[from + next]}
+               : ScoredRow{-INFINITY, -1};
+  };
+  ScoredRow mine = head();
+  int winners = 0;
+  while (winners < length) {
+    const ScoredRow best = warp_best(mine);
+    if (best.score == -INFINITY) break;
+    if (lane == 0) winner_rows[warp][winners] = best.row;
+    ++winners;
+    if (mine.row == best.row) {  // a row is in one split's list only
+      ++next;
+      mine = head();
+    }
+  }
+  // No row left out has a larger score than this: what waits in a list bounds the rest of that list and all
+  // that it left out; of a list that is used up its last score does.
+  float worst = mine.score;
+  if (lane < splits && next == length) worst = candidate_scores[from + length - 1];
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    worst = fmaxf(worst, __shfl_xor_sync(kAllLanes, worst, offset));
+  }
+  __syncwarp();
+
+  const float* vector = problem.queries + query * problem.width;
+  for (int first = 0; first < winners; first += 2) {
+    // The second half of the warp repeats the last winner where their number is odd.
+    const int winner = min(first + lane / 16, winners - 1);
+    const int row = winner_rows[warp][winner];
+    const float distance = squared_distance(vector, problem.bank + static_cast<int64_t>(row) * problem.width,
+                                            problem.width, lane);
+    if (lane % 16 == 0) winner_keys[warp][winner] = ranking_key(distance, row);
+  }
+  __syncwarp();
+
+  // Keys differ, so each has a rank of its own and the ranks below k are all taken once.
+  RankingKey kth = 0;
+  for (int i = lane; i < winners; i += kWarp) {
+    const RankingKey key = winner_keys[warp][i];
+    int rank = 0;
+    for (int j = 0; j < winners; ++j) rank += winner_keys[warp][j] < key;
+    if (rank >= problem.k) continue;
+    distances[query * problem.k + rank] = key_distance(key);
+    indices[query * problem.k + rank] = key_row(key);
+    if (rank == problem.k - 1) kth = key;
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const RankingKey other = __shfl_xor_sync(kAllLanes, kth, offset);
+    kth = other > kth ? other : kth;
+  }
+  const double query_norm = sqrt(squared_norm(vector, problem.width, lane));
+  if (lane == 0) {
+    const double bank_norm = sqrt(__longlong_as_double(static_cast<long long>(*largest_squared_norm)));
+    const bool certain = winners >= problem.k && (winners == problem.bank_rows ||
+                                                  no_closer_row_outside(query_norm, bank_norm, worst,
+                                                                        key_distance(kth), problem.width));
+    if (!certain) uncertain_queries[atomicAdd(uncertain_count, 1u)] = query;
+  }
+}
+
+// One block a query of the list, which is read on the device: the host never waits. The best keys so far and
+// those of the next `kThreads` rows are ranked together, each key's rank being its place in the next best
+// list.
+__global__ void __launch_bounds__(kThreads)
+    search_exhaustively(Problem problem, const int64_t* uncertain_queries, const unsigned* uncertain_count,
+                        float* distances,    // [query_count, k]
+                        int64_t* indices) {  // [query_count, k]
+  constexpr RankingKey kNone = ~RankingKey{0};
+  __shared__ RankingKey keys[kMostNeighbours + kThreads];  // the best so far, then those of the next rows
+  const int lane = threadIdx.x % kWarp;
+  for (unsigned i = blockIdx.x; i < *uncertain_count; i += gridDim.x) {
+    const int64_t query = uncertain_queries[i];
+    const float* vector = problem.queries + query * problem.width;
+    if (threadIdx.x < kMostNeighbours) keys[threadIdx.x] = kNone;
+    for (int first = 0; first < problem.bank_rows; first += kThreads) {
+      for (int r = threadIdx.x / 16; r < kThreads; r += kThreads / 16) {
+        // A row past the end is measured as the last one, so that whole warps take part, and then dropped.
+        const int row = min(first + r, problem.bank_rows - 1);
+        const float distance = squared_distance(
+            vector, problem.bank + static_cast<int64_t>(row) * problem.width, problem.width, lane);
+        if (lane % 16 == 0)
+          keys[kMostNeighbours + r] = first + r < problem.bank_rows ? ranking_key(distance, row) : kNone;
+      }
+      __syncthreads();
+      // A thread ranks one new key, the first of them an old one too.
+      const RankingKey key_new = keys[kMostNeighbours + threadIdx.x];
+      const RankingKey key_old = threadIdx.x < problem.k ? keys[threadIdx.x] : kNone;
+      int rank_new = 0;
+      int rank_old = 0;
+      for (int j = 0; j < kMostNeighbours + kThreads; ++j) {
+        rank_new += keys[j] < key_new;
+        rank_old += keys[j] < key_old;
+      }
+      __syncthreads();
+      // Places that no key takes hold kNone already: there are never fewer keys than before.
+      if (key_new != kNone && rank_new < problem.k) keys[rank_new] = key_new;
+      if (key_old != kNone && rank_old < problem.k) keys[rank_old] = key_old;
+      __syncthreads();
+    }
+    if (threadIdx.x < problem.k) {
+      distances[query * problem.k + threadIdx.x] = key_distance(keys[threadIdx.x]);
+      indices[query * problem.k + threadIdx.x] = key_row(keys[threadIdx.x]);
+    }
+    __syncthreads();  // before the next query clears the list
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// The bank is split so that about two blocks wait for every multiprocessor, in whole tiles.
+int rows_per_split(const Problem& problem, int32_t device) {
+  const int64_t query_tiles = divide_up(problem.query_count, kTileQueries);
+  const int64_t bank_tiles = divide_up(problem.bank_rows, kTileRows);
+  const int64_t wanted = divide_up(2 * multiprocessors(device), query_tiles);
+  const int64_t splits = std::min({wanted, bank_tiles, static_cast<int64_t>(kMostSplits)});
+  return static_cast<int>(divide_up(bank_tiles, splits)) * kTileRows;
+}
+
+template <int length>
+void launch(const Problem& problem, const Tensor& like, int32_t device, cudaStream_t stream, float* distances,
+            int64_t* indices) {
+  using torch::headeronly::ScalarType;
+  const int split_rows = rows_per_split(problem, device);
+  const int splits = static_cast<int>(divide_up(problem.bank_rows, split_rows));
+  const Tensor start_values = torch::stable::new_empty(like, {problem.bank_rows});
+  const Tensor scores = torch::stable::new_empty(like, {problem.query_count, splits, length});
+  const Tensor rows = torch::stable::new_empty(like, {problem.query_count, splits, length}, ScalarType::Int);
+  const Tensor uncertain = torch::stable::new_empty(like, {problem.query_count}, ScalarType::Long);
+  // The largest squared norm, then the number of uncertain queries; both start at zero.
+  const Tensor totals = torch::stable::new_zeros(like, {2}, ScalarType::Long);
+  auto* largest_squared_norm = reinterpret_cast<unsigned long long*>(totals.mutable_data_ptr<int64_t>());
+  auto* uncertain_count = reinterpret_cast<unsigned*>(largest_squared_norm + 1);
+
+  constexpr int warps = kThreads / kWarp;
+  prepare_bank<<<divide_up(problem.bank_rows, warps), kThreads, 0, stream>>>(
+      problem, start_values.mutable_data_ptr<float>(), largest_squared_norm);
+  check_launch("knn: prepare_bank");
+  const dim3 grid(divide_up(problem.query_count, kTileQueries), splits);
+  search_tiles<length><<<grid, kThreads, 0, stream>>>(problem, start_values.const_data_ptr<float>(),
+                                                      split_rows, scores.mutable_data_ptr<float>(),
+                                                      rows.mutable_data_ptr<int32_t>());
+  check_launch("knn: search_tiles");
+  rank_candidates<length><<<divide_up(problem.query_count, warps), kThreads, 0, stream>>>(
+      problem, splits, scores.const_data_ptr<float>(), rows.const_data_ptr<int32_t>(), largest_squared_norm,
+      distances, indices, uncertain.mutable_data_ptr<int64_t>(), uncertain_count);
+  check_launch("knn: rank_candidates");
+  const int64_t blocks = std::min<int64_t>(problem.query_count, 8 * multiprocessors(device));
+  search_exhaustively<<<blocks, kThreads, 0, stream>>>(problem, uncertain.const_data_ptr<int64_t>(),
+                                                       uncertain_count, distances, indices);
+  check_launch("knn: search_exhaustively");
+}
+
+std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k) {
+  check_knn(queries_given, bank_given, k);
+  check(k <= kMostNeighbours, "knn: on CUDA k must be at most ", kMostNeighbours, ", got ", k);
+  const int32_t device = queries_given.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor queries = torch::stable::contiguous(queries_given);
+  const Tensor bank = torch::stable::contiguous(bank_given);
+  const int64_t query_count = queries.size(0);
+  Tensor distances = torch::stable::new_empty(queries, {query_count, k});
+  Tensor indices = torch::stable::new_empty(queries, {query_count, k}, torch::headeronly::ScalarType::Long);
+  if (query_count == 0) return {distances, indices};
+
+  const Problem problem{queries.const_data_ptr<float>(), bank.const_data_ptr<float>(),   query_count,
+                        static_cast<int>(bank.size(0)),  static_cast<int>(bank.size(1)), static_cast<int>(k)};
+  const int64_t length = k + kSpareCandidates;
+  const auto run = length <= 8    ? launch<8>
+                   : length <= 16 ? launch<16>
+                   : length <= 32 ? launch<32>
+                                  : launch<68>;
+  run(problem, queries, device, current_stream(device), distances.mutable_data_ptr<float>(),
+      indices.mutable_data_ptr<int64_t>());
+  return {distances, indices};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydefect, CUDA, library) {
+  library.impl("knn", TORCH_BOX(&knn));
+}
+
+}  // namespace
+}  // namespace pydefect::cuda

@@ -1,0 +1,80 @@
+"""The native libraries: what they were built with, and that they load as they should."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import pytest
+import torch
+
+from pydefect.buildinfo import build_info
+from pydefect.ops import _library
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_build_info_is_complete():
+    info = build_info()
+    assert info.version == metadata.version("pydefect-vision")
+    assert info.torch_running == torch.__version__
+    assert info.torch_oldest == "2.11"
+    assert info.compiler
+    assert info.pybind11[0].isdigit()
+    assert info.cpu_levels_compiled[0] == "portable"
+    assert set(info.cpu_levels_usable) <= set(info.cpu_levels_compiled)
+    assert info.cpu_level_active in info.cpu_levels_usable
+    assert (info.nvcc is None) == (info.cuda_architectures == ())
+    assert next(iter(info.as_dict())) == "version"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these levels are x86-64's")
+def test_x86_levels_are_compiled():
+    assert build_info().cpu_levels_compiled == ("portable", "avx2", "avx512")
+
+
+def test_cuda_library_is_there_where_nvcc_was():
+    library = resources.files("pydefect") / "libpydefect_cuda.so"
+    assert library.is_file() == (build_info().nvcc is not None)
+
+
+def test_cuda_library_is_loaded_only_with_a_device():
+    assert build_info().cuda_kernels_loaded == (torch.cuda.is_available() and build_info().nvcc is not None)
+
+
+def test_missing_library_says_how_to_build(monkeypatch):
+    _library.load_cpu_library.cache_clear()
+    monkeypatch.setattr(_library, "_CPU_LIBRARY", "libmissing.so")
+    with pytest.raises(ImportError, match=r"libmissing\.so is missing.*pip install"):
+        _library.load_cpu_library()
+    _library.load_cpu_library.cache_clear()
+
+
+def test_missing_cuda_kernels_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(_library, "load_cuda_library", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA kernels for tensors on cuda:0"):
+        _library.require_kernels(torch.device("cuda", 0))
+    _library.require_kernels(torch.device("cpu"))
+
+
+def test_level_can_be_chosen():
+    done = run_python(
+        "from pydefect.buildinfo import build_info; print(build_info().cpu_level_active)",
+        PYDEFECT_CPU_LEVEL="portable",
+    )
+    assert done.stdout.strip() == "portable", done.stderr
+
+
+def test_unknown_level_is_an_error_that_lists_the_known():
+    done = run_python("from pydefect.buildinfo import build_info; build_info()", PYDEFECT_CPU_LEVEL="avx1024")
+    assert done.returncode != 0
+    assert "PYDEFECT_CPU_LEVEL is 'avx1024'; this build on this CPU allows: portable" in done.stderr
