@@ -100,7 +100,7 @@ class TestBack:
     ) -> None:
         preprocessing = Preprocessing.create(resize=resize, crop=crop)
         (scale_y, top, height), (scale_x, left, width) = geometry(preprocessing, original)
-        # The ramp 2 y + 3 x + 1 over original coordinates, as it looks at the centres of the network's pixels.
+        # The ramp 2 y + 3 x + 1 over original coordinates, seen at the centres of the network's pixels.
         y = (torch.arange(height, dtype=torch.float64) + 0.5 + top) / scale_y
         x = (torch.arange(width, dtype=torch.float64) + 0.5 + left) / scale_x
         back = preprocessing.to_original(2 * y[:, None] + 3 * x[None] + 1, original)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -287,7 +287,7 @@ def list_image_files(folder: Path) -> list[Path]:
     """
     files: list[Path] = []
     visited: set[str] = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(where)
         if real in visited:
             folders.clear()
@@ -296,6 +296,11 @@ def list_image_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files.extend(path for path in (Path(where, name) for name in names) if is_image_file(path))
     return natural_order(files)
+
+
+def _refuse_folder(error: OSError) -> None:
+    # os.walk would pass over the folder, and its images would be missing without a word.
+    raise InputError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
 
 
 def natural_order(paths: Iterable[Path]) -> list[Path]:
@@ -451,7 +456,7 @@ def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
         # Found here and not by libpng, which would write to stderr.
         raise InputError(f"{path}: the file is damaged: a PNG that is cut off before its end")
     try:
-        with _silent_opencv():
+        with _silent_opencv:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise InputError(f"{path}: cannot be decoded ({error.err or error})") from None
@@ -461,15 +466,31 @@ def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
     return np.asarray(pixels)
 
 
-@contextmanager
-def _silent_opencv() -> Iterator[None]:
-    """No log lines of OpenCV about a broken file: the InputError says all a user needs."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        yield
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+class _SilentOpenCV:
+    """No log lines of OpenCV about a broken file: the InputError says all a user needs.
+
+    The level is OpenCV's own, for all threads: the first reader lowers it, the last one puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._level = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._readers == 0:
+                self._level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+            self._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                cv2.utils.logging.setLogLevel(self._level)
+
+
+_silent_opencv = _SilentOpenCV()
 
 
 def _is_png(data: bytes) -> bool:

@@ -215,7 +215,8 @@ _Split = tuple[list[Sample], list[Sample], list[Sample]]
 def _detect(root: Path) -> str:
     if _visa_rows(root.resolve().parent, root.resolve().name):
         return "visa"
-    if (root / "train" / GOOD).is_dir() and (root / "test").is_dir():
+    # A flat test folder has no labels, which is the case of "folder".
+    if (root / "train" / GOOD).is_dir() and (root / "test").is_dir() and _subfolders(root / "test"):
         return "mvtec_loco" if _has_loco_parts(root) else "mvtec_ad"
     if (root / _MAGNETIC_TILE_GOOD / "Imgs").is_dir():
         return "magnetic_tile"

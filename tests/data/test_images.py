@@ -3,6 +3,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydefect.data.images import Image, open_images, read_image
+from pydefect.data.images import Image, list_image_files, open_images, read_image
 from pydefect.errors import InputError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -217,6 +218,13 @@ class TestBrokenFiles:
         assert [image.name for image in images] == ["image-00000", "image-00002"]
         assert images.skipped[0].name == "image-00001"
 
+    def test_many_threads_leave_the_log_level_of_opencv_as_it_was(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.png", RGB)
+        level = cv2.utils.logging.getLogLevel()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(read_image, [path] * 200))
+        assert cv2.utils.logging.getLogLevel() == level
+
 
 class TestFolders:
     def test_natural_order_endings_and_hidden_files(self, tmp_path: Path) -> None:
@@ -233,6 +241,10 @@ class TestFolders:
         write(tmp_path / "a" / "1.png", RGB)
         (tmp_path / "a" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
         assert [image.name for image in open_images(str(tmp_path))] == ["a/1.png"]
+
+    def test_a_folder_that_cannot_be_listed_is_no_empty_one(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"gone: the folder cannot be read"):
+            list_image_files(tmp_path / "gone")
 
     def test_files_are_opened_one_at_a_time(self, tmp_path: Path) -> None:
         for number in range(3):

@@ -180,8 +180,9 @@ class TestFolder:
         ]
         assert {sample.label for sample in dataset.train} == {0}
 
-    def test_train_and_flat_test(self, tmp_path: Path) -> None:
-        touch(tmp_path, "train/0.png", "test/0.png")
+    @pytest.mark.parametrize("train", ["train/0.png", "train/good/0.png"])
+    def test_train_and_flat_test(self, tmp_path: Path, train: str) -> None:
+        touch(tmp_path, train, "test/0.png")
         dataset = read_dataset(tmp_path)
         assert [sample.label for sample in dataset.train] == [0]
         assert [(sample.defect, sample.label) for sample in dataset.test] == [("unknown", None)]
