@@ -49,6 +49,8 @@ _ALLOWED_SOURCES = (
 _CHANNELS = (1, 3, 4)
 _FLOAT_SLACK = 1e-6  # rounding of a resize or a mean in float32 may leave 0..1 by this much
 
+_SILENT = 0  # a log level of OpenCV
+
 _natural_key = natsort_keygen(alg=ns.IGNORECASE)
 
 
@@ -452,9 +454,9 @@ def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
     flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
     if keep_alpha and (_is_png(data) or _is_webp(data) or (_is_tiff(data) and not _is_cmyk_tiff(data))):
         flags = cv2.IMREAD_UNCHANGED
-    if _is_png(data) and not any(kind == b"IEND" for kind, _ in _png_chunks(data)):
-        # Found here and not by libpng, which would write to stderr.
-        raise InputError(f"{path}: the file is damaged: a PNG that is cut off before its end")
+    if (_is_png(data) and not _png_ends(data)) or (_is_jpeg(data) and not _jpeg_ends(data)):
+        # The decoders would not do: libpng writes to stderr, and OpenCV 4.10 fills up a JPEG with grey.
+        raise InputError(f"{path}: the file is damaged: it is cut off before its end ({len(data)} bytes)")
     try:
         with _silent_opencv:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -464,6 +466,10 @@ def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
         reason = "the file is damaged or cut off" if _has_known_signature(data) else "the file is no image"
         raise InputError(f"{path}: {reason} ({len(data)} bytes, could not be decoded)")
     return np.asarray(pixels)
+
+
+# OpenCV 4.10 and older have it at the top.
+_set_opencv_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
 
 
 class _SilentOpenCV:
@@ -480,14 +486,14 @@ class _SilentOpenCV:
     def __enter__(self) -> None:
         with self._lock:
             if self._readers == 0:
-                self._level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+                self._level = _set_opencv_log_level(_SILENT)
             self._readers += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._readers -= 1
             if self._readers == 0:
-                cv2.utils.logging.setLogLevel(self._level)
+                _set_opencv_log_level(self._level)
 
 
 _silent_opencv = _SilentOpenCV()
@@ -495,6 +501,10 @@ _silent_opencv = _SilentOpenCV()
 
 def _is_png(data: bytes) -> bool:
     return data.startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
 
 
 def _is_webp(data: bytes) -> bool:
@@ -511,8 +521,8 @@ def _is_cmyk_tiff(data: bytes) -> bool:
 
 
 def _has_known_signature(data: bytes) -> bool:
-    signatures = (b"\xff\xd8", b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"II+\0", b"MM\0+")
-    return data.startswith(signatures) or _is_png(data) or _is_webp(data) or _is_tiff(data)
+    others = (b"BM", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"II+\0", b"MM\0+")
+    return data.startswith(others) or any(known(data) for known in (_is_png, _is_jpeg, _is_webp, _is_tiff))
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -525,6 +535,23 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             return
         yield data[start + 4 : start + 8], data[start + 8 : end - 4]
         start = end
+
+
+def _png_ends(data: bytes) -> bool:
+    return any(kind == b"IEND" for kind, _ in _png_chunks(data))
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the image itself has an end marker; a thumbnail in the EXIF data may have one too."""
+    start_of_scan, end_of_image = b"\xff\xda", b"\xff\xd9"
+    start = 2
+    while start + 4 <= len(data) and data[start : start + 2] != start_of_scan:
+        if data[start + 1] == 0xFF:  # padding
+            start += 1
+            continue
+        (length,) = struct.unpack_from(">H", data, start + 2)
+        start += 2 + length
+    return data.find(end_of_image, start) >= 0
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -172,6 +172,15 @@ class TestBrokenFiles:
             read_image(path)
         assert capfd.readouterr().err == ""
 
+    def test_the_end_of_a_thumbnail_is_not_the_end_of_a_jpeg(self, tmp_path: Path) -> None:
+        jpeg = cv2.imencode(".jpg", np.zeros((64, 64, 3), dtype=np.uint8))[1].tobytes()
+        whole = with_jpeg_exif(jpeg, exif(1) + jpeg)
+        (tmp_path / "a.jpg").write_bytes(whole)
+        assert read_image(tmp_path / "a.jpg").shape == (64, 64, 3)
+        (tmp_path / "a.jpg").write_bytes(whole[:-2])
+        with pytest.raises(InputError, match="cut off"):
+            read_image(tmp_path / "a.jpg")
+
     @pytest.mark.parametrize(
         ("content", "reason"),
         [(b"", r"empty \(0 bytes\)"), (b"no image at all", "no image"), (b"\xff\xd8\xff", "damaged")],
@@ -220,10 +229,11 @@ class TestBrokenFiles:
 
     def test_many_threads_leave_the_log_level_of_opencv_as_it_was(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.png", RGB)
-        level = cv2.utils.logging.getLogLevel()
+        get_level = getattr(cv2, "getLogLevel", None) or cv2.utils.logging.getLogLevel
+        level = get_level()
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(read_image, [path] * 200))
-        assert cv2.utils.logging.getLogLevel() == level
+        assert get_level() == level
 
 
 class TestFolders:
