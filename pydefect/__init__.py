@@ -1,1 +1,65 @@
-"""Industrial defect detection from defect-free images."""
+"""Find defects on industrial products after training on defect-free images only.
+
+>>> import pydefect
+>>> detector = pydefect.fit("bottle/train/good", backbone="resnet18", weights="imagenet", seed=0)  # doctest: +SKIP
+>>> result = pydefect.score(detector, "bottle/test")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pydefect.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from pydefect.api import calibrate, evaluate, fit, load, score
+    from pydefect.calibration import Calibration
+    from pydefect.detector import Detector
+    from pydefect.errors import InputError, ModelFileError, PydefectError, WeightsNotFoundError
+    from pydefect.evaluation import Evaluation
+    from pydefect.scoring import Result
+
+# Loaded on first use: `pydefect --help` must not wait for torch.
+_ROOMS = {
+    "Calibration": "pydefect.calibration",
+    "Detector": "pydefect.detector",
+    "Evaluation": "pydefect.evaluation",
+    "InputError": "pydefect.errors",
+    "ModelFileError": "pydefect.errors",
+    "PydefectError": "pydefect.errors",
+    "Result": "pydefect.scoring",
+    "WeightsNotFoundError": "pydefect.errors",
+    "calibrate": "pydefect.api",
+    "evaluate": "pydefect.api",
+    "fit": "pydefect.api",
+    "load": "pydefect.api",
+    "score": "pydefect.api",
+}
+
+__all__ = [
+    "Calibration",
+    "Detector",
+    "Evaluation",
+    "InputError",
+    "ModelFileError",
+    "PydefectError",
+    "Result",
+    "WeightsNotFoundError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "fit",
+    "load",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
+    raise AttributeError(f"module 'pydefect' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,8 +1,24 @@
 """PyTorch operators with native kernels.
 
-Every operator has a pure-PyTorch twin of the same name and signature in :mod:`pydefect.ops.reference`.
+Every operator has a pure-PyTorch twin of the same name and signature in :mod:`pydefect.ops.reference`. Operators without a
+native kernel yet are the twin itself or a faster composition of PyTorch's own operators.
 """
 
+from pydefect.ops.hypersphere import hypersphere
+from pydefect.ops.kcenter_greedy import kcenter_from_distances, kcenter_greedy
 from pydefect.ops.knn import knn
+from pydefect.ops.project_levels import project_levels
+from pydefect.ops.reference.assign_unique import assign_unique
+from pydefect.ops.reference.relaxed_contrastive import relaxed_contrastive
+from pydefect.ops.score_maps import score_maps
 
-__all__ = ["knn"]
+__all__ = [
+    "assign_unique",
+    "hypersphere",
+    "kcenter_from_distances",
+    "kcenter_greedy",
+    "knn",
+    "project_levels",
+    "relaxed_contrastive",
+    "score_maps",
+]

@@ -1,5 +1,20 @@
 """Pure-PyTorch twins of the operators: slow, obvious, and what tests and benchmarks compare with."""
 
+from pydefect.ops.reference.assign_unique import assign_unique
+from pydefect.ops.reference.hypersphere import hypersphere
+from pydefect.ops.reference.kcenter_greedy import kcenter_from_distances, kcenter_greedy
 from pydefect.ops.reference.knn import knn
+from pydefect.ops.reference.project_levels import project_levels
+from pydefect.ops.reference.relaxed_contrastive import relaxed_contrastive
+from pydefect.ops.reference.score_maps import score_maps
 
-__all__ = ["knn"]
+__all__ = [
+    "assign_unique",
+    "hypersphere",
+    "kcenter_from_distances",
+    "kcenter_greedy",
+    "knn",
+    "project_levels",
+    "relaxed_contrastive",
+    "score_maps",
+]

@@ -1,0 +1,268 @@
+"""The public face: fit, score, evaluate, calibrate, load."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+
+from pydefect import evaluation
+from pydefect.calibration import Calibration
+from pydefect.conpatch import ConPatchConfig, ConPatchDetector
+from pydefect.data.layouts import Dataset, read_dataset, training_images
+from pydefect.detector import Detector, OnError, resolve_device
+from pydefect.errors import InputError, ModelFileError
+from pydefect.evaluation import Evaluation
+from pydefect.persistence import load_tensors
+from pydefect.scoring import Result
+
+__all__ = ["calibrate", "evaluate", "fit", "load", "score"]
+
+Method = Literal["conpatch"]
+_DETECTORS: dict[str, type[ConPatchDetector]] = {"conpatch": ConPatchDetector}
+
+
+def fit(
+    images: Any,
+    *,
+    method: Method = "conpatch",
+    preset: str = "default",
+    backbone: str = "resnet18",
+    weights: str | os.PathLike[str] = "imagenet",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    on_error: OnError = "raise",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Detector:
+    """Fit a detector on images of good products.
+
+    Parameters
+    ----------
+    images
+        A folder of good images (recursive; of a data set's category folder the training part), a file, a list of paths, a
+        uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes, torch tensors, or any iterable of
+        these; see ``docs/data.md``.
+    method
+        ``"conpatch"``.
+    preset
+        ``"default"``: the settings that ``docs/study.md`` found; ``"paper"``: the printed method to the letter.
+    backbone
+        ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``.
+    weights
+        ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``, ``.safetensors`` or ``.npz`` file
+        with torchvision's names, or ``"random"``.
+    seed
+        Same images, settings, seed, machine and number of threads: same detector.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``.
+    on_error
+        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in the detector's ``training``.
+    checkpoint
+        A folder: interrupted training goes on from there when called again, with identical results.
+    progress
+        Show progress bars on standard error.
+    settings
+        Fields of :class:`pydefect.conpatch.ConPatchConfig`.
+
+    Returns
+    -------
+    Detector
+        With thresholds from held-out normal images, unless ``calibration_folds=0`` or there is but one image.
+
+    Raises
+    ------
+    InputError
+        An argument or a setting is not allowed, or an image cannot be read; the message names it.
+    WeightsNotFoundError
+        The weights are not there and cannot be downloaded.
+
+    References
+    ----------
+    Luo et al., Contrastive representation learning for industrial defect detection, Computer Science 52(1), 2025, 210-220.
+
+    Examples
+    --------
+    >>> import pydefect
+    >>> from pydefect.data.procedural import render_product
+    >>> import numpy as np
+    >>> good = [render_product(np.random.default_rng(i), (64, 64))[0] for i in range(4)]
+    >>> detector = pydefect.fit(good, weights="random", resize=64, crop=None, epochs=0, progress=False)
+    >>> result = pydefect.score(detector, good, progress=False)
+    >>> result.image_scores.shape, result.anomaly_maps[0].shape
+    ((4,), (64, 64))
+    """
+    if method not in _DETECTORS:
+        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(_DETECTORS)}")
+    if on_error not in ("raise", "skip"):
+        raise InputError(f"on_error: {on_error!r} given; allowed are 'raise', 'skip'")
+    config = ConPatchConfig.from_preset(preset, backbone=backbone, **settings)
+    source = training_images(images) if isinstance(images, str | os.PathLike) else images
+    return _DETECTORS[method].fit(
+        source,
+        config,
+        weights=os.fspath(weights),
+        seed=seed,
+        device=resolve_device(device),
+        on_error=on_error,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+
+
+def _detector(detector: Detector | str | os.PathLike[str]) -> Detector:
+    return detector if isinstance(detector, Detector) else load(detector)
+
+
+def _dataset(dataset: Dataset | str | os.PathLike[str]) -> Dataset:
+    return dataset if isinstance(dataset, Dataset) else read_dataset(dataset)
+
+
+def score(
+    detector: Detector | str | os.PathLike[str],
+    images: Any,
+    *,
+    batch_size: int = 8,
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> Result:
+    """Score images.
+
+    Parameters
+    ----------
+    detector
+        A fitted detector, or the path of a saved one.
+    images
+        Whatever :func:`fit` takes; of a folder all images, recursively.
+    batch_size
+        Images at a time.
+    on_error
+        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in ``Result.skipped``.
+    progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Result
+        Image scores, anomaly maps at the images' own sizes, and with a calibration decisions and masks.
+
+    Raises
+    ------
+    InputError
+        An argument is not allowed, or an image cannot be read.
+    ModelFileError
+        ``detector`` is a path and no model file.
+    """
+    return _detector(detector).score(images, batch_size=batch_size, on_error=on_error, progress=progress)
+
+
+def evaluate(
+    detector: Detector | str | os.PathLike[str],
+    dataset: Dataset | str | os.PathLike[str],
+    *,
+    batch_size: int = 8,
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a detector on a data set's labelled test images.
+
+    Parameters
+    ----------
+    detector
+        A fitted detector, or the path of a saved one.
+    dataset
+        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it.
+    batch_size, on_error, progress
+        See :func:`score`.
+
+    Returns
+    -------
+    Evaluation
+        AUROC, average precision and F1-max of images and of pixels (at the images' own sizes, inside what a crop left of them),
+        the AUROC of every kind of defect, time and memory.
+
+    Raises
+    ------
+    InputError
+        The folder is no data set, or has no labelled test images of both kinds.
+    """
+    return evaluation.evaluate(
+        _detector(detector), _dataset(dataset), batch_size=batch_size, on_error=on_error, progress=progress
+    )
+
+
+def calibrate(
+    detector: Detector,
+    dataset: Dataset | str | os.PathLike[str],
+    *,
+    batch_size: int = 8,
+    on_error: OnError = "raise",
+    progress: bool = True,
+) -> Calibration:
+    """Set the thresholds that maximise F1 over labelled images, image and pixel level apart, equations (10) and (11).
+
+    Metrics at these thresholds are then no longer those of unseen images.
+
+    Parameters
+    ----------
+    detector
+        Its calibration is replaced.
+    dataset
+        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it; its test images are used.
+    batch_size, on_error, progress
+        See :func:`score`.
+
+    Returns
+    -------
+    Calibration
+        Also set on the detector.
+
+    Raises
+    ------
+    InputError
+        No labelled images of both kinds, or no masks.
+    """
+    return evaluation.calibrate(
+        detector, _dataset(dataset), batch_size=batch_size, on_error=on_error, progress=progress
+    )
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    weights: str | os.PathLike[str] | None = None,
+) -> Detector:
+    """Load a saved detector.
+
+    Parameters
+    ----------
+    path
+        What ``detector.save`` wrote.
+    device
+        See :func:`fit`.
+    weights
+        Needed only when the file was saved without its backbone; see :func:`fit`.
+
+    Returns
+    -------
+    Detector
+        Scores as the saved one did.
+
+    Raises
+    ------
+    ModelFileError
+        No such file, damaged, of a newer format, or the weights are not those of the fit.
+    """
+    chosen = resolve_device(device)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != 1 or metadata.get("method") not in _DETECTORS:
+        raise ModelFileError(
+            f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method {metadata.get('method')!r}; "
+            "this version of pydefect reads format 1 of conpatch"
+        )
+    return _DETECTORS[metadata["method"]].from_file(
+        tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
+    )

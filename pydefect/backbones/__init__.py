@@ -1,0 +1,13 @@
+"""Frozen feature extractors and where their weights come from."""
+
+from pydefect.backbones.resnet import ARCHITECTURES, ResNet, build_backbone
+from pydefect.backbones.weights import IMAGENET_WEIGHTS, load_state_dict, weights_fingerprint
+
+__all__ = [
+    "ARCHITECTURES",
+    "IMAGENET_WEIGHTS",
+    "ResNet",
+    "build_backbone",
+    "load_state_dict",
+    "weights_fingerprint",
+]

@@ -1,0 +1,276 @@
+"""The compressed memory bank: M centres, built as a stream whatever the number of images (section 3.2, algorithm 1).
+
+Every builder begins with the first image and goes on one image at a time; size, memory and cost an image do not depend on how
+many images there are, and a fitted bank can go on with new ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from pydefect.errors import InputError
+from pydefect.ops import assign_unique, kcenter_from_distances, knn
+
+__all__ = [
+    "BANKS",
+    "BankBuilder",
+    "EmaBank",
+    "KCenterBank",
+    "KMeansBank",
+    "MemoryBank",
+    "PositionMeanBank",
+    "bank_size",
+    "build_bank",
+]
+
+BankBuilder = Literal["ema", "position_mean", "kmeans", "kcenter"]
+
+
+class MemoryBank(ABC):
+    """Centres of the normal patches.
+
+    Attributes
+    ----------
+    centres
+        [M, D] float32.
+    """
+
+    centres: Tensor
+
+    @abstractmethod
+    def update(self, patches: Tensor) -> None:
+        """Go on with one more normal image, [T, D] float32."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return what a model file needs so that the bank can go on later; ``centres`` among it."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, momentum: float) -> MemoryBank:
+        """Read what :meth:`state` returned."""
+
+
+def _kmeans_centres(patches: Tensor, size: int, seed: int) -> Tensor:
+    means = KMeans(size, n_init=1, max_iter=20, random_state=seed).fit(patches.cpu().numpy())
+    return torch.from_numpy(means.cluster_centers_).to(patches)
+
+
+class EmaBank(MemoryBank):
+    """Exponential moving average of each centre's own patch: algorithm 1 as printed."""
+
+    def __init__(self, centres: Tensor, momentum: float) -> None:
+        self.centres = centres
+        self.momentum = momentum
+
+    @classmethod
+    def start(cls, patches: Tensor, size: int, momentum: float, seed: int) -> EmaBank:
+        """Begin with the k-means centres of the first image (line 1)."""
+        return cls(_kmeans_centres(patches, size, seed), momentum)
+
+    def update(self, patches: Tensor) -> None:
+        """C <- (1 - beta) C + beta C^NN (lines 3 to 8)."""
+        self.centres = torch.lerp(self.centres, patches[assign_unique(self.centres, patches)], self.momentum)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``centres``."""
+        return {"centres": self.centres}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, momentum: float) -> EmaBank:
+        """Read what :meth:`state` returned."""
+        return cls(state["centres"], momentum)
+
+
+class PositionMeanBank(MemoryBank):
+    """Running mean of the patches at every position of the grid, as CFA's published code begins its bank."""
+
+    def __init__(self, centres: Tensor, images: Tensor) -> None:
+        self.centres = centres
+        self.images = images
+
+    @classmethod
+    def start(cls, patches: Tensor, size: int) -> PositionMeanBank:
+        """Begin with the first image's patches."""
+        if size != len(patches):
+            raise InputError(
+                f"gamma: {len(patches) / size:g} given; bank='position_mean' has one centre a patch, so only 1 is allowed"
+            )
+        return cls(patches.clone(), torch.ones((), device=patches.device))
+
+    def update(self, patches: Tensor) -> None:
+        """Move every centre to the mean of what its position has shown."""
+        if patches.shape != self.centres.shape:
+            raise InputError(
+                f"images: {len(patches)} patches; bank='position_mean' has one centre for each of {len(self.centres)}"
+            )
+        self.images = self.images + 1
+        self.centres = torch.lerp(self.centres, patches, 1 / self.images)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``centres`` and the number of ``images``."""
+        return {"centres": self.centres, "images": self.images}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, momentum: float) -> PositionMeanBank:
+        """Read what :meth:`state` returned."""
+        return cls(state["centres"], state["images"])
+
+
+class KMeansBank(MemoryBank):
+    """Mini-batch k-means with an image as the batch.
+
+    References
+    ----------
+    Sculley, Web-scale k-means clustering, WWW 2010.
+    """
+
+    def __init__(self, centres: Tensor, counts: Tensor) -> None:
+        self.centres = centres
+        self.counts = counts
+
+    @classmethod
+    def start(cls, patches: Tensor, size: int, seed: int) -> KMeansBank:
+        """Begin with the k-means centres of the first image."""
+        centres = _kmeans_centres(patches, size, seed)
+        return cls(centres, torch.ones(size, device=patches.device))
+
+    def update(self, patches: Tensor) -> None:
+        """Move every patch's nearest centre to the mean of what that centre has received."""
+        nearest = knn(patches, self.centres, 1)[1][:, 0]
+        received = torch.zeros_like(self.counts).index_add_(0, nearest, torch.ones_like(patches[:, 0]))
+        sums = torch.zeros_like(self.centres).index_add_(0, nearest, patches)
+        self.counts = self.counts + received
+        self.centres = self.centres + (sums - received.unsqueeze(1) * self.centres) / self.counts.unsqueeze(1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``centres`` and the ``counts`` of patches that they have received."""
+        return {"centres": self.centres, "counts": self.counts}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, momentum: float) -> KMeansBank:
+        """Read what :meth:`state` returned."""
+        return cls(state["centres"], state["counts"])
+
+
+class KCenterBank(MemoryBank):
+    """Greedy k-centre over a stream: the bank and the patches that it does not cover are reduced to M again.
+
+    A patch nearer to a centre than the bank's covering radius adds nothing and is dropped at once, so that from the second
+    dozen of images on only a few patches an image are looked at twice. Rare normal patches stay, where averages lose them.
+
+    References
+    ----------
+    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Charikar et al., Incremental clustering and dynamic
+    information retrieval, STOC 1997 (dropping what the current radius covers).
+    """
+
+    def __init__(self, centres: Tensor, squared_radius: Tensor) -> None:
+        self.centres = centres
+        self.squared_radius = squared_radius
+        # Squared distances between the centres, [M, M]: kept from image to image, computed again after loading.
+        self._table = _squared_distances(centres, centres)
+
+    @classmethod
+    def start(cls, patches: Tensor, size: int) -> KCenterBank:
+        """Begin with the k-centres of the first image."""
+        bank = cls(patches[:1], torch.full((), -1.0, device=patches.device))
+        bank._reduce(patches[1:], size)
+        return bank
+
+    def update(self, patches: Tensor) -> None:
+        """Reduce the centres and the uncovered patches to M again."""
+        self._reduce(patches, len(self.centres))
+
+    def _reduce(self, patches: Tensor, size: int) -> None:
+        distances = _squared_distances(patches, self.centres)
+        uncovered = distances.amin(1) > self.squared_radius
+        if not bool(uncovered.any()):
+            return
+        new, cross = patches[uncovered], distances[uncovered]
+        table = torch.cat([torch.cat([self._table, cross.T], 1), torch.cat([cross, _squared_distances(new, new)], 1)])
+        chosen, squared_radius = kcenter_from_distances(table, size)
+        self.centres = torch.cat([self.centres, new])[chosen]
+        self._table = table[chosen][:, chosen]
+        self.squared_radius = torch.full_like(self.squared_radius, squared_radius)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return ``centres`` (in the order of choice) and ``squared_radius``."""
+        return {"centres": self.centres, "squared_radius": self.squared_radius}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], *, momentum: float) -> KCenterBank:
+        """Read what :meth:`state` returned."""
+        return cls(state["centres"], state["squared_radius"])
+
+
+def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    return (
+        torch.addmm(columns.square().sum(1), rows, columns.T, alpha=-2)
+        .add_(rows.square().sum(1, keepdim=True))
+        .clamp_min_(0)
+    )
+
+
+BANKS: dict[str, type[MemoryBank]] = {
+    "ema": EmaBank,
+    "position_mean": PositionMeanBank,
+    "kmeans": KMeansBank,
+    "kcenter": KCenterBank,
+}
+
+
+def bank_size(patches: int, gamma: float) -> int:
+    """M of an image of T patches: T / gamma, rounded, at least 1."""
+    return max(1, round(patches / gamma))
+
+
+def build_bank(
+    images: Iterable[Tensor], builder: BankBuilder, *, gamma: float = 4.0, momentum: float = 0.1, seed: int = 0
+) -> MemoryBank:
+    """Build a bank over a stream of images.
+
+    Parameters
+    ----------
+    images
+        [T, D] float32 representations, one image at a time, in order; at least one.
+    builder
+        ``"ema"``, ``"position_mean"``, ``"kmeans"`` or ``"kcenter"``.
+    gamma
+        Patches of an image for one centre.
+    momentum
+        beta of algorithm 1, for ``"ema"``.
+    seed
+        Of the k-means over the first image.
+
+    Returns
+    -------
+    MemoryBank
+        M = T / gamma centres.
+
+    Raises
+    ------
+    InputError
+        ``gamma`` does not fit the builder.
+    """
+    stream = iter(images)
+    first = next(stream)
+    size = bank_size(len(first), gamma)
+    bank: MemoryBank
+    if builder == "ema":
+        bank = EmaBank.start(first, size, momentum, seed)
+    elif builder == "position_mean":
+        bank = PositionMeanBank.start(first, size)
+    elif builder == "kmeans":
+        bank = KMeansBank.start(first, size, seed)
+    else:
+        bank = KCenterBank.start(first, size)
+    for patches in stream:
+        bank.update(patches)
+    return bank

@@ -1,0 +1,232 @@
+"""What every fitted detector can do, whatever its method."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pydefect.calibration import Calibration, held_out_calibration
+from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
+from pydefect.errors import InputError
+from pydefect.preprocessing import Preprocessing
+from pydefect.progress import ProgressBars
+from pydefect.scoring import Result, ScoredImage
+
+__all__ = ["Detector", "OnError", "batches", "resolve_device"]
+
+OnError = Literal["raise", "skip"]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return a usable device; ``"auto"`` is CUDA where it is there, else the CPU.
+
+    Raises
+    ------
+    InputError
+        The device is unknown or not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {device!r} given, but {torch.cuda.device_count()} CUDA devices are there")
+    return chosen
+
+
+def batches(
+    images: ImageCollection, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[list[Image], Tensor]]:
+    """Group consecutive images of one network size.
+
+    Yields
+    ------
+    images, tensors
+        At most ``batch_size`` images, and [B, 3, h, w] float32 of them.
+    """
+    pending: list[Image] = []
+    tensors: list[Tensor] = []
+    for image in images:
+        tensor = preprocessing(image.pixels)
+        if tensors and (len(tensors) == batch_size or tensor.shape != tensors[0].shape):
+            yield pending, torch.stack(tensors)
+            pending, tensors = [], []
+        pending.append(image)
+        tensors.append(tensor)
+    if tensors:
+        yield pending, torch.stack(tensors)
+
+
+def known_length(images: ImageCollection) -> int | None:
+    """Number of images, or None for a stream whose end nobody knows."""
+    try:
+        return len(images)
+    except TypeError:
+        return None
+
+
+class Detector(ABC):
+    """A fitted detector.
+
+    Attributes
+    ----------
+    preprocessing
+        From pixels to network input and back.
+    calibration
+        Thresholds; None: the detector scores but does not decide.
+    device
+        Where it computes.
+    """
+
+    method: ClassVar[str]
+    preprocessing: Preprocessing
+    calibration: Calibration | None
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def configuration(self) -> dict[str, Any]:
+        """Settings, method and seed as JSON values."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score a batch of network inputs.
+
+        Parameters
+        ----------
+        images
+            [B, 3, h, w] float32, normalised.
+
+        Returns
+        -------
+        image_scores
+            [B] float32, >= 0.
+        anomaly_maps
+            [B, h, w] float32, >= 0.
+        """
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
+        """Write the model file, atomically.
+
+        Parameters
+        ----------
+        path
+            One safetensors file with JSON metadata.
+        include_backbone
+            True: self-contained. False: the file says which backbone weights it needs, and :func:`pydefect.load` takes them.
+        """
+
+    def stream(
+        self,
+        images: Any,
+        *,
+        batch_size: int = 8,
+        on_error: OnError = "raise",
+        progress: bool = False,
+        skipped: list[SkippedImage] | None = None,
+    ) -> Iterator[ScoredImage]:
+        """Score images one batch at a time: nothing is held but the current batch.
+
+        Parameters
+        ----------
+        images
+            Whatever :func:`pydefect.data.images.open_images` takes.
+        batch_size
+            Images at a time.
+        on_error
+            ``"raise"``: an unreadable file ends the work; ``"skip"``: it is left out.
+        progress
+            Show a progress bar.
+        skipped
+            Filled with the files left out.
+
+        Yields
+        ------
+        ScoredImage
+            In the order of the images.
+
+        Raises
+        ------
+        InputError
+            ``images`` or ``batch_size`` is not allowed, or a file cannot be read.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size: {batch_size} given; allowed are 1 and more")
+        collection = open_images(images, on_error=on_error)
+        bars = ProgressBars(progress)
+        total, done = known_length(collection), 0
+        try:
+            for group, tensors in batches(collection, self.preprocessing, batch_size):
+                scores, maps = self.predict(tensors.to(self.device))
+                for image, score, one_map in zip(group, scores.tolist(), maps.cpu(), strict=True):
+                    size = (image.pixels.shape[0], image.pixels.shape[1])
+                    done += 1
+                    bars("scoring", done, total)
+                    yield ScoredImage(
+                        name=image.name,
+                        path=image.path,
+                        image_score=score,
+                        anomaly_map=self.preprocessing.to_original(one_map, size).numpy(),
+                        scored_box=self.preprocessing.scored_box(size),
+                    )
+        finally:
+            bars.close()
+            if skipped is not None:
+                skipped.extend(collection.skipped)
+
+    def score(
+        self, images: Any, *, batch_size: int = 8, on_error: OnError = "raise", progress: bool = False
+    ) -> Result:
+        """Score images and hold all their maps; see :meth:`stream` for the parameters.
+
+        Returns
+        -------
+        Result
+            Scores, maps and, with a calibration, decisions.
+        """
+        skipped: list[SkippedImage] = []
+        stream = self.stream(images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped)
+        result = Result.collect(stream)
+        if self.calibration is not None:
+            result = replace(
+                result,
+                image_threshold=self.calibration.image_threshold,
+                pixel_threshold=self.calibration.pixel_threshold,
+            )
+        return replace(result, skipped=skipped)
+
+    def set_false_alarm_rate(self, false_alarm_rate: float) -> Calibration:
+        """Choose another false-alarm rate from the held-out scores that the detector keeps.
+
+        Parameters
+        ----------
+        false_alarm_rate
+            0..1.
+
+        Returns
+        -------
+        Calibration
+            Also set on the detector.
+
+        Raises
+        ------
+        InputError
+            No held-out scores are there, or the rate is not allowed.
+        """
+        if self.calibration is None or self.calibration.source != "held_out":
+            raise InputError("false_alarm_rate: the detector keeps no scores of held-out normal images to choose it from")
+        self.calibration = held_out_calibration(
+            self.calibration.image_scores, self.calibration.map_maxima, false_alarm_rate
+        )
+        return self.calibration

@@ -1,0 +1,24 @@
+"""The exceptions that a user of pydefect meets."""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "ModelFileError", "PydefectError", "WeightsNotFoundError"]
+
+
+class PydefectError(Exception):
+    """Base of every error that pydefect raises on purpose.
+
+    The command line prints it as one line and exits with 1, or with 2 for an :class:`InputError`.
+    """
+
+
+class InputError(PydefectError, ValueError):
+    """A wrong argument or an unusable input file: the message names it, what was given and what is allowed."""
+
+
+class ModelFileError(InputError):
+    """A file that is no model of pydefect, is damaged, or needs a newer version of pydefect."""
+
+
+class WeightsNotFoundError(InputError, FileNotFoundError):
+    """Backbone weights that are neither cached nor downloadable: the message says which file belongs where."""

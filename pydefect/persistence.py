@@ -1,0 +1,135 @@
+"""Model files and checkpoints: tensors in safetensors, everything else as JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from pydefect.errors import InputError, ModelFileError
+
+__all__ = ["Checkpoint", "load_tensors", "save_tensors", "write_atomically"]
+
+_METADATA_KEY = "pydefect"
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that readers see the old content or the new one, never a part.
+
+    Parameters
+    ----------
+    path
+        Its folder is made when missing.
+    content
+        The whole file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files for the owner only; a model is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata into one safetensors file, atomically.
+
+    Parameters
+    ----------
+    path
+        The file.
+    tensors
+        Any device; tensors that share memory are written apart.
+    metadata
+        JSON values, under the key ``pydefect`` of the file's own metadata.
+    """
+    plain = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, serialise(plain, metadata={_METADATA_KEY: json.dumps(metadata, allow_nan=False)}))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Returns
+    -------
+    tensors, metadata
+        CPU tensors; JSON values.
+
+    Raises
+    ------
+    ModelFileError
+        No such file, damaged, or not written by pydefect.
+    """
+    if not Path(path).is_file():
+        raise ModelFileError(f"model: no file {os.fspath(path)!r}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if _METADATA_KEY not in header:
+                raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header[_METADATA_KEY])  # noqa: SIM118 - no mapping
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ModelFileError(f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+
+
+class Checkpoint:
+    """A folder in which a training run keeps its state, stage by stage.
+
+    Parameters
+    ----------
+    folder
+        Made when missing.
+    run
+        JSON values that say what is trained on what: a folder can only be resumed by the same run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"checkpoint: {str(self.folder)!r} is a file; a folder is needed")
+        self._run = dict(run)
+        self._key = hashlib.sha256(json.dumps(self._run, sort_keys=True).encode()).hexdigest()
+
+    def save(self, stage: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace a stage's state."""
+        metadata = {"key": self._key, "run": self._run, "state": dict(state)}
+        save_tensors(self.folder / f"{stage}.safetensors", tensors, metadata)
+
+    def load(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return a stage's state, or None where the stage has not begun.
+
+        Raises
+        ------
+        InputError
+            The folder belongs to another run; the message names what differs.
+        """
+        path = self.folder / f"{stage}.safetensors"
+        if not path.exists():
+            return None
+        tensors, metadata = load_tensors(path)
+        if metadata.get("key") != self._key:
+            theirs = metadata.get("run", {})
+            differing = sorted(name for name in {*self._run, *theirs} if self._run.get(name) != theirs.get(name))
+            raise InputError(
+                f"checkpoint: {str(self.folder)!r} holds another run (it differs in {', '.join(differing)}); "
+                "repeat that run's settings to resume it, or name another folder"
+            )
+        return tensors, metadata["state"]
