@@ -51,10 +51,7 @@ def main() -> int:
     required = ["libpydefect_cpu.so"] + ["libpydefect_cuda.so"] * arguments.require_cuda
     failed = False
     for name in sorted({*required, *libraries}):
-        if name not in libraries:
-            found = ["missing"]
-        else:
-            found = complaints_about(libraries[name])
+        found = ["missing"] if name not in libraries else complaints_about(libraries[name])
         failed |= bool(found)
         for complaint in found:
             print(f"{name}: {complaint}", file=sys.stderr)

@@ -13,9 +13,11 @@ from pydefect.buildinfo import build_info
 from pydefect.ops import _library
 
 
-def run_python(code, **environment):
+def run_python(code, folder, **environment):
+    # Not in the source folder, which Python would put in front of the installed package.
     return subprocess.run(
         [sys.executable, "-c", code],
+        cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -66,15 +68,18 @@ def test_missing_cuda_kernels_say_what_to_do(monkeypatch):
     _library.require_kernels(torch.device("cpu"))
 
 
-def test_level_can_be_chosen():
+def test_level_can_be_chosen(tmp_path):
     done = run_python(
         "from pydefect.buildinfo import build_info; print(build_info().cpu_level_active)",
+        tmp_path,
         PYDEFECT_CPU_LEVEL="portable",
     )
     assert done.stdout.strip() == "portable", done.stderr
 
 
-def test_unknown_level_is_an_error_that_lists_the_known():
-    done = run_python("from pydefect.buildinfo import build_info; build_info()", PYDEFECT_CPU_LEVEL="avx1024")
+def test_unknown_level_is_an_error_that_lists_the_known(tmp_path):
+    done = run_python(
+        "from pydefect.buildinfo import build_info; build_info()", tmp_path, PYDEFECT_CPU_LEVEL="avx1024"
+    )
     assert done.returncode != 0
     assert "PYDEFECT_CPU_LEVEL is 'avx1024'; this build on this CPU allows: portable" in done.stderr

@@ -213,7 +213,9 @@ for n, m, d in {shapes}:
     results.append(knn(torch.randn(n, d), torch.randn(m, d), 5))
 torch.save(results, {str(file)!r})
 """
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYDEFECT_CPU_LEVEL": level}, check=True)
+    # Not in the source folder, which Python would put in front of the installed package.
+    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     for (n, m, d), result in zip(shapes, torch.load(file), strict=True):
         torch.manual_seed(n + m + d)
         assert_same(result, expected_by_measuring(torch.randn(n, d), torch.randn(m, d), 5))
