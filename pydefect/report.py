@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +23,7 @@ from pydefect.data.images import SkippedImage, open_images, read_image
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
 from pydefect.scoring import Result
+from pydefect.version import VERSION
 from pydefect.visualization import (
     Box,
     comparison_sheet,
@@ -34,7 +34,7 @@ from pydefect.visualization import (
     to_rgb8,
 )
 
-__all__ = ["ReportWriter", "write_report"]
+__all__ = ["ReportWriter", "write_picture", "write_report"]
 
 _COLUMNS = (
     "name",
@@ -139,6 +139,19 @@ def write_report(
     return writer.out
 
 
+def write_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> None:
+    """Write an RGB or grey picture as PNG, whole or not at all; its folder is made where it is missing.
+
+    Parameters
+    ----------
+    path
+        The file.
+    picture
+        [H, W, 3] RGB or [H, W], uint8.
+    """
+    write_atomically(path, _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1]))
+
+
 class ReportWriter:
     """Writes the folder of :func:`write_report` from results that come in parts, none of which is kept.
 
@@ -153,6 +166,13 @@ class ReportWriter:
         (low, high) of the heat maps' colours; None for :func:`~pydefect.visualization.shared_scale`. Without
         a pixel threshold that scale is known only after the last image: images and maps then wait in a
         temporary folder inside `out`, and the pictures are drawn at the end.
+
+    Attributes
+    ----------
+    out : pathlib.Path
+        The folder.
+    rows : list of dict
+        What ``scores.json`` says about each image so far.
 
     Raises
     ------
@@ -181,12 +201,12 @@ class ReportWriter:
             raise InputError(f"out: {self.out} is a file; a folder is needed")
         if sheet_images < 0:
             raise InputError(f"sheet_images: {sheet_images!r} given; allowed are 0 and more")
+        self.rows: list[dict[str, Any]] = []
         self._pictures = pictures
         self._maps = maps
         self._sheet = _HighestScores(sheet_images if pictures else 0)
         self._scale = scale
         self._configuration = configuration
-        self._rows: list[dict[str, Any]] = []
         self._skipped: list[SkippedImage] = []
         self._thresholds: tuple[float | None, float | None] | None = None
         self._picture_names = _PictureNames()
@@ -238,7 +258,7 @@ class ReportWriter:
             raise InputError(f"ground_truth has {len(ground_truth)} entries for {len(result)} images")
         if self._scale is None and result.pixel_threshold is not None and result.pixel_threshold > 0:
             self._scale = shared_scale([], pixel_threshold=result.pixel_threshold)
-        self._skipped += result.skipped
+        self.add_skipped(result.skipped)
 
         defective = result.is_defective
         every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
@@ -259,7 +279,7 @@ class ReportWriter:
                 "peak_column": int(peak_column),
                 "picture": picture_name if self._pictures else None,
             }
-            self._rows.append(row)
+            self.rows.append(row)
             if self._maps:
                 self._write_map(picture_name, anomaly_map)
             if pixels is None:
@@ -273,16 +293,21 @@ class ReportWriter:
             else:
                 self._draw(shown, self._scale)
 
+    def add_skipped(self, skipped: Iterable[SkippedImage]) -> None:
+        """List files that could not be read, beyond those of the results."""
+        self._skipped += skipped
+
     def _draw(self, shown: _Shown, scale: tuple[float, float]) -> None:
         name = str(shown.row["picture"])
-        self._write_png(
-            "overlays", name, overlay(shown.picture, shown.anomaly_map, *scale, scored_box=shown.scored_box)
+        write_picture(
+            self.out / "overlays" / name,
+            overlay(shown.picture, shown.anomaly_map, *scale, scored_box=shown.scored_box),
         )
         mask = self._mask(shown)
         if mask is not None:
             marked = draw_contours(fade_unscored(shown.picture, shown.scored_box), mask)
-            self._write_png("contours", name, marked)
-            self._write_png("masks", name, mask.astype(np.uint8) * np.uint8(255))
+            write_picture(self.out / "contours" / name, marked)
+            write_picture(self.out / "masks" / name, mask.astype(np.uint8) * np.uint8(255))
 
     def _mask(self, shown: _Shown) -> NDArray[np.bool_] | None:
         threshold = None if self._thresholds is None else self._thresholds[1]
@@ -295,7 +320,7 @@ class ReportWriter:
         scored = shown.anomaly_map[top:bottom, left:right]
         self._ranges.append((float(np.median(scored)), float(np.max(scored))))
         np.savez(
-            Path(self._waiting.name) / f"{len(self._rows) - 1}.npz",
+            Path(self._waiting.name) / f"{len(self.rows) - 1}.npz",
             picture=shown.picture,
             anomaly_map=shown.anomaly_map,
             scored_box=shown.scored_box,
@@ -306,7 +331,7 @@ class ReportWriter:
             return
         if self._scale is None:
             self._scale = shared_scale([np.array([[low, low, high]]) for low, high in self._ranges])
-        for index, row in enumerate(self._rows):
+        for index, row in enumerate(self.rows):
             with np.load(Path(self._waiting.name) / f"{index}.npz") as kept:
                 box = tuple(kept["scored_box"].tolist())
                 self._draw(_Shown(row, kept["picture"], kept["anomaly_map"], box, None), self._scale)
@@ -327,19 +352,19 @@ class ReportWriter:
                 pixel_threshold=None if self._thresholds is None else self._thresholds[1],
                 scored_boxes=[shown.scored_box for shown in highest],
             )
-            write_atomically(self.out / "sheet.png", _png(sheet))
+            write_picture(self.out / "sheet.png", sheet)
         write_atomically(self.out / "scores.json", self._as_json())
         write_atomically(self.out / "scores.csv", self._as_csv())
 
     def _as_json(self) -> bytes:
         image_threshold, pixel_threshold = self._thresholds or (None, None)
         content = {
-            "pydefect": version("pydefect-vision"),
+            "pydefect": VERSION,
             "configuration": None if self._configuration is None else dict(self._configuration),
             "image_threshold": image_threshold,
             "pixel_threshold": pixel_threshold,
             "heat_map_scale": self._scale,
-            "images": self._rows,
+            "images": self.rows,
             "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in self._skipped],
         }
         return _encoded(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -348,13 +373,10 @@ class ReportWriter:
         text = io.StringIO()
         rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
         rows.writeheader()
-        for row in self._rows:
+        for row in self.rows:
             defective = row["defective"]
             rows.writerow({**row, "defective": "" if defective is None else str(defective).lower()})
         return _encoded(text.getvalue())
-
-    def _write_png(self, folder: str, name: str, picture: NDArray[np.uint8]) -> None:
-        write_atomically(self.out / folder / name, _png(picture))
 
     def _write_map(self, picture_name: str, anomaly_map: NDArray[np.float32]) -> None:
         values = np.asarray(anomaly_map, dtype=np.float32)
@@ -428,28 +450,27 @@ class _PictureNames:
 
     def __init__(self) -> None:
         self._files: set[str] = set()
-        self._folders: set[str] = set()
+        self._taken: set[str] = set()  # files and folders
 
     def take(self, name: str) -> str:
         parts = [_safe_part(part) for part in name.replace("\\", "/").split("/")]
         parts = [part for part in parts if part] or ["image"]
-        if parts[-1].endswith(".png"):
-            parts[-1] = parts[-1].removesuffix(".png")
-        for number in itertools.count(1):
-            last = parts[-1] if number == 1 else f"{parts[-1]}-{number}"
-            candidate = "/".join([*parts[:-1], f"{last}.png"])
-            if self._is_free(candidate):
+        parts[-1] = parts[-1].removesuffix(".png") or "image"
+        folders, last = parts[:-1], parts[-1]
+        for number in itertools.count(2):
+            candidate = "/".join([*folders, f"{last}.png"])
+            if any(folder in self._files for folder in _folders_of(candidate.casefold())):
+                folders = [f"{part}-{number}" for part in parts[:-1]]
+            elif candidate.casefold() in self._taken:
+                last = f"{parts[-1]}-{number}"
+            else:
                 break
         # Windows and macOS take a.png and A.png for one file.
         key = candidate.casefold()
         self._files.add(key)
-        self._folders.update(_folders_of(key))
+        self._taken.add(key)
+        self._taken.update(_folders_of(key))
         return candidate
-
-    def _is_free(self, candidate: str) -> bool:
-        key = candidate.casefold()
-        taken = key in self._files or key in self._folders
-        return not taken and not any(folder in self._files for folder in _folders_of(key))
 
 
 def _folders_of(key: str) -> Iterator[str]:
@@ -504,10 +525,6 @@ def _caption(row: Mapping[str, Any]) -> str:
 def _encoded(text: str) -> bytes:
     # Names of files may hold bytes that are no text.
     return text.encode("utf-8", "backslashreplace")
-
-
-def _png(picture: NDArray[np.uint8]) -> bytes:
-    return _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1])
 
 
 def _encoded_image(ending: str, values: NDArray[Any]) -> bytes:

@@ -35,6 +35,7 @@ Colour: TypeAlias = tuple[int, int, int]
 RED: Colour = (255, 0, 0)
 
 _LINE_PER_EDGE = 1 / 128  # a contour's width as part of the image's shorter edge: 2 pixels at 256, 8 at 1024
+_THINNEST_LINE = 2  # antialiasing takes the colour out of thinner ones
 _FOG = 128  # what unscored pixels fade to: mid grey shows on black and on white backgrounds
 
 
@@ -210,7 +211,7 @@ def draw_contours(
     colour
         RGB.
     width
-        In pixels; None for 1/128 of the image's shorter edge, at least 1.
+        In pixels; None for 1/128 of the image's shorter edge, at least 2.
 
     Returns
     -------
@@ -225,7 +226,7 @@ def draw_contours(
     picture = to_rgb8(image)
     _check_size("mask", mask, picture)
     if width is None:
-        width = max(1, round(min(picture.shape[:2]) * _LINE_PER_EDGE))
+        width = max(_THINNEST_LINE, round(min(picture.shape[:2]) * _LINE_PER_EDGE))
     regions = (np.asarray(mask) != 0).astype(np.uint8)
     contours, _ = cv2.findContours(regions, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.polylines(picture, contours, isClosed=True, color=colour, thickness=width, lineType=cv2.LINE_AA)

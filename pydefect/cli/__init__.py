@@ -1,0 +1,62 @@
+"""The command line, one file a command.
+
+Nothing here imports PyTorch before a command runs: ``pydefect --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pydefect.cli._console import OneLineErrors
+from pydefect.cli.demo import demo
+from pydefect.cli.evaluate import evaluate
+from pydefect.cli.fit import fit
+from pydefect.cli.info import info
+from pydefect.cli.score import score
+from pydefect.version import VERSION
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pydefect",
+    cls=OneLineErrors,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command()(fit)
+app.command()(score)
+app.command()(evaluate)
+app.command()(info)
+app.command()(demo)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"pydefect {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _pydefect(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Find defects in images of industrial products from good examples alone.
+
+    \b
+    pydefect demo                                    try it, offline
+    pydefect fit GOOD_IMAGES --out MODEL             learn what good looks like
+    pydefect score MODEL NEW_IMAGES --out REPORT     find what does not
+    pydefect evaluate MODEL DATASET                  measure, where labels are known
+
+    Exit codes: 0; 2 for a wrong call or bad input; 1 for any other failure; 130 when interrupted.
+    """
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()

@@ -1,0 +1,211 @@
+"""What all commands share: options, exit codes and how an error looks."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pydefect.errors import InputError, PydefectError
+
+__all__ = [
+    "BatchSize",
+    "Call",
+    "Debug",
+    "Device",
+    "OnError",
+    "OnErrorOption",
+    "OneLineErrors",
+    "Quiet",
+    "Weights",
+    "check_new_file",
+    "duration",
+    "parse_settings",
+    "say",
+]
+
+FAILURE, WRONG_CALL, INTERRUPTED = 1, 2, 130
+DEBUG_VARIABLE = "PYDEFECT_DEBUG"
+
+
+@dataclass
+class Call:
+    """What the error handling knows about the running command; its context's ``obj``."""
+
+    debug: bool = False
+    resume: str | None = None
+    """What to say after an interruption."""
+
+
+class OnError(str, Enum):
+    """What to do about an image that cannot be read."""
+
+    STOP = "raise"
+    SKIP = "skip"
+
+
+def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    if value:
+        ctx.obj.debug = True
+    return value
+
+
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug",
+        help=f"Show the traceback of an error. {DEBUG_VARIABLE}=1 does the same.",
+        callback=_set_debug,
+        is_eager=True,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that go through the network at a time.")]
+OnErrorOption = Annotated[
+    OnError,
+    typer.Option(help="An unreadable image stops the command (raise) or is left out and listed (skip)."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Backbone weights, for a model that was saved without them."),
+]
+
+
+class OneLineErrors(TyperGroup):
+    """The group of all commands: turns every error into one line on stderr and an exit code.
+
+    0: success. 2: a wrong call or bad input (usage errors, :class:`~pydefect.errors.InputError`). 130:
+    interrupted. 1: any other failure.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line; exit at its end if `standalone_mode`, else return the exit code."""
+        call = Call(debug=os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"))
+        try:
+            code = super().main(args, "pydefect", complete_var, standalone_mode=False, obj=call, **extra)
+        except Exception as error:
+            code = _report(error, call)
+        if standalone_mode:
+            raise SystemExit(code or 0)
+        return code or 0
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; catch an interruption first, of which Typer's versions make different things."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("pydefect: interrupted" + (f"; {ctx.obj.resume}" if ctx.obj.resume else ""))
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _report(error: Exception, call: Call) -> int:
+    """Print an error; return the exit code."""
+    if _is_usage_error(error):
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        say(f"pydefect: error: {_one_line(error.format_message())}{hint}")  # type: ignore[attr-defined]
+        return WRONG_CALL
+    if call.debug:
+        traceback.print_exception(error)
+    text = _one_line(str(error))
+    if not isinstance(error, PydefectError | OSError):
+        # Nobody wrote this message for a user: at least say what it is and how to see more.
+        text = f"{type(error).__name__}{': ' if text else ''}{text}"
+        text += "" if call.debug else " (--debug shows where)"
+    say(f"pydefect: error: {text}")
+    return WRONG_CALL if isinstance(error, InputError) else FAILURE
+
+
+def _is_usage_error(error: Exception) -> bool:
+    # Some versions of Typer carry click inside, others use the installed one: there is no class to import
+    # that serves both.
+    return hasattr(error, "format_message") and getattr(error, "exit_code", None) == WRONG_CALL
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def say(text: str) -> None:
+    """Write a line for people to stderr; stdout holds results only."""
+    typer.echo(text, err=True)
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, or 4 min 05 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """Read the values of ``--set``.
+
+    Parameters
+    ----------
+    given
+        ``key=value`` each; the value is read as JSON, and as plain text where it is none.
+    options
+        Settings that have an option of their own.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    typer.BadParameter
+        An entry is not of this form, is given twice or belongs to an option of its own.
+    """
+    settings: dict[str, Any] = {}
+    for entry in given:
+        key, equals, value = entry.partition("=")
+        key = key.strip()
+        if not equals or not key.isidentifier():
+            raise typer.BadParameter(f"{entry!r} is not of the form key=value", param_hint="--set")
+        if key in options:
+            option = "--" + key.replace("_", "-")
+            raise typer.BadParameter(f"{key} has an option of its own: {option}", param_hint="--set")
+        if key in settings:
+            raise typer.BadParameter(f"{key} is given twice", param_hint="--set")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def check_new_file(path: Path, option: str, force: bool) -> None:
+    """Refuse, before any work is done, to write a file that would be lost at the end or replace another.
+
+    Raises
+    ------
+    typer.BadParameter
+        The path is a folder, lies below a file, or exists and `force` is not set.
+    """
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; name a file in it", param_hint=option)
+    if path.exists() and not force:
+        raise typer.BadParameter(f"{path} exists; --force replaces it", param_hint=option)
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise typer.BadParameter(f"{above} is a file, not a folder", param_hint=option)
+    if not os.access(above, os.W_OK):
+        raise typer.BadParameter(f"no permission to write to {above}", param_hint=option)

@@ -1,0 +1,111 @@
+"""``pydefect demo``."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pydefect.cli._console import Debug, Quiet, say
+from pydefect.cli._weights import cached_file
+from pydefect.cli.evaluate import print_evaluation
+from pydefect.cli.fit import print_fit
+
+if TYPE_CHECKING:
+    from pydefect.data.layouts import Dataset
+    from pydefect.detector import Detector
+
+_BACKBONE = "resnet18"
+# Enough to show every kind of defect, few enough for two minutes on two cores.
+_TRAIN, _TEST_GOOD, _PER_DEFECT, _SIZE = 24, 12, 3, 256
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for all that is written.")
+    ] = Path("pydefect-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Draws another product series.")] = 0,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Backbone weights: imagenet, random or a file.  [default: imagenet if they are already on "
+            "this machine, else random]",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Try everything on a drawn product: fit, score, measure, pictures. Offline, two minutes.
+
+    DIR gets the images, the model, a report and sheet.png. Running it again replaces all but the images.
+    """
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
+
+    import pydefect
+    from pydefect.data.layouts import read_dataset
+    from pydefect.data.procedural import write_dataset
+    from pydefect.report import ReportWriter
+
+    root = out / f"flange-{seed}"
+    if not root.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_dataset(root, _TRAIN, _TEST_GOOD, _PER_DEFECT, _SIZE, seed)
+    dataset = read_dataset(root)
+    say(f"images: {len(dataset.train)} good ones to learn from, {len(dataset.test)} to inspect, in {root}")
+    if weights is None:
+        weights = "imagenet" if cached_file(_BACKBONE) else "random"
+        if weights == "random":
+            say(
+                "weights: random, since the ImageNet weights are not on this machine and the demo downloads "
+                "nothing; with --weights imagenet (45 MB) it finds more"
+            )
+
+    start = time.perf_counter()
+    detector = pydefect.fit(root, backbone=_BACKBONE, weights=weights, seed=seed, progress=not quiet)
+    model = out / "model.safetensors"
+    detector.save(model)
+    print_fit(detector, time.perf_counter() - start)
+    print_evaluation(pydefect.evaluate(detector, dataset, progress=not quiet))
+
+    result = detector.score(root / "test", progress=not quiet)
+    with ReportWriter(out / "report", configuration=detector.configuration) as report:
+        report.add(result)
+    _write_sheet(detector, dataset, out / "sheet.png")
+    typer.echo(f"pictures: {out / 'sheet.png'}, {out / 'report'}")
+    typer.echo(f"model: {model}")
+    typer.echo(
+        f"next: pydefect score {shlex.quote(str(model))} {shlex.quote(str(root / 'test'))} --out my-report"
+    )
+    typer.echo("      pydefect fit FOLDER_OF_YOUR_GOOD_IMAGES --out my-model.safetensors")
+
+
+def _write_sheet(detector: Detector, dataset: Dataset, path: Path) -> None:
+    """One image of every kind, good ones too, beside what is known about it."""
+    from pydefect.data.images import read_image
+    from pydefect.data.layouts import read_mask
+    from pydefect.report import write_picture
+    from pydefect.visualization import comparison_sheet
+
+    chosen = list({sample.defect: sample for sample in reversed(dataset.test)}.values())[::-1]
+    images = [read_image(sample.image) for sample in chosen]
+    result = detector.score([sample.image for sample in chosen])
+    sheet = comparison_sheet(
+        images,
+        result.anomaly_maps,
+        masks=result.masks,
+        ground_truth=[
+            read_mask(sample, image.shape[:2]) for sample, image in zip(chosen, images, strict=True)
+        ],
+        captions=[
+            f"{sample.defect.replace('_', ' ')}\nscore {score:.3g}"
+            for sample, score in zip(chosen, result.image_scores, strict=True)
+        ],
+        pixel_threshold=result.pixel_threshold,
+        scored_boxes=result.scored_boxes,
+    )
+    write_picture(path, sheet)

@@ -1,0 +1,90 @@
+"""``pydefect evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pydefect.cli._console import (
+    BatchSize,
+    Debug,
+    Device,
+    OnError,
+    OnErrorOption,
+    Quiet,
+    Weights,
+    check_new_file,
+)
+
+if TYPE_CHECKING:
+    from pydefect.evaluation import Evaluation
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A file that `pydefect fit` wrote.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A data set's category, with labelled test images.")
+    ],
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the figures here too; replaced if it exists."),
+    ] = None,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    weights: Weights = None,
+    on_error: OnErrorOption = OnError.STOP,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on labelled test images: AUROC, average precision and F1 of images and pixels.
+
+    \b
+    pydefect evaluate bottle.safetensors mvtec_ad/bottle --json bottle.json
+    """
+    if json_file is not None:
+        check_new_file(json_file, "--json", force=True)
+
+    import pydefect
+    from pydefect.persistence import write_atomically
+
+    detector = pydefect.load(model, device=device, weights=weights)
+    evaluation = pydefect.evaluate(
+        detector, data, batch_size=batch_size, on_error=on_error.value, progress=not quiet
+    )
+    print_evaluation(evaluation)
+    if json_file is not None:
+        content = {"pydefect": pydefect.__version__, **evaluation.to_dict()}
+        write_atomically(json_file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the figures as a table, in percent."""
+    good = evaluation.images - evaluation.defective
+    typer.echo(
+        f"{evaluation.dataset}: {evaluation.images} test images, "
+        f"{good} good and {evaluation.defective} defective"
+    )
+    typer.echo(f"{'':<8}{'AUROC':>8}{'AP':>8}{'F1-max':>8}")
+    for level, metrics in (("images", evaluation.image), ("pixels", evaluation.pixel)):
+        if metrics is None:
+            typer.echo(f"{level:<8}{'no masks':>8}")
+            continue
+        figures = (metrics.auroc, metrics.average_precision, metrics.f1_max)
+        typer.echo(f"{level:<8}" + "".join(f"{100 * figure:8.2f}" for figure in figures))
+    for defect, auroc in evaluation.image_auroc_by_defect.items():
+        typer.echo(f"  {defect:<24}image AUROC {100 * auroc:6.2f}")
+    if evaluation.without_mask:
+        typer.echo(
+            f"{evaluation.without_mask} defective images have no mask and are left out of the pixel figures"
+        )
+    if evaluation.false_alarms is not None:
+        typer.echo(
+            f"at the model's threshold: {evaluation.false_alarms} of {good} good images called defective, "
+            f"{evaluation.misses} of {evaluation.defective} defective ones missed"
+        )
+    typer.echo(
+        f"{1000 * evaluation.seconds_per_image:.0f} ms an image, peak memory {evaluation.peak_rss_mb:.0f} MB"
+    )

@@ -1,0 +1,82 @@
+"""``pydefect info``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from pydefect.cli._console import Debug
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show versions, native code, instruction sets, CUDA and cached weights; for bug reports."""
+    facts = _facts()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for room, entries in facts.items():
+        typer.echo(room)
+        for name, value in entries.items():
+            typer.echo(f"  {name:<22}{_text(value)}")
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    import platform
+    from importlib.metadata import version
+
+    import cv2
+    import torch
+
+    from pydefect.backbones import IMAGENET_WEIGHTS
+    from pydefect.buildinfo import build_info
+    from pydefect.cli._weights import cached_file
+
+    build = build_info()
+    cuda = torch.cuda.is_available()
+    devices = (
+        [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []
+    )
+    return {
+        "versions": {
+            "pydefect": build.version,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": build.torch_running,
+            # OpenCV is installed under several names.
+            "opencv": cv2.__version__,
+            **{package: version(package) for package in ("numpy", "safetensors", "scikit-learn", "typer")},
+        },
+        "native code": {
+            "compiler": build.compiler,
+            "built against torch": build.torch_built_against,
+            "oldest torch": build.torch_oldest,
+            "pybind11": build.pybind11,
+            "instruction sets": build.cpu_levels_compiled,
+            "usable here": build.cpu_levels_usable,
+            "in use": build.cpu_level_active,
+            "threads": torch.get_num_threads(),
+        },
+        "cuda": {
+            "available to torch": cuda,
+            "devices": devices,
+            "nvcc": build.nvcc,
+            "kernels built for": build.cuda_architectures,
+            "kernels loaded": build.cuda_kernels_loaded,
+        },
+        "imagenet weights": {
+            name: None if (file := cached_file(name)) is None else str(file) for name in IMAGENET_WEIGHTS
+        },
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,109 @@
+"""``pydefect score``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pydefect.cli._console import BatchSize, Debug, Device, OnError, OnErrorOption, Quiet, Weights, say
+
+if TYPE_CHECKING:
+    from pydefect.data.images import Image, ImageCollection
+    from pydefect.detector import Detector
+    from pydefect.report import ReportWriter
+
+_SHOWN = 10
+
+
+def score(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A file that `pydefect fit` wrote.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGES...", help="A folder (with its subfolders), or image files."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for scores and pictures.")],
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Write pictures beside the scores.")
+    ] = True,
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Write the anomaly maps too, as float32 TIFF.")
+    ] = False,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    weights: Weights = None,
+    on_error: OnErrorOption = OnError.STOP,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score images; write scores.csv, scores.json and pictures.
+
+    DIR then holds overlays (the heat map over the image), contours (a red curve round every defect), masks
+    and sheet.png with the highest scores. Files of the same names are replaced, others stay.
+
+    \b
+    pydefect score bottle.safetensors bottle/test --out bottle-report
+    """
+    for path in images:
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            # The next run would find the pictures and score them too.
+            raise typer.BadParameter(f"{out} lies inside the folder of images {path}", param_hint="--out")
+
+    import pydefect
+    from pydefect.report import ReportWriter
+
+    source = _open(images, on_error)
+    detector = pydefect.load(model, device=device, weights=weights)
+    with ReportWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as report:
+        score_in_parts(detector, source, report, batch_size=batch_size, progress=not quiet)
+    for skipped in source.skipped:
+        say(f"skipped: {skipped.name}: {skipped.reason}")
+    print_scores(report.rows, len(source.skipped))
+    typer.echo(f"report: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
+
+
+def score_in_parts(
+    detector: Detector, source: ImageCollection, report: ReportWriter, *, batch_size: int, progress: bool
+) -> None:
+    """Score batch by batch, so that neither images nor maps of a large folder are ever in memory together."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(source), desc="score", unit="image", disable=not progress) as bar:
+        for batch in _batches(source, batch_size):
+            report.add(detector.score(batch, batch_size=batch_size), images=batch)
+            bar.update(len(batch))
+    report.add_skipped(source.skipped)
+
+
+def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:
+    """Say how many images are defective, and show the highest scores."""
+    highest = sorted(rows, key=lambda row: -row["score"])[:_SHOWN]
+    width = max((len(row["name"]) for row in highest), default=0)
+    for row in highest:
+        verdict = {True: "  defective", False: "  good", None: ""}[row["defective"]]
+        typer.echo(f"{row['name']:<{width}}  {row['score']:10.4f}{verdict}")
+    if len(rows) > len(highest):
+        typer.echo(f"... and {len(rows) - len(highest)} with lower scores")
+    text = f"{len(rows)} images"
+    if rows and rows[0]["image_threshold"] is not None:
+        found = sum(row["defective"] for row in rows)
+        text += f", {found} defective (score above {rows[0]['image_threshold']:.4f})"
+    typer.echo(text + (f", {skipped} skipped" if skipped else ""))
+
+
+def _open(paths: list[Path], on_error: OnError) -> ImageCollection:
+    from pydefect.data.images import list_image_files, open_images
+
+    if len(paths) == 1:
+        return open_images(paths[0], on_error=on_error.value)
+    files = [file for path in paths for file in (list_image_files(path) if path.is_dir() else [path])]
+    return open_images(files, on_error=on_error.value)
+
+
+def _batches(images: ImageCollection, size: int) -> Iterator[list[Image]]:
+    remaining = iter(images)
+    while batch := list(itertools.islice(remaining, size)):
+        yield batch

@@ -1,0 +1,238 @@
+"""Facts about pixels of the pictures; how they look is for people to judge."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from pydefect.errors import InputError
+from pydefect.visualization import (
+    comparison_sheet,
+    draw_contours,
+    fade_unscored,
+    heat_map,
+    overlay,
+    shared_scale,
+    to_rgb8,
+)
+
+RED = (255, 0, 0)
+
+
+def grey(height: int, width: int, value: int = 90) -> np.ndarray:
+    return np.full((height, width, 3), value, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (np.full((2, 3), 7, np.uint8), 7),
+        (np.full((2, 3, 1), 7, np.uint8), 7),
+        (np.full((2, 3, 3), 7, np.uint8), 7),
+        (np.full((2, 3, 4), 7, np.uint8), 7),
+        (np.full((2, 3), 65535, np.uint16), 255),
+        (np.full((2, 3), 128 * 257, np.uint16), 128),
+        (np.full((2, 3), 0.5, np.float32), 128),
+        (np.full((2, 3), 3.0, np.float64), 255),
+        (np.full((2, 3), -1.0, np.float16), 0),
+        (np.full((2, 3), np.nan, np.float32), 0),
+        (np.ones((2, 3), np.bool_), 255),
+    ],
+)
+def test_images_of_every_kind_become_rgb(image: np.ndarray, expected: int) -> None:
+    picture = to_rgb8(image)
+    assert picture.dtype == np.uint8
+    assert picture.shape == (2, 3, 3)
+    assert np.all(picture == expected)
+
+
+def test_channels_keep_their_order_and_the_input_stays_untouched() -> None:
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[..., 2] = 200
+    picture = to_rgb8(image)
+    assert tuple(picture[0, 0]) == (0, 0, 200)
+    picture[:] = 1
+    assert tuple(image[0, 0]) == (0, 0, 200)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((2, 3, 2), np.uint8), np.zeros(5), np.zeros((0, 3)), np.zeros((2, 3), np.int32)]
+)
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
+    with pytest.raises(InputError):
+        to_rgb8(image)
+
+
+def test_the_scale_depends_on_the_threshold_alone_where_there_is_one() -> None:
+    assert shared_scale([], pixel_threshold=0.7) == (0.0, 1.4)
+    assert shared_scale([np.full((3, 3), 99.0)], pixel_threshold=0.7) == (0.0, 1.4)
+
+
+def test_without_a_threshold_the_scale_ignores_what_was_not_scored() -> None:
+    anomaly_map = np.zeros((10, 10), np.float32)
+    anomaly_map[2:8, 2:8] = 3
+    anomaly_map[5, 5] = 9
+    assert shared_scale([anomaly_map], scored_boxes=[(2, 2, 8, 8)]) == (3.0, 9.0)
+    assert shared_scale([anomaly_map]) == (0.0, 9.0)
+
+
+def test_a_constant_map_still_has_a_scale() -> None:
+    low, high = shared_scale([np.full((4, 4), 2.0, np.float32)])
+    assert high > low == 2.0
+    with pytest.raises(InputError):
+        shared_scale([])
+
+
+def test_heat_map_goes_from_blue_over_green_to_red_and_clips() -> None:
+    colours = heat_map(np.array([[-5.0, 0.25, 1.0, 1.75, 99.0, np.inf]]), 0.0, 2.0)[0].astype(int)
+    blue, green, red = colours[1], colours[2], colours[3]
+    assert blue.argmax() == 2
+    assert green.argmax() == 1
+    assert red.argmax() == 0
+    assert np.array_equal(colours[0], heat_map(np.zeros((1, 1)), 0, 2)[0, 0])
+    assert np.array_equal(colours[4], heat_map(np.full((1, 1), 2.0), 0, 2)[0, 0])
+    assert np.array_equal(colours[5], colours[4])
+
+
+def test_heat_maps_of_one_scale_give_equal_scores_equal_colours() -> None:
+    first = heat_map(np.array([[0.0, 1.0, 2.0]]), 0, 4)
+    second = heat_map(np.array([[1.0, 4.0]]), 0, 4)
+    assert np.array_equal(first[0, 1], second[0, 0])
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (2, 1), (0, np.nan), (-np.inf, 1)])
+def test_a_scale_without_length_is_refused(low: float, high: float) -> None:
+    with pytest.raises(InputError):
+        heat_map(np.zeros((2, 2)), low, high)
+
+
+def test_overlay_leaves_low_scores_alone_and_colours_high_ones() -> None:
+    image = grey(32, 48)
+    anomaly_map = np.zeros((32, 48), np.float32)
+    anomaly_map[10:20, 10:20] = 5
+    picture = overlay(image, anomaly_map, 0, 5)
+    hot = anomaly_map > 0
+    assert np.array_equal(picture[~hot], image[~hot])
+    expected = np.rint(90 + 0.7 * (heat_map(anomaly_map, 0, 5)[15, 15].astype(float) - 90))
+    assert np.abs(picture[15, 15] - expected).max() <= 1
+    assert np.array_equal(overlay(image, anomaly_map, 0, 5, strength=0), image)
+
+
+def test_overlay_fades_what_was_not_scored() -> None:
+    image = grey(20, 20, 0)
+    picture = overlay(image, np.zeros((20, 20)), 0, 1, scored_box=(5, 6, 15, 16))
+    inside = np.zeros((20, 20), bool)
+    inside[5:15, 6:16] = True
+    assert np.all(picture[inside] == 0)
+    assert np.all(picture[~inside] > 50)
+    assert np.all(fade_unscored(grey(20, 20, 255), (5, 6, 15, 16))[~inside] < 200)
+
+
+def test_a_box_of_the_whole_image_changes_nothing() -> None:
+    image = grey(20, 30)
+    assert np.array_equal(fade_unscored(image, (0, 0, 20, 30)), image)
+
+
+@pytest.mark.parametrize("call", [overlay, draw_contours])
+def test_sizes_that_differ_are_refused(call: object) -> None:
+    arguments = (0, 1) if call is overlay else ()
+    with pytest.raises(InputError, match=r"\[8, 9\]"):
+        call(grey(10, 10), np.zeros((8, 9)), *arguments)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("image", [grey(256, 256), grey(256, 256)[..., 0], np.full((256, 256), 0.3)])
+def test_contours_are_red_on_the_border_and_nowhere_far_from_it(image: np.ndarray) -> None:
+    mask = np.zeros((256, 256), bool)
+    mask[60:120, 80:200] = True
+    picture = draw_contours(image, mask)
+    border = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    near = cv2.dilate(border.astype(np.uint8), np.ones((7, 7), np.uint8)).astype(bool)
+    # Antialiasing rounds the corners.
+    assert np.mean(np.all(picture[border] == RED, axis=1)) > 0.98
+    assert np.array_equal(picture[~near], to_rgb8(image)[~near])
+
+
+def test_holes_get_a_contour_of_their_own() -> None:
+    mask = np.zeros((128, 128), bool)
+    mask[20:100, 20:100] = True
+    mask[50:70, 50:70] = False
+    picture = draw_contours(grey(128, 128), mask, width=1)
+    assert picture[49, 60, 0] > 200
+    assert picture[49, 60, 1] < 40
+    assert tuple(picture[60, 60]) == (90, 90, 90)
+
+
+def test_a_single_pixel_is_still_seen() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[30, 40] = 255
+    assert np.any(np.all(draw_contours(grey(64, 64), mask) == RED, axis=2))
+
+
+def test_lines_grow_with_the_image() -> None:
+    def red_pixels_across(edge: int) -> int:
+        mask = np.zeros((edge, edge), bool)
+        mask[: edge // 2] = True
+        column = draw_contours(grey(edge, edge), mask)[edge // 4 : 3 * edge // 4, edge // 2]
+        return int(np.all(column == RED, axis=1).sum())
+
+    assert red_pixels_across(1024) >= 3 * red_pixels_across(256) >= 3
+
+
+def test_no_defect_no_line() -> None:
+    image = grey(50, 40)
+    assert np.array_equal(draw_contours(image, np.zeros((50, 40), bool)), image)
+
+
+def sheet_parts(count: int, size: tuple[int, int] = (64, 64)) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    images = [grey(*size, 60 + 20 * index) for index in range(count)]
+    maps = [np.zeros(size, np.float32) for _ in range(count)]
+    for anomaly_map in maps:
+        anomaly_map[20:40, 20:40] = 2
+    return images, maps
+
+
+def test_the_sheet_has_a_column_an_image_and_a_row_a_kind() -> None:
+    images, maps = sheet_parts(3)
+    masks = [anomaly_map > 1 for anomaly_map in maps]
+    small = comparison_sheet(images, maps, pixel_threshold=1.0, cell=64)
+    with_masks = comparison_sheet(images, maps, masks=masks, pixel_threshold=1.0, cell=64)
+    full = comparison_sheet(images, maps, masks=masks, ground_truth=masks, pixel_threshold=1.0, cell=64)
+    assert small.dtype == np.uint8
+    row = with_masks.shape[0] - small.shape[0]
+    assert 64 < row < 80
+    assert full.shape[0] - with_masks.shape[0] == row
+    one_less = comparison_sheet(images[:2], maps[:2], masks=masks[:2], pixel_threshold=1.0, cell=64)
+    assert with_masks.shape[1] - one_less.shape[1] == row
+    # The pictures themselves: greys of the inputs, white of the truth, red of the contours.
+    for index in range(3):
+        assert np.any(np.all(full == 60 + 20 * index, axis=2))
+    assert np.sum(np.all(with_masks == RED, axis=2)) > 3 * 30
+    assert not np.any(np.all(small == RED, axis=2))
+
+
+@pytest.mark.parametrize("size", [(20, 200), (200, 20), (1, 1), (500, 700)])
+def test_the_sheet_takes_any_size_and_mixed_ones(size: tuple[int, int]) -> None:
+    images = [np.zeros(size, np.uint8), np.zeros((33, 47, 3), np.float32)]
+    maps = [np.ones(size, np.float32), np.ones((33, 47), np.float32)]
+    masks = [anomaly_map > 0 for anomaly_map in maps]
+    captions = ["a very long name/of a file in a folder/000.png\nscore 1", "Müller"]
+    sheet = comparison_sheet(images, maps, masks=masks, captions=captions, cell=96)
+    assert sheet.shape[0] > 3 * 33
+    assert sheet.shape[1] < 1000
+
+
+def test_the_sheet_refuses_lists_that_do_not_fit() -> None:
+    images, maps = sheet_parts(2)
+    for arguments in (
+        {"masks": [maps[0] > 1]},
+        {"captions": ["one"]},
+        {"cell": 3},
+        {"ground_truth": [np.zeros((3, 3)), np.zeros((3, 3))]},
+    ):
+        with pytest.raises(InputError):
+            comparison_sheet(images, maps, **arguments)
+    with pytest.raises(InputError):
+        comparison_sheet([], [])
+    with pytest.raises(InputError):
+        comparison_sheet(images, [np.zeros((3, 3)), maps[1]])
