@@ -28,7 +28,7 @@ constexpr int64_t kPackedBytes = int64_t{64} << 20;
 // Tiles of queries that share one pass over the bank: a panel is read from L2 once for all of them.
 constexpr int64_t kTilesPerPass = 8;
 // With fewer queries than this, packing the bank costs more than it saves.
-constexpr int64_t kFewQueries = 4;
+constexpr int64_t kFewQueries = 16;
 // Sorted insertion is quick for short lists only.
 constexpr int64_t kLongestList = 1024;
 
