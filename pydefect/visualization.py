@@ -92,9 +92,9 @@ def shared_scale(
     anomaly_maps
         [H, W] each; may be empty when `pixel_threshold` is given.
     pixel_threshold
-        The score from which a pixel counts as defective. With one the scale is (0, 2 * threshold) whatever
-        the maps are: the threshold sits in the middle of the colours (green), so that pictures of different
-        days can be compared and none has to be kept until the last one is known.
+        The score from which a pixel counts as defective. With one the scale goes from half to one and a half
+        times the threshold, whatever the maps are: the threshold sits in the middle of the colours (green),
+        pictures of different days can be compared, and none has to wait until the last one is known.
     scored_boxes
         (top, left, bottom, right) of each map, for maps of cropped images: the zeros outside say nothing.
 
@@ -109,7 +109,7 @@ def shared_scale(
         There is neither a map nor a threshold.
     """
     if pixel_threshold is not None and pixel_threshold > 0:
-        return 0.0, 2.0 * float(pixel_threshold)
+        return 0.5 * float(pixel_threshold), 1.5 * float(pixel_threshold)
     if not anomaly_maps:
         raise InputError("a scale of colours needs at least one anomaly map or a pixel threshold")
     boxes = scored_boxes or [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]

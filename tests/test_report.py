@@ -89,7 +89,7 @@ def test_pictures_show_the_image_the_map_and_the_mask(tmp_path: Path) -> None:
     mask = result.masks[0] if result.masks else None
     assert mask is not None
     assert np.array_equal(read_picture(tmp_path / "masks/a.png"), mask * np.uint8(255))
-    expected = overlay(images_for(1)[0], result.anomaly_maps[0], 0, 2 * THRESHOLD)
+    expected = overlay(images_for(1)[0], result.anomaly_maps[0], 0.5 * THRESHOLD, 1.5 * THRESHOLD)
     assert np.array_equal(read_picture(tmp_path / "overlays/a.png"), expected)
     contours = read_picture(tmp_path / "contours/a.png")
     assert tuple(contours[10, 37]) == (255, 0, 0)

@@ -65,8 +65,8 @@ def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
 
 
 def test_the_scale_depends_on_the_threshold_alone_where_there_is_one() -> None:
-    assert shared_scale([], pixel_threshold=0.7) == (0.0, 1.4)
-    assert shared_scale([np.full((3, 3), 99.0)], pixel_threshold=0.7) == (0.0, 1.4)
+    assert shared_scale([], pixel_threshold=0.6) == pytest.approx((0.3, 0.9))
+    assert shared_scale([np.full((3, 3), 99.0)], pixel_threshold=0.6) == pytest.approx((0.3, 0.9))
 
 
 def test_without_a_threshold_the_scale_ignores_what_was_not_scored() -> None:

@@ -5,11 +5,12 @@ Nothing here imports PyTorch before a command runs: ``pydefect --help`` answers 
 
 from __future__ import annotations
 
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
-from pydefect.cli._console import OneLineErrors
+from pydefect.cli._console import OneLineErrors, say
 from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
 from pydefect.cli.fit import fit
@@ -59,4 +60,10 @@ def _pydefect(
 
 def main() -> None:
     """Run the command line of this process."""
+    warnings.showwarning = _show_warning
     app()
+
+
+def _show_warning(message: Warning | str, *_where: Any, **_how: Any) -> None:
+    # A user of the command line has no use for the file and line of our source.
+    say(f"pydefect: warning: {message}")

@@ -91,7 +91,8 @@ def _write_sheet(detector: Detector, dataset: Dataset, path: Path) -> None:
     from pydefect.report import write_picture
     from pydefect.visualization import comparison_sheet
 
-    chosen = list({sample.defect: sample for sample in reversed(dataset.test)}.values())[::-1]
+    first = {sample.defect: sample for sample in reversed(dataset.test)}
+    chosen = sorted(first.values(), key=lambda sample: (sample.label, sample.defect))
     images = [read_image(sample.image) for sample in chosen]
     result = detector.score([sample.image for sample in chosen])
     sheet = comparison_sheet(

@@ -69,12 +69,16 @@ def score_in_parts(
     detector: Detector, source: ImageCollection, report: ReportWriter, *, batch_size: int, progress: bool
 ) -> None:
     """Score batch by batch, so that neither images nor maps of a large folder are ever in memory together."""
-    from tqdm import tqdm
+    from pydefect.progress import ProgressBars
 
-    with tqdm(total=len(source), desc="score", unit="image", disable=not progress) as bar:
+    bars, done = ProgressBars(progress), 0
+    try:
         for batch in _batches(source, batch_size):
             report.add(detector.score(batch, batch_size=batch_size), images=batch)
-            bar.update(len(batch))
+            done += len(batch)
+            bars("score", done, len(source))
+    finally:
+        bars.close()
     report.add_skipped(source.skipped)
 
 

@@ -1,0 +1,304 @@
+"""The command line: exit codes, messages, and the way from images to figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import pydefect
+from pydefect.cli import app
+from pydefect.data.procedural import DEFECTS, write_dataset
+
+FAST = [
+    *("--weights", "random", "--epochs", "0", "--quiet"),
+    *("--set", "resize=64", "--set", "crop=null", "--set", "calibration_folds=2"),
+    *("--set", "levels=[1,2]", "--set", "representation_dim=64"),
+]
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "flange", 6, 3, 1, 64, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(product: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "flange.safetensors"
+    result = CliRunner().invoke(app, ["fit", str(product), "--out", str(path), *FAST])
+    assert result.exit_code == 0, result.output
+    assert "learned from 6 images" in result.stdout
+    assert str(path) in result.stdout
+    return path
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["fit"], ["score"], ["evaluate"], ["info"], ["demo"]])
+def test_every_command_explains_itself(arguments: list[str]) -> None:
+    code, output, _ = call(*arguments, "--help")
+    assert code == 0
+    assert output.startswith("Usage: pydefect")
+    assert "--debug" in output or not arguments
+
+
+def test_version() -> None:
+    assert call("--version") == (0, f"pydefect {pydefect.__version__}\n", "")
+
+
+def wrong_calls() -> list[tuple[str, list[str], str]]:
+    return [
+        ("no command", [], "Missing command"),
+        ("unknown command", ["fti"], "fti"),
+        ("unknown option", ["info", "--colour"], "--colour"),
+        ("no model to write", ["fit", "{data}"], "--out"),
+        ("missing data", ["fit", "{tmp}/nowhere", "--out", "{tmp}/m"], "nowhere"),
+        ("folder without images", ["fit", "{tmp}", "--out", "{tmp}/m"], "image"),
+        ("model is a folder", ["fit", "{data}", "--out", "{tmp}"], "is a folder"),
+        ("model below a file", ["fit", "{data}", "--out", "{model}/m"], "is a file"),
+        ("model exists", ["fit", "{data}", "--out", "{model}"], "--force"),
+        ("unknown method", ["fit", "{data}", "--out", "{tmp}/m", "--method", "magic"], "magic"),
+        ("unknown preset", ["fit", "{data}", "--out", "{tmp}/m", "--preset", "best"], "best"),
+        ("unknown backbone", ["fit", "{data}", "--out", "{tmp}/m", "--backbone", "vgg"], "vgg"),
+        ("unknown weights", ["fit", "{data}", "--out", "{tmp}/m", "--weights", "{tmp}/w.npz"], "w.npz"),
+        ("unknown device", ["fit", "{data}", "--out", "{tmp}/m", "--device", "tpu"], "tpu"),
+        ("negative epochs", ["fit", "{data}", "--out", "{tmp}/m", "--epochs", "-1"], "--epochs"),
+        (
+            "impossible rate",
+            ["fit", "{data}", "--out", "{tmp}/m", "--false-alarm-rate", "2"],
+            "--false-alarm-rate",
+        ),
+        ("unknown setting", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gama=2"], "gama"),
+        ("wrong value", ["fit", "{data}", "--out", "{tmp}/m", "--set", "bank=huge"], "huge"),
+        ("no key=value", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma"], "key=value"),
+        ("set twice", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma=2", "--set", "gamma=3"], "twice"),
+        ("set an option", ["fit", "{data}", "--out", "{tmp}/m", "--set", "seed=2"], "--seed"),
+        ("no such model", ["score", "{tmp}/m", "{data}/test", "--out", "{tmp}/r"], "m"),
+        ("not a model", ["score", "{picture}", "{data}/test", "--out", "{tmp}/r"], "000.png"),
+        ("no such images", ["score", "{model}", "{tmp}/nowhere", "--out", "{tmp}/r"], "nowhere"),
+        ("damaged image", ["score", "{model}", "{damaged}", "--out", "{tmp}/r", "--quiet"], "damaged.png"),
+        ("report among the images", ["score", "{model}", "{data}", "--out", "{data}/report"], "inside"),
+        ("report is a file", ["score", "{model}", "{data}/test", "--out", "{model}"], "is a file"),
+        (
+            "no batch",
+            ["score", "{model}", "{data}/test", "--out", "{tmp}/r", "--batch-size", "0"],
+            "--batch-size",
+        ),
+        ("nothing to measure", ["evaluate", "{model}", "{data}/train"], "label"),
+        ("json is a folder", ["evaluate", "{model}", "{data}", "--json", "{tmp}"], "--json"),
+        ("demo into a file", ["demo", "--out", "{model}"], "is a file"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [pytest.param(arguments, message, id=name) for name, arguments, message in wrong_calls()],
+)
+def test_a_wrong_call_says_what_is_wrong_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, product: Path, model: Path
+) -> None:
+    damaged = tmp_path / "input" / "damaged.png"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"\x89PNG, or is it?")
+    picture = product / "train/good/000.png"
+    before = model.read_bytes()
+    (tmp_path / "empty").mkdir()
+    places = {
+        "tmp": tmp_path / "empty",
+        "data": product,
+        "model": model,
+        "picture": picture,
+        "damaged": damaged,
+    }
+    code, output, errors = call(*(argument.format(**places) for argument in arguments))
+    lines = errors.splitlines()
+    assert code == 2, errors
+    assert output == ""
+    assert len(lines) == 1
+    assert lines[0].startswith("pydefect: error: ")
+    assert message in lines[0]
+    assert "Traceback" not in errors
+    assert model.read_bytes() == before
+    assert not (tmp_path / "empty/m").exists()
+    assert not (tmp_path / "empty/r/scores.csv").exists()
+
+
+def test_other_failures_have_code_1_and_a_traceback_only_on_demand(
+    model: Path, product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise RuntimeError("out of\n  luck")
+
+    monkeypatch.setattr("pydefect.api.load", fail)
+    arguments = ("score", model, product / "test", "--out", tmp_path)
+    assert call(*arguments) == (
+        1,
+        "",
+        "pydefect: error: RuntimeError: out of luck (--debug shows where)\n",
+    )
+    code, _, errors = call(*arguments, "--debug")
+    assert code == 1
+    assert "Traceback" in errors
+    assert errors.endswith("pydefect: error: RuntimeError: out of luck\n")
+
+
+def test_an_interruption_says_how_to_go_on(
+    product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_arguments: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pydefect.api.fit", interrupt)
+    code, _, errors = call("fit", product, "--out", tmp_path / "m", "--checkpoint", tmp_path / "state")
+    assert code == 130
+    assert errors == f"pydefect: interrupted; the same command resumes from {tmp_path / 'state'}\n"
+    code, _, errors = call("fit", product, "--out", tmp_path / "m")
+    assert (code, errors) == (130, "pydefect: interrupted\n")
+
+
+def test_score_writes_what_the_library_says(product: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    code, output, errors = call(
+        "score", model, product / "test", "--out", out, "--maps", "--quiet", "--batch-size", 2
+    )
+    assert code == 0, errors
+    assert errors == ""
+    count = 3 + len(DEFECTS)
+    assert f"{count} images" in output
+    expected = pydefect.score(model, product / "test", progress=False)
+    with (out / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == expected.names
+    assert [float(row["score"]) for row in rows] == pytest.approx(expected.image_scores.tolist(), rel=1e-5)
+    for row in rows:
+        for folder in ("overlays", "contours", "masks"):
+            assert (out / folder / row["picture"]).is_file()
+    assert len(list((out / "maps").rglob("*.tiff"))) == count
+    content = json.loads((out / "scores.json").read_text())
+    assert content["configuration"]["levels"] == [1, 2]
+
+
+def test_score_takes_files_and_skips_damaged_ones_on_demand(
+    product: Path, model: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no image")
+    good = product / "test/good/000.png"
+    code, output, errors = call(
+        *("score", model, good, damaged, "--out", tmp_path / "r"),
+        "--on-error",
+        "skip",
+        "--quiet",
+        "--no-pictures",
+    )
+    assert code == 0
+    assert errors.startswith(f"skipped: {damaged}: ")
+    assert "1 skipped" in output
+    content = json.loads((tmp_path / "r/scores.json").read_text())
+    assert [row["name"] for row in content["images"]] == [str(good)]
+    assert [row["name"] for row in content["skipped"]] == [str(damaged)]
+
+
+def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "figures.json"
+    code, output, errors = call("evaluate", model, product, "--json", file, "--quiet")
+    assert code == 0, errors
+    figures = json.loads(file.read_text())
+    for name in ("image_auroc", "pixel_auroc", "image_ap", "pixel_ap", "image_f1_max", "pixel_f1_max"):
+        assert 0 <= figures[name] <= 1
+    assert figures["seconds_per_image"] > 0
+    assert figures["peak_rss_mb"] > 10
+    assert figures["configuration"]["representation_dim"] == 64
+    assert f"{100 * figures['image_auroc']:8.2f}" in output
+    assert all(defect in output for defect in DEFECTS)
+
+
+def test_force_replaces_a_model(product: Path, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_text("something else")
+    code, _, errors = call("fit", product / "train/good", "--out", path, "--force", *FAST)
+    assert code == 0, errors
+    assert path.stat().st_size > 1000
+
+
+def test_info_is_readable_and_json() -> None:
+    code, output, _ = call("info")
+    assert code == 0
+    assert "instruction sets" in output
+    code, output, _ = call("info", "--json")
+    facts = json.loads(output)
+    assert facts["versions"]["pydefect"] == pydefect.__version__
+    assert set(facts) == {"versions", "native code", "cuda", "imagenet weights"}
+
+
+@pytest.mark.slow
+def test_demo_finds_defects_in_two_minutes(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    start = time.perf_counter()
+    code, _, errors = call("demo", "--out", out, "--weights", "random", "--quiet")
+    assert code == 0, errors
+    assert time.perf_counter() - start < 240  # twice what is promised: other work may share the machine
+    for name in ("sheet.png", "model.safetensors", "report/scores.csv", "report/sheet.png"):
+        assert (out / name).is_file()
+    result = pydefect.evaluate(out / "model.safetensors", out / "flange-0", progress=False)
+    assert result.image.auroc > 0.75
+    assert result.pixel is not None
+    assert result.pixel.auroc > 0.85
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from pydefect.cli import app; app(['--help'], standalone_mode=False); "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pydefect", "fit", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "pydefect", "fit", str(product), "--out", str(tmp_path / "m"), *FAST]
+    arguments += [
+        "--epochs",
+        "100000",
+        "--checkpoint",
+        str(tmp_path / "state"),
+        "--set",
+        "early_stopping=false",
+    ]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        while not list(tmp_path.glob("state/*")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert output == ""
+    assert errors == f"pydefect: interrupted; the same command resumes from {tmp_path / 'state'}\n"
+    assert not (tmp_path / "m").exists()
