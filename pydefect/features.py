@@ -22,9 +22,9 @@ __all__ = ["FeatureCache", "PatchFeatureExtractor", "check_levels"]
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """Return the levels as a tuple, or raise :class:`InputError` unless they are ascending out of 1, 2, 3."""
-    chosen = tuple(levels)
+    chosen = tuple(levels) if isinstance(levels, Sequence) else ()
     if not chosen or any(level not in (1, 2, 3) for level in chosen) or list(chosen) != sorted(set(chosen)):
-        raise InputError(f"levels: {list(levels)} given; allowed are ascending choices out of 1, 2, 3")
+        raise InputError(f"levels: {levels!r} given; allowed are ascending choices out of 1, 2, 3")
     return chosen
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from pydefect.backbones import ARCHITECTURES
 from pydefect.conpatch.bank import BankBuilder
@@ -122,13 +125,17 @@ class ConPatchConfig:
 
     def __post_init__(self) -> None:
         """Check every setting before any work is done."""
-        if self.backbone not in ARCHITECTURES:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+        if not isinstance(self.backbone, str) or self.backbone not in ARCHITECTURES:
             raise InputError(f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
         object.__setattr__(self, "levels", check_levels(self.levels))
         if self.level_weights is not None:
-            object.__setattr__(self, "level_weights", tuple(float(weight) for weight in self.level_weights))
+            object.__setattr__(self, "level_weights", _level_weights(self.level_weights))
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             choices = typing.get_args(hints[field.name])
@@ -137,12 +144,18 @@ class ConPatchConfig:
                 raise InputError(f"{field.name}: {getattr(self, field.name)!r} given; allowed are {allowed}")
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise InputError(f"{name}: {value!r} given; allowed are {low:g} to {high:g}")
+            if value is None and name in _OPTIONAL:
+                continue
+            # Infinity is no JSON number: a detector with it could not be saved.
+            if not (isinstance(value, int | float) and low <= value <= high and math.isfinite(value)):
+                allowed = f"{low:g} and more" if high == _INF else f"{low:g} to {high:g}"
+                raise InputError(f"{name}: {value!r} given; allowed are {allowed}")
         for name in _INTEGERS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise InputError(f"{name}: {value!r} given; allowed are whole numbers")
+        if not isinstance(self.early_stopping, bool):
+            raise InputError(f"early_stopping: {self.early_stopping!r} given; allowed are True, False")
         if self.calibration_folds == 1:
             raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
         if self.level_weights is not None and len(self.level_weights) != len(self.levels):
@@ -167,7 +180,7 @@ class ConPatchConfig:
         InputError
             Unknown preset or setting, or a value that is not allowed.
         """
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(f"preset: {preset!r} is not known; allowed are {', '.join(PRESETS)}")
         known = {field.name for field in dataclasses.fields(cls)}
         for name in settings:
@@ -201,7 +214,16 @@ def _size(name: str, value: Any) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-_INF = float("inf")
+def _level_weights(value: Any) -> tuple[float, ...]:
+    weights = tuple(value) if isinstance(value, list | tuple) else ()
+    if not weights or any(
+        not isinstance(weight, int | float) or not 0 <= weight < math.inf for weight in weights
+    ):
+        raise InputError(f"level_weights: {value!r} given; allowed are one number >= 0 a level, or None")
+    return tuple(float(weight) for weight in weights)
+
+
+_INF = math.inf
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("coordinate_weight", 0, _INF),
     ("representation_dim", 1, _INF),
@@ -227,6 +249,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("false_alarm_rate", 0, 1),
     ("cache_memory_mb", 0, _INF),
 )
+_OPTIONAL = ("projection_dim", "contrastive_patches")
 _INTEGERS = (
     "representation_dim",
     "projection_dim",
