@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 from pydefect.conpatch.bank import BANKS, MemoryBank, build_bank
 from pydefect.conpatch.config import ConPatchConfig
 from pydefect.conpatch.network import ConPatchNetwork, level_scales, principal_components
-from pydefect.errors import InputError
+from pydefect.errors import InputError, PydefectError
 from pydefect.features import FeatureCache
 from pydefect.ops import hypersphere, relaxed_contrastive
 from pydefect.persistence import Checkpoint
@@ -94,6 +95,11 @@ def represent(
     """Yield F(p) of one cached image after the other, [T, D] each."""
     for index in indices:
         yield network.representation(cache.get([index], device))[0]
+
+
+def _generator(seed: int) -> torch.Generator:
+    # PyTorch takes 64 bits; a date as the seed, 20250101, gives more here.
+    return torch.Generator().manual_seed(seed % 2**63)
 
 
 @dataclass
@@ -187,7 +193,7 @@ class Trainer:
         """
         config, epoch = self.config, self.epoch + 1
         # Drawn from (seed, epoch) alone, so that a resumed run needs no generator's state.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = _generator(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.indices), generator=generator).tolist()
         batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
         while self._step < len(batches):
@@ -197,9 +203,11 @@ class Trainer:
             self._report(f"epoch {epoch}", self._step, len(batches))
             if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL:
                 self._save()
+        contrastive, hyper = (self._sums / len(batches)).tolist()
+        if not math.isfinite(contrastive + hyper):
+            raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
         if config.rebuild_bank == "epoch":
             self.bank = self._build_bank()
-        contrastive, hyper = (self._sums / len(batches)).tolist()
         record = EpochRecord(
             epoch,
             contrastive if config.losses in ("contrastive", "both") else None,
@@ -227,7 +235,7 @@ class Trainer:
                 alpha=config.alpha,
                 sigma=config.sigma,
                 margin=config.margin,
-                neighbors=config.global_neighbors,
+                neighbors=min(config.global_neighbors, len(z)),
                 similarity_power=config.similarity_power,
                 pair_source=config.pair_source,
                 reduction=config.reduction,
@@ -251,7 +259,7 @@ class Trainer:
         limit = self.config.contrastive_patches
         if limit is None or limit >= count:
             return None
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 1_000_003 + self._step + 1)
+        generator = _generator((self.seed * 1_000_003 + epoch) * 1_000_003 + self._step + 1)
         return torch.randperm(count, generator=generator)[:limit].to(self.device)
 
     def _report(self, description: str, done: int, total: int) -> None:
