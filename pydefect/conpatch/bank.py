@@ -76,6 +76,10 @@ class EmaBank(MemoryBank):
 
     def update(self, patches: Tensor) -> None:
         """C <- (1 - beta) C + beta C^NN (lines 3 to 8)."""
+        if len(patches) < len(self.centres):
+            raise InputError(
+                f"images: {len(patches)} patches; bank='ema' needs one for each of {len(self.centres)} centres"
+            )
         self.centres = torch.lerp(self.centres, patches[assign_unique(self.centres, patches)], self.momentum)
 
     def state(self) -> dict[str, Tensor]:
