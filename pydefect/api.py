@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pydefect import evaluation
@@ -94,17 +95,22 @@ def fit(
     >>> result.image_scores.shape, result.anomaly_maps[0].shape
     ((4,), (64, 64))
     """
-    if method not in _DETECTORS:
+    if not isinstance(method, str) or method not in _DETECTORS:
         raise InputError(f"method: {method!r} is not known; allowed are {', '.join(_DETECTORS)}")
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error: {on_error!r} given; allowed are 'raise', 'skip'")
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise InputError(f"seed: {seed!r} given; allowed are whole numbers from 0 to {2**32 - 1}")
+    _check_path("weights", weights)
+    if checkpoint is not None:
+        _check_path("checkpoint", checkpoint)
     config = ConPatchConfig.from_preset(preset, backbone=backbone, **settings)
     source = training_images(images) if isinstance(images, str | os.PathLike) else images
     return _DETECTORS[method].fit(
         source,
         config,
         weights=os.fspath(weights),
-        seed=seed,
+        seed=int(seed),
         device=resolve_device(device),
         on_error=on_error,
         checkpoint=checkpoint,
@@ -112,12 +118,24 @@ def fit(
     )
 
 
+def _check_path(name: str, path: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"{name}: {path!r} given; a path is needed")
+
+
 def _detector(detector: Detector | str | os.PathLike[str]) -> Detector:
-    return detector if isinstance(detector, Detector) else load(detector)
+    if isinstance(detector, Detector):
+        return detector
+    if not isinstance(detector, str | os.PathLike):
+        raise InputError(f"detector: {detector!r} given; allowed are a fitted detector or the path of a saved one")
+    return load(detector)
 
 
 def _dataset(dataset: Dataset | str | os.PathLike[str]) -> Dataset:
-    return dataset if isinstance(dataset, Dataset) else read_dataset(dataset)
+    if isinstance(dataset, Dataset):
+        return dataset
+    _check_path("dataset", dataset)
+    return read_dataset(dataset)
 
 
 def score(
@@ -257,12 +275,21 @@ def load(
         No such file, damaged, of a newer format, or the weights are not those of the fit.
     """
     chosen = resolve_device(device)
+    _check_path("path", path)
+    if weights is not None:
+        _check_path("weights", weights)
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != 1 or metadata.get("method") not in _DETECTORS:
         raise ModelFileError(
             f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method {metadata.get('method')!r}; "
             "this version of pydefect reads format 1 of conpatch"
         )
-    return _DETECTORS[metadata["method"]].from_file(
-        tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
-    )
+    try:
+        return _DETECTORS[metadata["method"]].from_file(
+            tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ModelFileError(
+            f"model: {os.fspath(path)!r} is damaged or of another version of pydefect "
+            f"({metadata.get('version')}): {error}"
+        ) from error

@@ -81,8 +81,8 @@ def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tup
     """
     if not scores:
         raise InputError("scores: none given; a threshold needs at least one held-out normal image")
-    if not 0 <= false_alarm_rate <= 1:
-        raise InputError(f"false_alarm_rate: {false_alarm_rate} given; allowed are 0 to 1")
+    if not isinstance(false_alarm_rate, int | float) or not 0 <= false_alarm_rate <= 1:
+        raise InputError(f"false_alarm_rate: {false_alarm_rate!r} given; allowed are 0 to 1")
     n = len(scores)
     # Rounding first: (n + 1) * (1 - 0.1) must not become one more through the last bit.
     k = max(1, math.ceil(round((n + 1) * (1 - false_alarm_rate), 9)))

@@ -35,7 +35,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...") from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...")
@@ -161,8 +161,8 @@ class Detector(ABC):
         InputError
             ``images`` or ``batch_size`` is not allowed, or a file cannot be read.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size: {batch_size} given; allowed are 1 and more")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size: {batch_size!r} given; allowed are whole numbers from 1 on")
         collection = open_images(images, on_error=on_error)
         bars = ProgressBars(progress)
         total, done = known_length(collection), 0

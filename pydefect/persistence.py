@@ -85,7 +85,10 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             header = file.metadata() or {}
             if _METADATA_KEY not in header:
                 raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(header[_METADATA_KEY])  # noqa: SIM118 - no mapping
+            metadata = json.loads(header[_METADATA_KEY])
+            if not isinstance(metadata, dict):
+                raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ModelFileError(f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
 
