@@ -19,6 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tensors are small here: several threads only wait for each other, on a busy machine for minutes."""
+    torch.set_num_threads(1)
+
+
 def _shared(relative: str) -> Path:
     path = Path(os.environ.get("PYDEFECT_SHARED", _DEFAULT_SHARED)) / relative
     if not path.exists():
