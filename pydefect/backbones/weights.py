@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pydefect.errors import InputError, WeightsNotFoundError
 
-__all__ = ["IMAGENET_WEIGHTS", "PublishedWeights", "load_state_dict", "weights_fingerprint"]
+__all__ = ["IMAGENET_WEIGHTS", "PublishedWeights", "cached_weights", "load_state_dict", "weights_fingerprint"]
 
 WEIGHTS_DIR_VARIABLE = "PYDEFECT_WEIGHTS_DIR"
 
@@ -70,7 +70,8 @@ def load_state_dict(source: str | os.PathLike[str], *, progress: bool = True) ->
     Raises
     ------
     WeightsNotFoundError
-        The file does not exist, or is neither in ``PYDEFECT_WEIGHTS_DIR``, nor in torch hub's cache, nor downloadable.
+        The file does not exist, or is neither in ``PYDEFECT_WEIGHTS_DIR``, nor in torch hub's cache, nor
+        downloadable.
     InputError
         The file is damaged, of an unknown type, or not the published one.
     """
@@ -79,18 +80,19 @@ def load_state_dict(source: str | os.PathLike[str], *, progress: bool = True) ->
         return _read(_published_file(published, progress))
     path = Path(source)
     if not path.is_file():
-        raise WeightsNotFoundError(f"weights: no file {str(path)!r}; give a .pth, .safetensors or .npz file, or 'imagenet'")
+        raise WeightsNotFoundError(
+            f"weights: no file {str(path)!r}; give a .pth, .safetensors or .npz file, or 'imagenet'"
+        )
     return _read(path)
 
 
 def _published_file(published: PublishedWeights, progress: bool) -> Path:
-    folder = os.environ.get(WEIGHTS_DIR_VARIABLE)
-    if folder:
-        offline = Path(folder) / published.filename
-        if offline.is_file():
-            _check_digest(offline, published.sha256_prefix)
-            return offline
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / published.filename
+    *offline, cached = _folders()
+    for folder in offline:
+        if (folder / published.filename).is_file():
+            _check_digest(folder / published.filename, published.sha256_prefix)
+            return folder / published.filename
+    cached = cached / published.filename
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -98,16 +100,42 @@ def _published_file(published: PublishedWeights, progress: bool) -> Path:
             torch.hub.download_url_to_file(published.url, str(cached), published.sha256_prefix, progress)
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsNotFoundError(
-                f"weights: {published.filename} is not cached and could not be downloaded ({error}); fetch {published.url} "
-                f"on another machine and put it into {cached.parent}, or into a folder named by {WEIGHTS_DIR_VARIABLE}"
+                f"weights: {published.filename} is not cached and could not be downloaded ({error}); "
+                f"fetch {published.url} on another machine and put it into {cached.parent}, "
+                f"or into a folder named by {WEIGHTS_DIR_VARIABLE}"
             ) from error
     return cached
+
+
+def _folders() -> list[Path]:
+    """Where published files are looked for: the user's offline folder, if named, and torch hub's cache."""
+    offline = os.environ.get(WEIGHTS_DIR_VARIABLE)
+    return [*([Path(offline)] if offline else []), Path(torch.hub.get_dir()) / "checkpoints"]
+
+
+def cached_weights(backbone: str) -> Path | None:
+    """Find a backbone's published file on this machine, without downloading.
+
+    Parameters
+    ----------
+    backbone
+        A key of :data:`IMAGENET_WEIGHTS`.
+
+    Returns
+    -------
+    Path or None
+        None where ``weights="imagenet"`` would have to download it.
+    """
+    files = (folder / IMAGENET_WEIGHTS[backbone].filename for folder in _folders())
+    return next((file for file in files if file.is_file()), None)
 
 
 def _check_digest(path: Path, prefix: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(prefix):
-        raise InputError(f"weights: {path} is not the published file: its SHA-256 starts with {digest[:8]}, not {prefix}")
+        raise InputError(
+            f"weights: {path} is not the published file: its SHA-256 starts with {digest[:8]}, not {prefix}"
+        )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -120,8 +148,18 @@ def _read(path: Path) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as archive:
                 state = {name: torch.from_numpy(archive[name]) for name in archive.files}
         else:
-            raise InputError(f"weights: {path.name!r} has type {path.suffix!r}; allowed are .pth, .pt, .safetensors, .npz")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, ValueError) as error:
+            raise InputError(
+                f"weights: {path.name!r} has type {path.suffix!r}; allowed are .pth, .pt, .safetensors, .npz"
+            )
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        SafetensorError,
+        ValueError,
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"weights: {path} cannot be read as a state dict: {error}") from error
