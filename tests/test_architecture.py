@@ -1,0 +1,175 @@
+"""The order of the rooms that docs/architecture.md sets, read from the imports, and what must not be
+imported early."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pydefect
+
+PACKAGE = Path(pydefect.__file__).parent
+
+# Lowest first. A room may import its own floor's and lower floors' rooms.
+FLOORS = [
+    ["version", "errors"],
+    ["ops", "data", "preprocessing", "backbones", "progress", "persistence", "metrics", "calibration"],
+    ["buildinfo", "features", "scoring"],
+    ["detector"],
+    ["conpatch", "evaluation"],
+    ["api"],
+    ["visualization"],
+    ["report"],
+    ["cli"],
+    ["__main__"],
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+# Files of the package's own top: it opens all rooms on first use.
+TOP = {"__init__", "_native"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(["pydefect", *parts]).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, also_lazy: bool = True) -> set[str]:
+    """Modules of pydefect that a module imports; without ``also_lazy`` only those that it imports on being
+    imported."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if not also_lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "pydefect")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            if node.module and node.module.split(".")[0] == "pydefect":
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    found.add(submodule if submodule in MODULES else node.module)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+    return found - {name}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def test_every_room_has_its_floor():
+    assert {room(module) for module in MODULES} - TOP == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) not in TOP])
+def test_no_room_imports_an_upper_one(module):
+    for imported in imports(module):
+        if room(imported) not in TOP:
+            assert LEVEL[room(imported)] <= LEVEL[room(module)], f"{module} imports {imported}"
+
+
+def test_data_calibration_and_operators_know_nothing_of_detectors():
+    for module in MODULES:
+        if room(module) in (
+            "ops",
+            "data",
+            "preprocessing",
+            "backbones",
+            "metrics",
+            "calibration",
+            "persistence",
+        ):
+            allowed = {room(module), "errors", "version", "__init__"}
+            assert {room(imported) for imported in imports(module)} <= allowed, module
+
+
+def test_methods_are_named_in_the_public_face_only():
+    """A second method must not need changes all over the package."""
+    naming = {module for module in MODULES if any(room(name) == "conpatch" for name in imports(module))}
+    assert {room(module) for module in naming} <= {"conpatch", "api"}
+
+
+def test_no_cycles():
+    """Over what is imported on being imported, a package standing for its ``__init__``."""
+    graph = {name: imports(name, also_lazy=False) & set(MODULES) for name in MODULES}
+    graph["pydefect"] -= {"pydefect"}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for imported in sorted(graph[name]):
+                visit(imported, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_importing_pydefect_does_not_import_torch():
+    loaded = run_python("import sys, pydefect; print(*sorted(sys.modules))").split()
+    assert "pydefect" in loaded
+    assert not {"torch", "numpy", "cv2", "sklearn", "typer"} & set(loaded)
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['pydefect', '--help']\n"
+        "try:\n    runpy.run_module('pydefect', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('LOADED', *sys.modules)"
+    )
+    out, _, loaded = run_python(code).partition("LOADED")
+    assert "evaluate" in out
+    assert not {"torch", "cv2", "sklearn"} & set(loaded.split())
+
+
+def test_the_public_face_is_complete():
+    for name in pydefect.__all__:
+        assert getattr(pydefect, name) is not None
+    assert set(pydefect.__all__) == {*pydefect._ROOMS, "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'fitt'"):
+        _ = pydefect.fitt
+
+
+def test_the_operators_have_twins_of_the_same_signature():
+    from inspect import signature
+
+    from pydefect import ops
+    from pydefect.ops import reference
+
+    assert ops.__all__ == reference.__all__
+    for name in ops.__all__:
+        native, twin = signature(getattr(ops, name)), signature(getattr(reference, name))
+        assert native.parameters == twin.parameters, name
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room(name) != "__main__"])
+def test_what_a_module_exports_is_there(module):
+    loaded = importlib.import_module(module)
+    for name in getattr(loaded, "__all__", []):
+        assert hasattr(loaded, name)
