@@ -43,24 +43,26 @@ def fit(
     Parameters
     ----------
     images
-        A folder of good images (recursive; of a data set's category folder the training part), a file, a list of paths, a
-        uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes, torch tensors, or any iterable of
-        these; see ``docs/data.md``.
+        A folder of good images (recursive; of a data set's category folder the training part), a file, a list
+        of paths, a uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes,
+        torch tensors, or any iterable of these; see ``docs/data.md``.
     method
         ``"conpatch"``.
     preset
-        ``"default"``: the settings that ``docs/study.md`` found; ``"paper"``: the printed method to the letter.
+        ``"default"``: the settings that ``docs/study.md`` found; ``"paper"``: the printed method to the
+        letter.
     backbone
         ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``.
     weights
-        ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``, ``.safetensors`` or ``.npz`` file
-        with torchvision's names, or ``"random"``.
+        ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``,
+        ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``.
     seed
         Same images, settings, seed, machine and number of threads: same detector.
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``.
     on_error
-        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in the detector's ``training``.
+        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in the
+        detector's ``training``.
     checkpoint
         A folder: interrupted training goes on from there when called again, with identical results.
     progress
@@ -82,7 +84,8 @@ def fit(
 
     References
     ----------
-    Luo et al., Contrastive representation learning for industrial defect detection, Computer Science 52(1), 2025, 210-220.
+    Luo et al., Contrastive representation learning for industrial defect detection, Computer Science 52(1),
+    2025, 210-220.
 
     Examples
     --------
@@ -127,7 +130,9 @@ def _detector(detector: Detector | str | os.PathLike[str]) -> Detector:
     if isinstance(detector, Detector):
         return detector
     if not isinstance(detector, str | os.PathLike):
-        raise InputError(f"detector: {detector!r} given; allowed are a fitted detector or the path of a saved one")
+        raise InputError(
+            f"detector: {detector!r} given; allowed are a fitted detector or the path of a saved one"
+        )
     return load(detector)
 
 
@@ -157,7 +162,8 @@ def score(
     batch_size
         Images at a time.
     on_error
-        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in ``Result.skipped``.
+        ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in
+        ``Result.skipped``.
     progress
         Show a progress bar on standard error.
 
@@ -198,8 +204,8 @@ def evaluate(
     Returns
     -------
     Evaluation
-        AUROC, average precision and F1-max of images and of pixels (at the images' own sizes, inside what a crop left of them),
-        the AUROC of every kind of defect, time and memory.
+        AUROC, average precision and F1-max of images and of pixels (at the images' own sizes, inside what a
+        crop left of them), the AUROC of every kind of defect, time and memory.
 
     Raises
     ------
@@ -219,7 +225,8 @@ def calibrate(
     on_error: OnError = "raise",
     progress: bool = True,
 ) -> Calibration:
-    """Set the thresholds that maximise F1 over labelled images, image and pixel level apart, equations (10) and (11).
+    """Set the thresholds that maximise F1 over labelled images, image and pixel level apart, equations (10)
+    and (11).
 
     Metrics at these thresholds are then no longer those of unseen images.
 
@@ -228,7 +235,8 @@ def calibrate(
     detector
         Its calibration is replaced.
     dataset
-        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it; its test images are used.
+        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it; its test
+        images are used.
     batch_size, on_error, progress
         See :func:`score`.
 
@@ -281,7 +289,8 @@ def load(
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != 1 or metadata.get("method") not in _DETECTORS:
         raise ModelFileError(
-            f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method {metadata.get('method')!r}; "
+            f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method "
+            f"{metadata.get('method')!r}; "
             "this version of pydefect reads format 1 of conpatch"
         )
     try:

@@ -24,15 +24,16 @@ class Calibration:
     pixel_threshold
         A pixel whose score is greater belongs to the mask.
     source
-        ``"held_out"``: normal images that the scoring detectors had not seen; ``"labelled"``: F1-maximising over labelled
-        images, image and pixel level apart (equations 10 and 11).
+        ``"held_out"``: normal images that the scoring detectors had not seen; ``"labelled"``: F1-maximising
+        over labelled images, image and pixel level apart (equations 10 and 11).
     images
         How many images the thresholds stand on.
     false_alarm_rate
-        Share of normal images to be called defective: expected for ``"held_out"``, counted for ``"labelled"``.
+        Share of normal images to be called defective: expected for ``"held_out"``, counted for
+        ``"labelled"``.
     image_scores, map_maxima
-        ``"held_out"``: ascending scores of the held-out images and ascending maxima of their maps, so that another rate can
-        be chosen later.
+        ``"held_out"``: ascending scores of the held-out images and ascending maxima of their maps, so that
+        another rate can be chosen later.
     """
 
     image_threshold: float
@@ -50,7 +51,10 @@ class Calibration:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """Read what :meth:`to_dict` wrote."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**fields)
 
 
 def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:
@@ -66,7 +70,8 @@ def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tup
     Returns
     -------
     threshold
-        The k-th smallest score, k = ceil((n + 1) (1 - rate)), or the largest where there are too few for the rate.
+        The k-th smallest score, k = ceil((n + 1) (1 - rate)), or the largest where there are too few for the
+        rate.
     rate
         The rate that it implies, (n + 1 - k) / (n + 1), if new normal images are exchangeable with these.
 

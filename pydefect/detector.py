@@ -36,7 +36,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...") from error
+        raise InputError(
+            f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ..."
+        ) from error
     if chosen.type not in ("cpu", "cuda"):
         raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -86,12 +88,15 @@ class Detector(ABC):
         Thresholds; None: the detector scores but does not decide.
     device
         Where it computes.
+    training
+        What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names), and what the method adds.
     """
 
     method: ClassVar[str]
     preprocessing: Preprocessing
     calibration: Calibration | None
     device: torch.device
+    training: dict[str, Any]
 
     @property
     @abstractmethod
@@ -124,7 +129,8 @@ class Detector(ABC):
         path
             One safetensors file with JSON metadata.
         include_backbone
-            True: self-contained. False: the file says which backbone weights it needs, and :func:`pydefect.load` takes them.
+            True: self-contained. False: the file says which backbone weights it needs, and
+            :func:`pydefect.load` takes them.
         """
 
     def stream(
@@ -196,7 +202,9 @@ class Detector(ABC):
             Scores, maps and, with a calibration, decisions.
         """
         skipped: list[SkippedImage] = []
-        stream = self.stream(images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped)
+        stream = self.stream(
+            images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped
+        )
         result = Result.collect(stream)
         if self.calibration is not None:
             result = replace(
@@ -225,7 +233,9 @@ class Detector(ABC):
             No held-out scores are there, or the rate is not allowed.
         """
         if self.calibration is None or self.calibration.source != "held_out":
-            raise InputError("false_alarm_rate: the detector keeps no scores of held-out normal images to choose it from")
+            raise InputError(
+                "false_alarm_rate: the detector keeps no scores of held-out normal images to choose it from"
+            )
         self.calibration = held_out_calibration(
             self.calibration.image_scores, self.calibration.map_maxima, false_alarm_rate
         )

@@ -13,7 +13,7 @@ class PydefectError(Exception):
 
 
 class InputError(PydefectError, ValueError):
-    """A wrong argument or an unusable input file: the message names it, what was given and what is allowed."""
+    """A wrong argument or unusable file: the message names it, what was given and what is allowed."""
 
 
 class ModelFileError(InputError):
@@ -21,4 +21,4 @@ class ModelFileError(InputError):
 
 
 class WeightsNotFoundError(InputError, FileNotFoundError):
-    """Backbone weights that are neither cached nor downloadable: the message says which file belongs where."""
+    """Weights that are neither cached nor downloadable: the message says which file belongs where."""

@@ -30,7 +30,8 @@ class Evaluation:
     dataset
         Its name.
     image, pixel
-        Over images, and over the scored pixels of all images whose masks are known (None where no defective image has one).
+        Over images, and over the scored pixels of all images whose masks are known (None where no defective
+        image has one).
     image_auroc_by_defect
         Every kind of defect against the good images.
     images, defective, without_mask
@@ -59,11 +60,16 @@ class Evaluation:
     configuration: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, pixel_ap, image_f1_max, ..."""
+        """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ..."""
         values = asdict(self)
         image, pixel = values.pop("image"), values.pop("pixel") or {}
         flat: dict[str, Any] = {"dataset": values.pop("dataset")}
-        short = {"auroc": "auroc", "average_precision": "ap", "f1_max": "f1_max", "f1_threshold": "f1_threshold"}
+        short = {
+            "auroc": "auroc",
+            "average_precision": "ap",
+            "f1_max": "f1_max",
+            "f1_threshold": "f1_threshold",
+        }
         for key, name in short.items():
             flat[f"image_{name}"] = image[key]
             flat[f"pixel_{name}"] = pixel.get(key)

@@ -65,8 +65,8 @@ class PatchFeatureExtractor(nn.Module):
         Returns
         -------
         list of Tensor
-            One [B, C_level, H_level, W_level] a level at its native resolution, channels last in memory; borders count as
-            zeros in the average (``count_include_pad``), as in CFA's code.
+            One [B, C_level, H_level, W_level] a level at its native resolution, channels last in memory;
+            borders count as zeros in the average (``count_include_pad``), as in CFA's code.
         """
         maps = self.backbone(images.contiguous(memory_format=torch.channels_last), self.levels)
         return [F.avg_pool2d(level, 3, stride=1, padding=1) for level in maps]
@@ -75,20 +75,21 @@ class PatchFeatureExtractor(nn.Module):
 class FeatureCache:
     """Patch features of a set of images, computed once: the backbone is frozen and nothing is augmented.
 
-    Kept as float16 at native resolution (0.7 MB for a 224x224 image with ResNet-18, 2.8 MB with Wide-ResNet-50-2). Images
-    beyond the memory budget go to a file.
+    Kept as float16 at native resolution (0.7 MB for a 224x224 image with ResNet-18, 2.8 MB with
+    Wide-ResNet-50-2). Images beyond the memory budget go to a file.
 
     Parameters
     ----------
     memory_budget
         Bytes to keep in memory; the rest goes to disk.
     folder
-        Where the file is made, in a temporary folder that is removed with the cache; None: the system's temporary folder.
+        Where the file is made, in a temporary folder that is removed with the cache; None: the system's
+        temporary folder.
 
     Notes
     -----
-    float16 keeps 11 bits: features move by at most 2**-11 of themselves, and scores of a detector by less than 0.2 %
-    (``tests/test_features.py`` holds this on real images).
+    float16 keeps 11 bits: features move by at most 2**-11 of themselves, and scores of a detector by less
+    than 0.2 % (``tests/test_features.py`` holds this on real images).
     """
 
     def __init__(self, memory_budget: int = 2 << 30, folder: str | Path | None = None) -> None:
@@ -148,7 +149,9 @@ class FeatureCache:
         self._shapes = shapes
         for image in range(levels[0].shape[0]):
             # Channels last: the order in which the projection reads.
-            flat = torch.cat([level[image].permute(1, 2, 0).flatten() for level in levels]).to("cpu", torch.float16)
+            flat = torch.cat([level[image].permute(1, 2, 0).flatten() for level in levels]).to(
+                "cpu", torch.float16
+            )
             if not bool(torch.isfinite(flat).all()):
                 raise PydefectError("features: the backbone gave a value that is not finite or over 65504")
             if (len(self._in_memory) + 1) * self._image_bytes <= self._budget and not self._on_disk:
@@ -170,7 +173,9 @@ class FeatureCache:
             return self._in_memory[index]
         assert self._file is not None
         self._file.seek((index - len(self._in_memory)) * self._image_bytes)
-        return torch.from_numpy(np.frombuffer(bytearray(self._file.read(self._image_bytes)), dtype=np.float16))
+        return torch.from_numpy(
+            np.frombuffer(bytearray(self._file.read(self._image_bytes)), dtype=np.float16)
+        )
 
     def get(self, indices: Sequence[int], device: torch.device | str = "cpu") -> list[Tensor]:
         """Read a batch.

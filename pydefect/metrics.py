@@ -36,7 +36,10 @@ class DetectionMetrics:
 
 
 def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    label_array, score_array = np.asarray(labels).ravel().astype(bool), np.asarray(scores, dtype=np.float32).ravel()
+    label_array, score_array = (
+        np.asarray(labels).ravel().astype(bool),
+        np.asarray(scores, dtype=np.float32).ravel(),
+    )
     if len(label_array) != len(score_array):
         raise InputError(f"scores: {len(score_array)} given for {len(label_array)} labels")
     if not np.isfinite(score_array).all():
@@ -60,8 +63,8 @@ def f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     Returns
     -------
     f1, threshold
-        ``score > threshold`` counts as defective. The threshold lies just under the lowest score that is still called
-        defective.
+        ``score > threshold`` counts as defective. The threshold lies just under the lowest score that is
+        still called defective.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Model files and checkpoints: tensors in safetensors, everything else as JSON, written whole or not at all."""
+"""Model files and checkpoints: safetensors and JSON, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
     """Write tensors and JSON metadata into one safetensors file, atomically.
 
     Parameters
@@ -90,7 +92,9 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
                 raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ModelFileError(f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
+        raise ModelFileError(
+            f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}"
+        ) from error
 
 
 class Checkpoint:
@@ -130,7 +134,9 @@ class Checkpoint:
         tensors, metadata = load_tensors(path)
         if metadata.get("key") != self._key:
             theirs = metadata.get("run", {})
-            differing = sorted(name for name in {*self._run, *theirs} if self._run.get(name) != theirs.get(name))
+            differing = sorted(
+                name for name in {*self._run, *theirs} if self._run.get(name) != theirs.get(name)
+            )
             raise InputError(
                 f"checkpoint: {str(self.folder)!r} holds another run (it differs in {', '.join(differing)}); "
                 "repeat that run's settings to resume it, or name another folder"

@@ -10,7 +10,8 @@ __all__ = ["ProgressBars"]
 
 
 class ProgressBars:
-    """Shows one bar after the other: a bar appears with the first step of its description and goes with the last.
+    """Shows one bar after the other: a bar appears with the first step of its description and goes with the
+    last.
 
     Parameters
     ----------
@@ -24,7 +25,7 @@ class ProgressBars:
         self._description: str | None = None
 
     def __call__(self, description: str, done: int, total: int | None) -> None:
-        """Say that ``done`` of ``total`` steps of ``description`` are done; None: nobody knows how many there are."""
+        """Say that ``done`` of ``total`` steps of ``description`` are done; None: an unknown number."""
         if not self._enabled:
             return
         if description != self._description:

@@ -52,8 +52,8 @@ class Result:
     names
         The paths relative to the folder that was read, or ``image-00003`` for arrays.
     scored_boxes
-        (top, left, bottom, right) in original pixels, half open: what a centre crop left of the image. Without a crop the
-        whole image.
+        (top, left, bottom, right) in original pixels, half open: what a centre crop left of the image.
+        Without a crop the whole image.
     image_threshold, pixel_threshold
         From the detector's calibration; None without one.
     skipped

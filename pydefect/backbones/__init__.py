@@ -1,13 +1,14 @@
 """Frozen feature extractors and where their weights come from."""
 
 from pydefect.backbones.resnet import ARCHITECTURES, ResNet, build_backbone
-from pydefect.backbones.weights import IMAGENET_WEIGHTS, load_state_dict, weights_fingerprint
+from pydefect.backbones.weights import IMAGENET_WEIGHTS, cached_weights, load_state_dict, weights_fingerprint
 
 __all__ = [
     "ARCHITECTURES",
     "IMAGENET_WEIGHTS",
     "ResNet",
     "build_backbone",
+    "cached_weights",
     "load_state_dict",
     "weights_fingerprint",
 ]

@@ -1,7 +1,7 @@
 """ResNet up to layer3, with torchvision's state_dict names and without depending on torchvision.
 
-Anomaly detectors read the intermediate maps only, so layer4 and the classifier are not built; files that hold them
-load all the same.
+Anomaly detectors read the intermediate maps only, so layer4 and the classifier are not built; files that hold
+them load all the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ LEVEL_STRIDES = {1: 4, 2: 8, 3: 16}
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
 
 
 class BasicBlock(nn.Module):
@@ -72,7 +74,8 @@ class BasicBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += identity
-        return self.relu(out)
+        activated: Tensor = self.relu(out)
+        return activated
 
 
 class Bottleneck(nn.Module):
@@ -97,7 +100,8 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         out += identity
-        return self.relu(out)
+        activated: Tensor = self.relu(out)
+        return activated
 
 
 class ResNet(nn.Module):
@@ -122,7 +126,9 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         block = BasicBlock if architecture.block == "basic" else Bottleneck
         in_channels = 64
-        for level, (depth, channels) in enumerate(zip(architecture.blocks, (64, 128, 256), strict=True), start=1):
+        for level, (depth, channels) in enumerate(
+            zip(architecture.blocks, (64, 128, 256), strict=True), start=1
+        ):
             blocks = []
             for index in range(depth):
                 stride = 2 if level > 1 and index == 0 else 1
@@ -172,8 +178,8 @@ def build_backbone(
         A key of :data:`ARCHITECTURES`.
     weights
         ``"imagenet"`` (torchvision's published file), ``"random"`` (He initialisation from ``seed``: for
-        demonstrations and tests, when no file is at hand), the path of a ``.pth``, ``.safetensors`` or ``.npz`` file with
-        torchvision's names, or such a state dict itself.
+        demonstrations and tests, when no file is at hand), the path of a ``.pth``, ``.safetensors`` or
+        ``.npz`` file with torchvision's names, or such a state dict itself.
     seed
         For ``weights="random"`` only.
     progress
@@ -214,7 +220,8 @@ def _load_checked(network: ResNet, state: Mapping[str, Tensor], name: str, sourc
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise InputError(
-            f"{source}: not a {name} with torchvision's names: {len(missing)} parameters are missing, such as {missing[0]!r}"
+            f"{source}: not a {name} with torchvision's names: {len(missing)} parameters are missing, "
+            f"such as {missing[0]!r}"
         )
     for key, value in wanted.items():
         if key in state and state[key].shape != value.shape:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pydefect.cli._console import Debug, Quiet, say
-from pydefect.cli._weights import cached_file
 from pydefect.cli.evaluate import print_evaluation
 from pydefect.cli.fit import print_fit
 
@@ -57,6 +56,7 @@ def demo(
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
 
     import pydefect
+    from pydefect.backbones import cached_weights
     from pydefect.data.layouts import read_dataset
     from pydefect.data.procedural import write_dataset
     from pydefect.report import ReportWriter
@@ -68,7 +68,7 @@ def demo(
     dataset = read_dataset(root)
     say(f"images: {len(dataset.train)} good ones to learn from, {len(dataset.test)} to inspect, in {root}")
     if weights is None:
-        weights = "imagenet" if cached_file(_BACKBONE) else "random"
+        weights = "imagenet" if cached_weights(_BACKBONE) else "random"
         if weights == "random":
             say(
                 "weights: random, since the ImageNet weights are not on this machine and the demo downloads "

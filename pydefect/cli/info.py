@@ -32,9 +32,8 @@ def _facts() -> dict[str, dict[str, Any]]:
     import cv2
     import torch
 
-    from pydefect.backbones import IMAGENET_WEIGHTS
+    from pydefect.backbones import IMAGENET_WEIGHTS, cached_weights
     from pydefect.buildinfo import build_info
-    from pydefect.cli._weights import cached_file
 
     build = build_info()
     cuda = torch.cuda.is_available()
@@ -69,7 +68,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "kernels loaded": build.cuda_kernels_loaded,
         },
         "imagenet weights": {
-            name: None if (file := cached_file(name)) is None else str(file) for name in IMAGENET_WEIGHTS
+            name: None if (file := cached_weights(name)) is None else str(file) for name in IMAGENET_WEIGHTS
         },
     }
 

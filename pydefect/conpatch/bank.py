@@ -1,7 +1,8 @@
-"""The compressed memory bank: M centres, built as a stream whatever the number of images (section 3.2, algorithm 1).
+"""The compressed memory bank: M centres, built as a stream whatever the number of images (section 3.2,
+algorithm 1).
 
-Every builder begins with the first image and goes on one image at a time; size, memory and cost an image do not depend on how
-many images there are, and a fitted bank can go on with new ones.
+Every builder begins with the first image and goes on one image at a time; size, memory and cost an image do
+not depend on how many images there are, and a fitted bank can go on with new ones.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class EmaBank(MemoryBank):
         """C <- (1 - beta) C + beta C^NN (lines 3 to 8)."""
         if len(patches) < len(self.centres):
             raise InputError(
-                f"images: {len(patches)} patches; bank='ema' needs one for each of {len(self.centres)} centres"
+                f"images: {len(patches)} patches; "
+                f"bank='ema' needs one for each of {len(self.centres)} centres"
             )
         self.centres = torch.lerp(self.centres, patches[assign_unique(self.centres, patches)], self.momentum)
 
@@ -104,7 +106,8 @@ class PositionMeanBank(MemoryBank):
         """Begin with the first image's patches."""
         if size != len(patches):
             raise InputError(
-                f"gamma: {len(patches) / size:g} given; bank='position_mean' has one centre a patch, so only 1 is allowed"
+                f"gamma: {len(patches) / size:g} given; "
+                "bank='position_mean' has one centre a patch, so only 1 is allowed"
             )
         return cls(patches.clone(), torch.ones((), device=patches.device))
 
@@ -112,7 +115,8 @@ class PositionMeanBank(MemoryBank):
         """Move every centre to the mean of what its position has shown."""
         if patches.shape != self.centres.shape:
             raise InputError(
-                f"images: {len(patches)} patches; bank='position_mean' has one centre for each of {len(self.centres)}"
+                f"images: {len(patches)} patches; "
+                f"bank='position_mean' has one centre for each of {len(self.centres)}"
             )
         self.images = self.images + 1
         self.centres = torch.lerp(self.centres, patches, 1 / self.images)
@@ -166,19 +170,21 @@ class KMeansBank(MemoryBank):
 class KCenterBank(MemoryBank):
     """Greedy k-centre over a stream: the bank and the patches that it does not cover are reduced to M again.
 
-    A patch nearer to a centre than the bank's covering radius adds nothing and is dropped at once, so that from the second
-    dozen of images on only a few patches an image are looked at twice. Rare normal patches stay, where averages lose them.
+    A patch nearer to a centre than the bank's covering radius adds nothing and is dropped at once, so that
+    from the second dozen of images on only a few patches an image are looked at twice. Rare normal patches
+    stay, where averages lose them.
 
     References
     ----------
-    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Charikar et al., Incremental clustering and dynamic
-    information retrieval, STOC 1997 (dropping what the current radius covers).
+    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Charikar et al., Incremental
+    clustering and dynamic information retrieval, STOC 1997 (dropping what the current radius covers).
     """
 
     def __init__(self, centres: Tensor, squared_radius: Tensor) -> None:
         self.centres = centres
         self.squared_radius = squared_radius
-        # Squared distances between the centres, [M, M]: kept from image to image, computed again after loading.
+        # Squared distances between the centres, [M, M]: kept from image to image, computed again after
+        # loading.
         self._table = _squared_distances(centres, centres)
 
     @classmethod
@@ -198,7 +204,9 @@ class KCenterBank(MemoryBank):
         if not bool(uncovered.any()):
             return
         new, cross = patches[uncovered], distances[uncovered]
-        table = torch.cat([torch.cat([self._table, cross.T], 1), torch.cat([cross, _squared_distances(new, new)], 1)])
+        table = torch.cat(
+            [torch.cat([self._table, cross.T], 1), torch.cat([cross, _squared_distances(new, new)], 1)]
+        )
         chosen, squared_radius = kcenter_from_distances(table, size)
         self.centres = torch.cat([self.centres, new])[chosen]
         self._table = table[chosen][:, chosen]
@@ -236,7 +244,12 @@ def bank_size(patches: int, gamma: float) -> int:
 
 
 def build_bank(
-    images: Iterable[Tensor], builder: BankBuilder, *, gamma: float = 4.0, momentum: float = 0.1, seed: int = 0
+    images: Iterable[Tensor],
+    builder: BankBuilder,
+    *,
+    gamma: float = 4.0,
+    momentum: float = 0.1,
+    seed: int = 0,
 ) -> MemoryBank:
     """Build a bank over a stream of images.
 

@@ -23,46 +23,51 @@ __all__ = ["PRESETS", "ConPatchConfig"]
 class ConPatchConfig:
     """Settings of ConPatch; the defaults are those of ``preset="default"``.
 
-    The section after each name is the paper's; ``docs/conpatch.md`` says which setting reaches which table, and
-    ``docs/study.md`` how the defaults were chosen.
+    The section after each name is the paper's; ``docs/conpatch.md`` says which setting reaches which table,
+    and ``docs/study.md`` how the defaults were chosen.
     """
 
-    # -- input (4.1.1) ---------------------------------------------------------------------------------------------
+    # -- input (4.1.1)
+    # ---------------------------------------------------------------------------------------------
     backbone: str = "resnet18"
     """A key of :data:`pydefect.backbones.ARCHITECTURES`."""
     resize: tuple[int, int] | int | None = 256
     """(height, width) in pixels, or one number for a square; None keeps the images' size."""
-    crop: tuple[int, int] | int | None = 224
+    crop: tuple[int, int] | int | None = None
     """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Backbone levels; table 8 compares (2, 3) with (1, 2, 3)."""
 
-    # -- representation network (3.3) ------------------------------------------------------------------------------
+    # -- representation network (3.3)
+    # ------------------------------------------------------------------------------
     level_balance: Literal["none", "std"] = "std"
     """``"std"`` divides every level by its total standard deviation over the training patches."""
-    level_weights: tuple[float, ...] | None = (0.3, 1.0, 1.0)
+    level_weights: tuple[float, ...] | None = (0.5, 1.0, 1.0)
     """Factor of every level after the balancing; None: 1 each."""
-    coordinate_weight: float = 0.6
+    coordinate_weight: float = 2.0
     """Factor of the two coordinate channels, which lie in [-1, 1]."""
     representation_dim: int = 448
     """D; table 10 compares 224, 448, 896."""
     projection_dim: int | None = None
     """Dz; None: D."""
     initialisation: Literal["default", "identity", "pca"] = "pca"
-    """F's start. ``"default"``: a fresh convolution, as printed; ``"identity"``: the scaled inputs (D = inputs);
-    ``"pca"``: their D leading principal components. With the last two g starts as the identity (as far as Dz reaches)."""
+    """F's start. ``"default"``: a fresh convolution, as printed; ``"identity"``: the scaled inputs (D =
+    inputs); ``"pca"``: their D leading principal components. With the last two g starts as the identity (as
+    far as Dz reaches)."""
 
-    # -- compressed bank (3.2) -------------------------------------------------------------------------------------
+    # -- compressed bank (3.2)
+    # -------------------------------------------------------------------------------------
     bank: BankBuilder = "kcenter"
     """See :meth:`pydefect.conpatch.bank.MemoryBank.updated`."""
-    gamma: float = 4.0
+    gamma: float = 2.0
     """Patches of an image for one centre: M = round(T / gamma); table 11 compares 2, 4, 8."""
     bank_momentum: float = 0.1
     """beta of algorithm 1 (``bank="ema"``)."""
     rebuild_bank: Literal["never", "epoch", "end"] = "epoch"
     """When the bank is built again with the trained F."""
 
-    # -- losses (3.3, 3.4) -----------------------------------------------------------------------------------------
+    # -- losses (3.3, 3.4)
+    # -----------------------------------------------------------------------------------------
     losses: Literal["none", "contrastive", "hypersphere", "both"] = "both"
     """Table 7; ``"none"``: no training."""
     alpha: float = 0.8
@@ -92,7 +97,8 @@ class ConPatchConfig:
     distance_power: Literal[1, 2] = 1
     """1 as printed in (7), 2 as in CFA's code."""
 
-    # -- training (3.6, 4.1) ---------------------------------------------------------------------------------------
+    # -- training (3.6, 4.1)
+    # ---------------------------------------------------------------------------------------
     epochs: int = 1
     """At most, with early stopping."""
     early_stopping: bool = True
@@ -104,22 +110,25 @@ class ConPatchConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 5e-4
 
-    # -- scoring (3.5) ---------------------------------------------------------------------------------------------
+    # -- scoring (3.5)
+    # ---------------------------------------------------------------------------------------------
     score: Literal["certainty", "nearest"] = "certainty"
     """Equation (9), or the plain distance to the nearest centre."""
     image_score: Literal["max_patch", "max_map"] = "max_map"
     """Maximum of the patch scores as printed, or of the smoothed map."""
-    smoothing: float = 4.0
+    smoothing: float = 6.0
     """Standard deviation of (12)'s Gaussian in pixels of the network's input."""
 
-    # -- threshold -------------------------------------------------------------------------------------------------
+    # -- threshold
+    # -------------------------------------------------------------------------------------------------
     calibration_folds: int = 3
-    """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen it;
-    0: no threshold."""
+    """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen
+    it; 0: no threshold."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
-    # -- resources -------------------------------------------------------------------------------------------------
+    # -- resources
+    # -------------------------------------------------------------------------------------------------
     cache_memory_mb: int = 2048
     """Backbone features beyond this go to a temporary file."""
 
@@ -130,7 +139,9 @@ class ConPatchConfig:
             if isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value.item())
         if not isinstance(self.backbone, str) or self.backbone not in ARCHITECTURES:
-            raise InputError(f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
+            raise InputError(
+                f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}"
+            )
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
         object.__setattr__(self, "levels", check_levels(self.levels))
@@ -172,8 +183,8 @@ class ConPatchConfig:
         preset
             ``"default"`` or ``"paper"``.
         settings
-            Fields of this class. Where ``levels`` changes and ``level_weights`` is not given, the preset's weights of the
-            remaining levels stay.
+            Fields of this class. Where ``levels`` changes and ``level_weights`` is not given, the preset's
+            weights of the remaining levels stay.
 
         Raises
         ------
@@ -190,27 +201,39 @@ class ConPatchConfig:
         if "levels" in settings and "level_weights" not in settings:
             weights = merged.get("level_weights", cls.level_weights)
             levels = check_levels(settings["levels"])
-            merged["level_weights"] = None if weights is None else tuple(weights[level - 1] for level in levels)
+            merged["level_weights"] = (
+                None if weights is None else tuple(weights[level - 1] for level in levels)
+            )
         return cls(**merged)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConPatchConfig:
         """Read what :meth:`to_dict` wrote."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**settings)
 
 
 def _size(name: str, value: Any) -> tuple[int, int] | None:
     if value is None:
         return None
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 16 for side in pair):
-        raise InputError(f"{name}: {value!r} given; allowed are a side or (height, width) of 16 pixels or more, or None")
+    pair = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    )
+    if len(pair) != 2 or any(
+        not isinstance(side, int) or isinstance(side, bool) or side < 16 for side in pair
+    ):
+        raise InputError(
+            f"{name}: {value!r} given; allowed are a side or (height, width) of 16 pixels or more, or None"
+        )
     return pair[0], pair[1]
 
 
@@ -267,6 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # The printed method to the letter.
     "paper": {
+        "crop": 224,
         "level_balance": "none",
         "level_weights": None,
         "coordinate_weight": 1.0,
@@ -280,6 +304,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "early_stopping": False,
         "learning_rate": 1e-3,
         "image_score": "max_patch",
+        "smoothing": 4.0,
         # The paper's threshold maximises F1 over labelled images: Detector.calibrate.
         "calibration_folds": 0,
     },

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pydefect.version import VERSION
 from pydefect.backbones import build_backbone, weights_fingerprint
 from pydefect.calibration import Calibration, held_out_calibration
 from pydefect.conpatch.bank import BANKS, MemoryBank
@@ -26,6 +25,7 @@ from pydefect.ops import knn, score_maps
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
+from pydefect.version import VERSION
 
 __all__ = ["ConPatchDetector", "HeldOutScores", "score_levels", "sensitivity"]
 
@@ -70,8 +70,8 @@ def score_levels(
 def sensitivity(network: ConPatchNetwork) -> float:
     """How much F stretches an average change of its (balanced) backbone features.
 
-    The root mean square of |F(p + e) - F(p)| over random directions e of unit length: |W|_F / sqrt(inputs), coordinates left
-    out. A score in units of it does not change when training merely shrinks the space.
+    The root mean square of |F(p + e) - F(p)| over random directions e of unit length: |W|_F / sqrt(inputs),
+    coordinates left out. A score in units of it does not change when training merely shrinks the space.
     """
     weight = network.representation.weight.detach()[:, :-2]
     return float(weight.norm() / weight.shape[1] ** 0.5)
@@ -95,7 +95,7 @@ class HeldOutScores:
 
     @property
     def relative_tail(self) -> float:
-        """Mean map maximum of unseen normal images in units of the sensitivity: the noise a defect has to rise above."""
+        """Mean map maximum over the sensitivity: the noise that a defect has to rise above."""
         return sum(self.map_maxima) / len(self.map_maxima) / self.sensitivity
 
 
@@ -117,7 +117,8 @@ class ConPatchDetector(Detector):
 
     References
     ----------
-    Luo et al., Contrastive representation learning for industrial defect detection, Computer Science 52(1), 2025, 210-220.
+    Luo et al., Contrastive representation learning for industrial defect detection, Computer Science 52(1),
+    2025, 210-220.
     """
 
     method: ClassVar[str] = "conpatch"
@@ -221,7 +222,9 @@ class ConPatchDetector(Detector):
         return score_levels(self.extractor(images), self.network, self.bank, self.config, size)
 
     @torch.inference_mode()
-    def update(self, images: Any, *, on_error: OnError = "raise", progress: bool = False) -> list[SkippedImage]:
+    def update(
+        self, images: Any, *, on_error: OnError = "raise", progress: bool = False
+    ) -> list[SkippedImage]:
         """Go on building the bank with new normal images; its size, and the network, stay as they are.
 
         The thresholds stay too: after a large change of the product, fit again.
@@ -281,7 +284,12 @@ class ConPatchDetector(Detector):
 
     @classmethod
     def from_file(
-        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, device: torch.device, weights: str | None
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        *,
+        device: torch.device,
+        weights: str | None,
     ) -> ConPatchDetector:
         """Rebuild a detector from a model file's content; see :func:`pydefect.load`."""
         config = ConPatchConfig.from_dict(metadata["config"])
@@ -298,12 +306,15 @@ class ConPatchDetector(Detector):
             backbone = build_backbone(config.backbone, backbone_state)
         elif weights is None:
             raise ModelFileError(
-                f"weights: the model file has no backbone in it; give the weights of {config.backbone} that it was fitted with"
+                "weights: the model file has no backbone in it; "
+                f"give the weights of {config.backbone} that it was fitted with"
             )
         else:
             backbone = build_backbone(config.backbone, weights, seed=metadata["seed"])
             if weights_fingerprint(backbone.state_dict()) != metadata["backbone_sha256"]:
-                raise ModelFileError(f"weights: {weights!r} are not the weights that the model was fitted with")
+                raise ModelFileError(
+                    f"weights: {weights!r} are not the weights that the model was fitted with"
+                )
         state = part("network.")
         dimension, inputs = state["representation.weight"].shape
         channels = PatchFeatureExtractor(backbone, config.levels).channels
@@ -332,10 +343,11 @@ class _HeldOut:
 
 
 class _CrossFit:
-    """Trains a detector on all folds but one, for every fold: no image calibrates a detector that has seen it.
+    """Trains a detector on all folds but one, for every fold: no image calibrates a detector that has seen
+    it.
 
-    The held-out images also say when to stop: after the epoch in which their scores, in units of the network's sensitivity,
-    are lowest.
+    The held-out images also say when to stop: after the epoch in which their scores, in units of the
+    network's sensitivity, are lowest.
     """
 
     def __init__(
@@ -413,7 +425,9 @@ class _CrossFit:
         for image_score, maximum in self._score(trainer, held_out):
             scores.append(image_score)
             maxima.append(maximum)
-        self._scores[f"{fold}/{epoch}"] = HeldOutScores(tuple(scores), tuple(maxima), sensitivity(trainer.network))
+        self._scores[f"{fold}/{epoch}"] = HeldOutScores(
+            tuple(scores), tuple(maxima), sensitivity(trainer.network)
+        )
         if self._checkpoint is not None:
             self._checkpoint.save("held-out", {}, {key: vars(value) for key, value in self._scores.items()})
 

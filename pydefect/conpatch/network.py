@@ -28,8 +28,8 @@ class Representation(nn.Module):
     dimension
         D, channels of the representation.
     input_scale
-        [sum(channels) + 2]: factor of every input channel, the two coordinates last. A constant of the network, not a
-        parameter: it balances the levels.
+        [sum(channels) + 2]: factor of every input channel, the two coordinates last. A constant of the
+        network, not a parameter: it balances the levels.
 
     Notes
     -----
@@ -109,7 +109,8 @@ def level_scales(cache: FeatureCache, indices: Sequence[int]) -> list[float]:
     Returns
     -------
     list of float
-        1 / sqrt(sum over channels of the variance over patches and images), one a level; 1 for a constant level.
+        1 / sqrt(sum over channels of the variance over patches and images), one a level; 1 for a constant
+        level.
     """
     sums = [torch.zeros(channels, dtype=torch.float64) for channels, _, _ in cache.shapes]
     squares = [torch.zeros(channels, dtype=torch.float64) for channels, _, _ in cache.shapes]
@@ -154,7 +155,9 @@ def principal_components(
     """
     inputs = len(input_scale)
     if dimension > inputs:
-        raise InputError(f"representation_dim: {dimension} given; with initialisation 'pca' at most {inputs} are allowed")
+        raise InputError(
+            f"representation_dim: {dimension} given; with initialisation 'pca' at most {inputs} are allowed"
+        )
     chosen = [indices[round(i)] for i in torch.linspace(0, len(indices) - 1, min(64, len(indices))).tolist()]
     scaled_identity = torch.diag(input_scale)
     total = torch.zeros(inputs, dtype=torch.float64)

@@ -49,7 +49,9 @@ class EpochRecord:
     hypersphere: float | None = None
 
 
-def build_network(cache: FeatureCache, indices: Sequence[int], config: ConPatchConfig, seed: int) -> ConPatchNetwork:
+def build_network(
+    cache: FeatureCache, indices: Sequence[int], config: ConPatchConfig, seed: int
+) -> ConPatchNetwork:
     """Build the untrained network F_0, g_0 and its twins.
 
     Parameters
@@ -70,7 +72,10 @@ def build_network(cache: FeatureCache, indices: Sequence[int], config: ConPatchC
     scales = level_scales(cache, indices) if config.level_balance == "std" else [1.0] * len(channels)
     weights = config.level_weights or (1.0,) * len(channels)
     input_scale = torch.cat(
-        [torch.full((count,), scale * weight) for count, scale, weight in zip(channels, scales, weights, strict=True)]
+        [
+            torch.full((count,), scale * weight)
+            for count, scale, weight in zip(channels, scales, weights, strict=True)
+        ]
         + [torch.full((2,), float(config.coordinate_weight))]
     )
     dimension = config.representation_dim
@@ -80,7 +85,8 @@ def build_network(cache: FeatureCache, indices: Sequence[int], config: ConPatchC
     if config.initialisation == "identity":
         if dimension != len(input_scale):
             raise InputError(
-                f"representation_dim: {dimension} given; initialisation 'identity' needs the number of inputs, {len(input_scale)}"
+                f"representation_dim: {dimension} given; "
+                f"initialisation 'identity' needs the number of inputs, {len(input_scale)}"
             )
         network.start_as(torch.eye(dimension), torch.zeros(dimension))
     elif config.initialisation == "pca":
@@ -142,7 +148,7 @@ class Trainer:
     history: list[EpochRecord] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        """Restore the state from the checkpoint, or begin: untrained network, first bank (algorithm 2, line 2)."""
+        """Restore the checkpoint, or begin: untrained network, first bank (algorithm 2, line 2)."""
         self._step = 0
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._saved_at = time.monotonic()
@@ -195,7 +201,9 @@ class Trainer:
         # Drawn from (seed, epoch) alone, so that a resumed run needs no generator's state.
         generator = _generator(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.indices), generator=generator).tolist()
-        batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+        batches = [
+            order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)
+        ]
         while self._step < len(batches):
             levels = self.cache.get([self.indices[i] for i in batches[self._step]], self.device)
             self._sums += self._train_step(levels, epoch)
@@ -248,12 +256,12 @@ class Trainer:
                 config.radius,
                 distance_power=config.distance_power,
             )
-        total = config.phi * losses[0] + losses[1]
+        total: Tensor = config.phi * losses[0] + losses[1]
         self._optimiser.zero_grad(set_to_none=True)
         total.backward()
         self._optimiser.step()
         network.update_target(config.target_momentum)
-        return losses.detach().double().cpu()
+        return losses.detach().to("cpu", torch.float64)
 
     def _contrastive_patches(self, count: int, epoch: int) -> Tensor | None:
         limit = self.config.contrastive_patches

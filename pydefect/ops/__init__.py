@@ -1,7 +1,7 @@
 """PyTorch operators with native kernels.
 
-Every operator has a pure-PyTorch twin of the same name and signature in :mod:`pydefect.ops.reference`. Operators without a
-native kernel yet are the twin itself or a faster composition of PyTorch's own operators.
+Every operator has a pure-PyTorch twin of the same name and signature in :mod:`pydefect.ops.reference`.
+Operators without a native kernel yet are the twin itself or a faster composition of PyTorch's own operators.
 """
 
 from pydefect.ops.hypersphere import hypersphere

@@ -24,13 +24,14 @@ def kcenter_greedy(features: Tensor, m: int) -> Tensor:
     Returns
     -------
     Tensor
-        [m] int64 in the order of choice, beginning with point 0; ties go to the lower index. Distances carry float32
-        rounding of the expanded form, so points within about 1e-6 of the squared norm of a tie may change places.
+        [m] int64 in the order of choice, beginning with point 0; ties go to the lower index. Distances carry
+        float32 rounding of the expanded form, so points within about 1e-6 of the squared norm of a tie may
+        change places.
 
     References
     ----------
-    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Roth et al., Towards total recall in industrial
-    anomaly detection, CVPR 2022, algorithm 1.
+    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Roth et al., Towards total
+    recall in industrial anomaly detection, CVPR 2022, algorithm 1.
     """
     n = features.shape[0]
     # Distances do not change under a shift; near the origin the expanded form loses fewer digits.

@@ -15,9 +15,10 @@ __all__ = ["project_levels"]
 def project_levels(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Fuse feature levels and coordinates with a 1x1 convolution.
 
-    A 1x1 convolution commutes with bilinear upsampling, so every level is projected on its own grid and the results are
-    upsampled and added: W_1 l_1 + up(W_2 l_2) + ... + W_c coordinates + b. Nothing of the concatenated width exists at full
-    resolution, and coarse levels cost a quarter or a sixteenth of the multiplications.
+    A 1x1 convolution commutes with bilinear upsampling, so every level is projected on its own grid and the
+    results are upsampled and added: W_1 l_1 + up(W_2 l_2) + ... + W_c coordinates + b. Nothing of the
+    concatenated width exists at full resolution, and coarse levels cost a quarter or a sixteenth of the
+    multiplications.
 
     Parameters
     ----------
@@ -35,8 +36,8 @@ def project_levels(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None
 
     References
     ----------
-    Luo et al., Computer Science 52(1), 2025, section 3.3; Liu et al., An intriguing failing of convolutional neural networks
-    and the CoordConv solution, NeurIPS 2018.
+    Luo et al., Computer Science 52(1), 2025, section 3.3; Liu et al., An intriguing failing of convolutional
+    neural networks and the CoordConv solution, NeurIPS 2018.
     """
     batch, _, height, width = levels[0].shape
     *level_weights, coordinate_weight = weight.split([*(level.shape[1] for level in levels), 2], dim=1)
@@ -45,7 +46,7 @@ def project_levels(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None
     constant = coordinates.permute(1, 2, 0) @ coordinate_weight.T
     if bias is not None:
         constant = constant + bias
-    fused = constant.unsqueeze(0)
+    fused: Tensor = constant.unsqueeze(0)
     for level, level_weight in zip(levels, level_weights, strict=True):
         projected = level.permute(0, 2, 3, 1) @ level_weight.T
         if projected.shape[1:3] != (height, width):

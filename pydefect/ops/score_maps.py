@@ -46,8 +46,8 @@ def score_maps(
     scores
         [B, H, W] float32: patch scores, equation (9).
     maps
-        [B, height, width] float32: bilinearly upsampled (half-pixel centres), then smoothed with a Gaussian cut at 4 sigma
-        and mirrored at the border, equation (12).
+        [B, height, width] float32: bilinearly upsampled (half-pixel centres), then smoothed with a Gaussian
+        cut at 4 sigma and mirrored at the border, equation (12).
 
     References
     ----------

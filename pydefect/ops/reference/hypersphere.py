@@ -40,7 +40,8 @@ def hypersphere(
     Luo et al., Computer Science 52(1), 2025, equation (7).
     """
     bank = bank.detach()
-    # Which centres are the nearest is decided in float32, as the native search does, whatever the gradient's precision.
+    # Which centres are the nearest is decided in float32, as the native search does, whatever the gradient's
+    # precision.
     indices = knn(features.detach().float(), bank.float(), k)[1]
     squared = (features.unsqueeze(1) - bank[indices]).square().sum(2)
     # The clamp stops the square root's gradient where a patch lies on its centre.

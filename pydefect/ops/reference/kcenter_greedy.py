@@ -25,8 +25,8 @@ def kcenter_greedy(features: Tensor, m: int) -> Tensor:
 
     References
     ----------
-    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Roth et al., Towards total recall in industrial
-    anomaly detection, CVPR 2022, algorithm 1.
+    Gonzalez, Clustering to minimize the maximum intercluster distance, 1985; Roth et al., Towards total
+    recall in industrial anomaly detection, CVPR 2022, algorithm 1.
     """
     differences = features.unsqueeze(1) - features
     return kcenter_from_distances(differences.square().sum(2), m)[0]

@@ -49,8 +49,8 @@ def project_levels(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None
 
     References
     ----------
-    Luo et al., Computer Science 52(1), 2025, section 3.3; Liu et al., An intriguing failing of convolutional neural networks
-    and the CoordConv solution, NeurIPS 2018.
+    Luo et al., Computer Science 52(1), 2025, section 3.3; Liu et al., An intriguing failing of convolutional
+    neural networks and the CoordConv solution, NeurIPS 2018.
     """
     batch, _, height, width = levels[0].shape
     upsampled = [

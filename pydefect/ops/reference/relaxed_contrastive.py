@@ -22,8 +22,8 @@ def _chunk_rows(n: int) -> int:
 
 
 def _distances(rows: Tensor, columns: Tensor) -> Tensor:
-    # |x - y|^2 = |x|^2 + |y|^2 - 2xy as one matrix product; the clamp keeps rounding from going below zero and stops the
-    # square root's gradient where two points coincide.
+    # |x - y|^2 = |x|^2 + |y|^2 - 2xy as one matrix product; the clamp keeps rounding from going below zero
+    # and stops the square root's gradient where two points coincide.
     squared = rows.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * (rows @ columns.T)
     return squared.clamp_min(1e-30).sqrt()
 
@@ -74,7 +74,8 @@ def relaxed_contrastive(
     Parameters
     ----------
     z
-        [N, D] float: online projections g(F(p)); the gradient flows through them only, also through the row mean of (4).
+        [N, D] float: online projections g(F(p)); the gradient flows through them only, also through the row
+        mean of (4).
     z_target
         [N, D]: target projections g'(F'(p)), taken as constants.
     alpha

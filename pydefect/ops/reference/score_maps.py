@@ -58,8 +58,8 @@ def score_maps(
     scores
         [B, H, W]: patch scores, equation (9).
     maps
-        [B, height, width]: bilinearly upsampled (half-pixel centres), then smoothed with a Gaussian cut at 4 sigma and
-        mirrored at the border, equation (12).
+        [B, height, width]: bilinearly upsampled (half-pixel centres), then smoothed with a Gaussian cut at 4
+        sigma and mirrored at the border, equation (12).
 
     References
     ----------
@@ -68,6 +68,8 @@ def score_maps(
     scores = patch_scores(distances, certainty)
     maps = F.interpolate(scores.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
     if sigma > 0 and len(maps):
-        smoothed = np.stack([gaussian_filter(one, sigma, mode="reflect", truncate=4.0) for one in maps.cpu().numpy()])
+        smoothed = np.stack(
+            [gaussian_filter(one, sigma, mode="reflect", truncate=4.0) for one in maps.cpu().numpy()]
+        )
         maps = torch.from_numpy(smoothed).to(maps.device)
     return scores, maps

@@ -1,0 +1,297 @@
+"""The accuracy study behind the default preset: one command a table.
+
+    python benchmarks/study.py run --weights resnet18.npz --data bottle=mvtec_ad/bottle --data ... --out
+    study.jsonl python benchmarks/study.py render study.jsonl --out docs
+
+Every run fits on all training images, without a threshold, and measures the test images after every epoch; no
+test image takes part in fitting or stopping. Pixels are compared at the network's input size, inside the
+crop. ``run`` leaves out what the output file holds already, so that it can be interrupted. ``render`` needs
+matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pydefect.backbones import build_backbone
+from pydefect.conpatch.config import ConPatchConfig
+from pydefect.conpatch.detector import score_levels, sensitivity
+from pydefect.conpatch.trainer import Trainer
+from pydefect.data.images import open_images
+from pydefect.data.layouts import read_dataset, read_mask
+from pydefect.detector import batches
+from pydefect.features import FeatureCache, PatchFeatureExtractor
+from pydefect.metrics import detection_metrics
+from pydefect.ops import knn, score_maps
+from pydefect.preprocessing import Preprocessing
+from pydefect.version import VERSION
+
+WHOLE: dict[str, Any] = {"resize": 256, "crop": None}
+CROPPED: dict[str, Any] = {"resize": 256, "crop": 224}
+UNTRAINED: dict[str, Any] = {"losses": "none"}
+PRINTED: dict[str, Any] = {"preset": "paper", "contrastive_patches": 1024}
+
+# Name -> settings on top of the default preset (or of "preset"). The part before the slash is the table's
+# section.
+RUNS: dict[str, dict[str, Any]] = {
+    "printed/untrained": {**PRINTED, **UNTRAINED},
+    "printed/30 epochs": PRINTED,
+    "input/crop 224": {**UNTRAINED, **CROPPED},
+    "input/whole 256": {**UNTRAINED, **WHOLE},
+    "bank/ema": {**UNTRAINED, "bank": "ema"},
+    "bank/kmeans": {**UNTRAINED, "bank": "kmeans"},
+    "bank/position_mean": {**UNTRAINED, "bank": "position_mean", "gamma": 1},
+    "bank/kcenter gamma 8": {**UNTRAINED, "gamma": 8},
+    "bank/kcenter gamma 4": {**UNTRAINED, "gamma": 4},
+    "bank/kcenter gamma 2": {**UNTRAINED, "gamma": 2},
+    "bank/kcenter gamma 1": {**UNTRAINED, "gamma": 1},
+    "levels/not balanced": {**UNTRAINED, "level_balance": "none", "level_weights": None},
+    "levels/1, 1, 1": {**UNTRAINED, "level_weights": None},
+    "levels/0.7, 1, 1": {**UNTRAINED, "level_weights": (0.7, 1, 1)},
+    "levels/0.3, 1, 1": {**UNTRAINED, "level_weights": (0.3, 1, 1)},
+    "levels/2 and 3 only": {**UNTRAINED, "levels": (2, 3), "level_weights": None},
+    "coordinates/0": {**UNTRAINED, "coordinate_weight": 0},
+    "coordinates/0.6": {**UNTRAINED, "coordinate_weight": 0.6},
+    "coordinates/1": {**UNTRAINED, "coordinate_weight": 1},
+    "coordinates/4": {**UNTRAINED, "coordinate_weight": 4},
+    "F/random": {**UNTRAINED, "initialisation": "default"},
+    "F/pca 224": {**UNTRAINED, "representation_dim": 224},
+    "training/none": UNTRAINED,
+    "training/contrastive 1e-4": {"losses": "contrastive", "epochs": 3, "rebuild_bank": "epoch"},
+    "training/hypersphere 1e-4": {"losses": "hypersphere", "epochs": 3, "rebuild_bank": "epoch"},
+    "training/both 1e-4": {"losses": "both", "epochs": 3, "rebuild_bank": "epoch"},
+    "training/both 1e-3": {"losses": "both", "epochs": 3, "rebuild_bank": "epoch", "learning_rate": 1e-3},
+    "training/both 1e-3, bank fixed": {
+        "losses": "both",
+        "epochs": 3,
+        "rebuild_bank": "never",
+        "learning_rate": 1e-3,
+    },
+}
+
+# Share of the training images that is kept apart in the second fit of a training run, to watch the stopping
+# rule.
+_HELD_OUT_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A data set's features and truth at one input geometry."""
+
+    train: FeatureCache
+    test: FeatureCache
+    labels: np.ndarray
+    masks: np.ndarray
+    size: tuple[int, int]
+
+
+def measure_features(root: Path, config: ConPatchConfig, weights: str) -> Measured:
+    """Run the backbone over all images of a data set."""
+    dataset = read_dataset(root)
+    preprocessing = Preprocessing.create(config.resize, config.crop)
+    extractor = PatchFeatureExtractor(build_backbone(config.backbone, weights))
+    caches, masks = [], []
+    samples = {"train": dataset.train, "test": dataset.test}
+    for part, images in samples.items():
+        cache = FeatureCache()
+        collection = open_images([sample.image for sample in images])
+        position = 0
+        for group, tensors in batches(collection, preprocessing, 8):
+            cache.append(extractor(tensors))
+            size = (tensors.shape[2], tensors.shape[3])
+            for image in group:
+                if part == "test":
+                    height, width, _ = image.pixels.shape
+                    masks.append(preprocessing.mask_to_input(read_mask(images[position], (height, width))))
+                position += 1
+        caches.append(cache)
+    labels = np.array([sample.label == 1 for sample in dataset.test])
+    return Measured(caches[0], caches[1], labels, np.stack(masks), size)
+
+
+@torch.inference_mode()
+def test_metrics(data: Measured, trainer: Trainer) -> dict[str, float]:
+    """AUROC (%) of the test images with both scores of section 3.5 and both image scores."""
+    found: dict[str, float] = {}
+    config, bank = trainer.config, trainer.scoring_bank()
+    _, height, width = data.test.shapes[0]
+    distances = []
+    for index in range(len(data.test)):
+        patches = trainer.network.representation(data.test.get([index]))[0]
+        distances.append(knn(patches, bank.centres, config.neighbors)[0].sqrt().reshape(height, width, -1))
+    for score in ("certainty", "nearest"):
+        scores, maps = score_maps(
+            torch.stack(distances), data.size, config.smoothing, certainty=score == "certainty"
+        )
+        for image_score, values in (("max_patch", scores), ("max_map", maps)):
+            maxima = values.flatten(1).amax(1)
+            found[f"{score}_{image_score}"] = 100 * detection_metrics(data.labels, maxima).auroc
+        # Every second row and column: a quarter of the pixels changes the AUROC by less than 0.01.
+        pixels = detection_metrics(data.masks[:, ::2, ::2], maps[:, ::2, ::2].contiguous())
+        found[f"{score}_pixel"] = 100 * pixels.auroc
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+@torch.inference_mode()
+def held_out_tail(data: Measured, trainer: Trainer, held_out: list[int]) -> dict[str, float]:
+    """What the stopping rule sees: the held-out images' map maxima, absolute and over the sensitivity."""
+    maxima = []
+    for index in held_out:
+        _, maps = score_levels(
+            data.train.get([index]), trainer.network, trainer.bank, trainer.config, data.size
+        )
+        maxima.append(float(maps.max()))
+    tail = float(np.mean(maxima))
+    return {"tail": round(tail, 5), "relative_tail": round(tail / sensitivity(trainer.network), 5)}
+
+
+def run_once(data: Measured, settings: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+    """Fit with one choice of settings; yield a row an epoch."""
+    chosen = dict(settings)
+    config = ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
+    epochs = 0 if config.losses == "none" else config.epochs
+    began = time.perf_counter()
+    everything = list(range(len(data.train)))
+    trainer = Trainer(data.train, everything, config, seed, torch.device("cpu"))
+    watched = None
+    held_out = everything[::_HELD_OUT_EVERY]
+    if 0 < epochs <= 5:
+        seen = [index for index in everything if index % _HELD_OUT_EVERY]
+        watched = Trainer(data.train, seen, config, seed, torch.device("cpu"))
+    fit_seconds = time.perf_counter() - began
+    for epoch in range(epochs + 1):
+        row: dict[str, Any] = {"epoch": epoch}
+        if epoch:
+            began = time.perf_counter()
+            row |= vars(trainer.train_epoch())
+            fit_seconds += time.perf_counter() - began
+            if watched is not None:
+                watched.train_epoch()
+        if watched is not None:
+            row |= held_out_tail(data, watched, held_out)
+        if epoch in (0, epochs) or epochs <= 5 or epoch % 5 == 0:
+            yield row | test_metrics(data, trainer) | {"fit_seconds": round(fit_seconds, 1)}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the output file does not hold yet."""
+    torch.set_num_threads(arguments.threads)
+    out = Path(arguments.out)
+    done = {(row["data"], row["run"]) for row in _rows(out)} if out.exists() else set()
+    for entry in arguments.data:
+        name, _, root = entry.partition("=")
+        features: dict[Any, Measured] = {}
+        for run_name, settings in RUNS.items():
+            if (name, run_name) in done or not any(
+                fnmatch.fnmatch(run_name, only) for only in arguments.only
+            ):
+                continue
+            chosen = dict(settings)
+            config = ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
+            geometry = (config.resize, config.crop, config.levels)
+            if geometry not in features:
+                features.clear()
+                features[geometry] = measure_features(Path(root), config, arguments.weights)
+            rows = list(run_once(features[geometry], settings, arguments.seed))
+            with out.open("a") as file:
+                for row in rows:
+                    about = {"data": name, "run": run_name, "seed": arguments.seed, "version": VERSION}
+                    file.write(json.dumps(about | row | {"settings": settings}) + "\n")
+            last = rows[-1]
+            print(name, run_name, last["certainty_max_map"], last["certainty_pixel"], flush=True)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def render(arguments: argparse.Namespace) -> None:
+    """Write study-table.md and study-training.png."""
+    rows = [row for path in arguments.results for row in _rows(Path(path))]
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        last[row["run"], row["data"]] = row
+    lines = ["| run | " + " | ".join(f"{name}: eq. 9 | nearest" for name in names) + " |"]
+    lines.append("|---" * (1 + 2 * len(names)) + "|")
+    for run_name in dict.fromkeys([*RUNS, *(row["run"] for row in rows)]):
+        cells = []
+        for name in names:
+            row = last.get((run_name, name))
+            for score in ("certainty", "nearest"):
+                keys = (f"{score}_max_patch", f"{score}_max_map", f"{score}_pixel")
+                cells.append("/".join(f"{row[key]:.1f}" for key in keys) if row else "")
+        if any(cells):
+            lines.append(f"| {run_name} | " + " | ".join(cells) + " |")
+    (out / "study-table.md").write_text("\n".join(lines) + "\n")
+    _plot(rows, names, out / "study-training.png")
+
+
+def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (("certainty_max_map", "image AUROC (%)"), ("certainty_pixel", "pixel AUROC (%)"))
+    panels += (("relative_tail", "held-out tail / sensitivity"),)
+    figure, axes = pyplot.subplots(len(panels), len(names), figsize=(4 * len(names), 9), squeeze=False)
+    for column, name in enumerate(names):
+        for line, (key, label) in enumerate(panels):
+            axis = axes[line][column]
+            for run_name in [run_name for run_name in RUNS if run_name.startswith("training/")][1:]:
+                chosen = [
+                    row for row in rows if row["data"] == name and row["run"] == run_name and key in row
+                ]
+                axis.plot(
+                    [row["epoch"] for row in chosen], [row[key] for row in chosen], "o-", label=run_name[9:]
+                )
+            axis.set_title(name if line == 0 else "")
+            axis.set_xlabel("epoch" if line == len(panels) - 1 else "")
+            axis.set_ylabel(label if column == 0 else "")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    run_parser = commands.add_parser("run", help="measure")
+    run_parser.add_argument("--weights", required=True)
+    run_parser.add_argument("--data", action="append", required=True, metavar="NAME=FOLDER")
+    run_parser.add_argument("--out", required=True)
+    run_parser.add_argument(
+        "--only", action="append", metavar="PATTERN", help="runs to measure, such as 'bank/*'"
+    )
+    run_parser.add_argument("--seed", type=int, default=0)
+    run_parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    run_parser.set_defaults(call=run)
+    render_parser = commands.add_parser("render", help="write the table and the curves")
+    render_parser.add_argument("results", nargs="+")
+    render_parser.add_argument("--out", required=True)
+    render_parser.set_defaults(call=render)
+    arguments = parser.parse_args()
+    if getattr(arguments, "only", ()) is None:
+        arguments.only = ["*"]
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()
