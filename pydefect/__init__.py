@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pydefect.version import VERSION as __version__
+from pydefect import version as _version
 
 if TYPE_CHECKING:
     from pydefect.api import calibrate, evaluate, fit, load, score
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pydefect.errors import InputError, ModelFileError, PydefectError, WeightsNotFoundError
     from pydefect.evaluation import Evaluation
     from pydefect.scoring import Result
+
+__version__ = _version.VERSION
 
 # Loaded on first use: `pydefect --help` must not wait for torch.
 _ROOMS = {

@@ -89,7 +89,8 @@ class Detector(ABC):
     device
         Where it computes.
     training
-        What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names), and what the method adds.
+        What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names), and what the
+        method adds.
     """
 
     method: ClassVar[str]

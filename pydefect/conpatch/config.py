@@ -171,7 +171,8 @@ class ConPatchConfig:
             raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
         if self.level_weights is not None and len(self.level_weights) != len(self.levels):
             raise InputError(
-                f"level_weights: {len(self.level_weights)} given for levels {self.levels}; one a level is needed"
+                f"level_weights: {len(self.level_weights)} given for levels {self.levels}; "
+                "one a level is needed"
             )
 
     @classmethod

@@ -261,7 +261,8 @@ class Trainer:
         total.backward()
         self._optimiser.step()
         network.update_target(config.target_momentum)
-        return losses.detach().to("cpu", torch.float64)
+        found: Tensor = losses.detach().double().cpu()
+        return found
 
     def _contrastive_patches(self, count: int, epoch: int) -> Tensor | None:
         limit = self.config.contrastive_patches
