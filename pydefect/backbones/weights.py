@@ -159,6 +159,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         zipfile.BadZipFile,
         SafetensorError,
         ValueError,
+        TypeError,  # .npz: words instead of numbers, or one array without the archive
     ) as error:
         if isinstance(error, InputError):
             raise
