@@ -1,0 +1,173 @@
+"""Files that are written whole or not at all, and that say what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pydefect import persistence
+from pydefect.errors import InputError, ModelFileError
+from pydefect.persistence import Checkpoint, load_tensors, save_tensors, write_atomically
+
+TENSORS = {
+    "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
+    "matrix": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "count": torch.tensor(7),
+    "empty": torch.zeros(0, 3),
+}
+
+
+def test_round_trip(tmp_path):
+    metadata = {"format": 1, "nested": {"list": [1, 2.5, None, "é"]}, "flag": True}
+    save_tensors(tmp_path / "model", TENSORS, metadata)
+    tensors, read = load_tensors(tmp_path / "model")
+    assert read == metadata
+    assert tensors.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert tensors[name].dtype == value.dtype
+        assert torch.equal(tensors[name], value)
+
+
+def test_views_that_share_memory_are_written_apart(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    save_tensors(tmp_path / "model", {"all": base, "row": base[1], "transposed": base.T}, {})
+    tensors, _ = load_tensors(tmp_path / "model")
+    assert torch.equal(tensors["row"], base[1])
+    assert torch.equal(tensors["transposed"], base.T)
+
+
+def test_the_folder_is_made_and_the_file_is_an_ordinary_one(tmp_path):
+    path = tmp_path / "a" / "b" / "model"
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, b"content")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"content"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "model"
+    write_atomically(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(persistence.os, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_an_interruption_leaves_the_old_file_too(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    write_atomically(path, b"old")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(persistence.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_no_infinity_in_the_metadata(tmp_path):
+    """It is no JSON: other readers of the file would stumble."""
+    with pytest.raises(ValueError, match="JSON"):
+        save_tensors(tmp_path / "model", {}, {"loss": float("inf")})
+    assert os.listdir(tmp_path) == []
+
+
+def written(tmp_path) -> bytes:
+    save_tensors(tmp_path / "whole", TENSORS, {"format": 1})
+    return (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[:5], id="cut in the length"),
+        pytest.param(lambda content: content[:40], id="cut in the header"),
+        pytest.param(lambda content: content[:-3], id="cut in the data"),
+        pytest.param(lambda content: content + b"x", id="too long"),
+        pytest.param(lambda content: b"\xff" * 8 + content[8:], id="absurd length"),
+        pytest.param(lambda content: content.replace(b'\\"format\\"', b'\\"format##'), id="broken JSON"),
+        pytest.param(lambda content: b"a text file, no model at all", id="something else"),
+    ],
+)
+def test_damaged_files(tmp_path, damage):
+    (tmp_path / "model").write_bytes(damage(written(tmp_path)))
+    with pytest.raises(ModelFileError, match=r"model: '.*model' is damaged or no safetensors file"):
+        load_tensors(tmp_path / "model")
+
+
+@pytest.mark.parametrize("metadata", [None, {"other": "1"}, {"pydefect": "[1, 2]"}])
+def test_files_of_others(tmp_path, metadata):
+    save_file(TENSORS, tmp_path / "model", metadata=metadata)
+    with pytest.raises(ModelFileError, match="was not written by pydefect"):
+        load_tensors(tmp_path / "model")
+
+
+def test_no_such_file(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ModelFileError, match=r"model: no file"):
+            load_tensors(path)
+
+
+# -- checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+RUN = {"seed": 0, "levels": [1, 2], "images": "abc"}
+
+
+def test_a_checkpoint_keeps_every_stage(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "state", RUN)
+    assert checkpoint.load("final") is None
+    checkpoint.save("final", TENSORS, {"step": 1})
+    checkpoint.save("final", TENSORS, {"step": 2})
+    checkpoint.save("fold-0", {}, {"step": 9})
+    tensors, state = Checkpoint(tmp_path / "state", dict(reversed(RUN.items()))).load("final")
+    assert state == {"step": 2}
+    assert torch.equal(tensors["matrix"], TENSORS["matrix"])
+    assert Checkpoint(tmp_path / "state", RUN).load("fold-0")[1] == {"step": 9}
+
+
+@pytest.mark.parametrize(
+    ("run", "names"),
+    [
+        ({**RUN, "seed": 1}, "seed"),
+        ({**RUN, "levels": [1, 3], "images": "abd"}, "images, levels"),
+        ({**RUN, "new_setting": None, "seed": 2}, "seed"),
+        ({"seed": 0, "levels": [1, 2]}, "images"),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(tmp_path, run, names):
+    Checkpoint(tmp_path, RUN).save("final", {}, {})
+    with pytest.raises(
+        InputError, match=rf"holds another run \(it differs in {names}\); repeat that run's settings"
+    ):
+        Checkpoint(tmp_path, run).load("final")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"checkpoint: '.*file' is a file; a folder is needed"):
+        Checkpoint(tmp_path / "file", RUN)
+
+
+def test_the_header_is_readable_by_anyone(tmp_path):
+    """Eight bytes of length, then JSON: what the safetensors format promises to other programs."""
+    content = written(tmp_path)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header["__metadata__"]["pydefect"]) == {"format": 1}
