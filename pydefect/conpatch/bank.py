@@ -199,11 +199,11 @@ class KCenterBank(MemoryBank):
         self._reduce(patches, len(self.centres))
 
     def _reduce(self, patches: Tensor, size: int) -> None:
-        distances = _squared_distances(patches, self.centres)
-        uncovered = distances.amin(1) > self.squared_radius
+        uncovered = knn(patches, self.centres, 1)[0][:, 0] > self.squared_radius
         if not bool(uncovered.any()):
             return
-        new, cross = patches[uncovered], distances[uncovered]
+        new = patches[uncovered]
+        cross = _squared_distances(new, self.centres)
         table = torch.cat(
             [torch.cat([self._table, cross.T], 1), torch.cat([cross, _squared_distances(new, new)], 1)]
         )

@@ -84,7 +84,7 @@ class ConPatchConfig:
     """m of (5)."""
     reduction: Literal["paper", "mean"] = "mean"
     """``"paper"``: 1/N as printed in (5); ``"mean"``: 1/N^2."""
-    contrastive_patches: int | None = 2048
+    contrastive_patches: int | None = 1024
     """At most so many patches of a batch, drawn at random, enter the contrastive loss; None: all."""
     target_momentum: float = 0.4
     """lambda of (6)."""
