@@ -1,0 +1,237 @@
+"""Patch features and their cache: same values from memory and from disk, and what float16 costs."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pydefect.backbones import build_backbone
+from pydefect.conpatch import ConPatchConfig
+from pydefect.conpatch.bank import MemoryBank, build_bank
+from pydefect.conpatch.detector import score_levels
+from pydefect.conpatch.network import ConPatchNetwork
+from pydefect.conpatch.trainer import build_network, represent
+from pydefect.data.images import open_images
+from pydefect.errors import InputError, PydefectError
+from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels
+from pydefect.preprocessing import Preprocessing
+
+
+def levels_of(images: int, seed: int = 0) -> list[torch.Tensor]:
+    """Levels whose values float16 holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(images, channels, height, width, generator=generator).half().float()
+        for channels, height, width in ((3, 4, 6), (5, 2, 3))
+    ]
+
+
+IMAGE_BYTES = 2 * (3 * 4 * 6 + 5 * 2 * 3)
+
+
+# -- extraction
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [(1,), (2, 3), (1, 2, 3)])
+def test_levels_are_averaged_over_their_neighbourhoods(levels):
+    backbone = build_backbone("resnet18", "random")
+    images = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    extractor = PatchFeatureExtractor(backbone, levels)
+    features = extractor(images)
+    assert extractor.channels == tuple({1: 64, 2: 128, 3: 256}[level] for level in levels)
+    for found, raw in zip(features, backbone(images, levels), strict=True):
+        padded = F.pad(raw, (1, 1, 1, 1))  # zeros count, as in CFA's code
+        height, width = raw.shape[2:]
+        expected = sum(padded[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+        # The mean of nine float32 in another order.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_gives_what_its_images_give():
+    extractor = PatchFeatureExtractor(build_backbone("resnet18", "random"), (1, 2, 3))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for index in range(3):
+        for one, many in zip(extractor(images[index : index + 1]), extractor(images), strict=True):
+            # Convolutions may be blocked otherwise for another batch: sums of up to 2304 terms in another
+            # order.
+            torch.testing.assert_close(one[0], many[index], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [(), (0, 1), (3, 2), (1, 1), (4,), "1", ("1",), 2, None])
+def test_bad_levels(levels):
+    with pytest.raises(InputError, match=r"levels: .* given; allowed are ascending choices out of 1, 2, 3"):
+        check_levels(levels)
+
+
+# -- the cache
+# -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_memory", [0, 1, 2, 5, 9])
+def test_memory_and_disk_hold_the_same(tmp_path, in_memory):
+    cache = FeatureCache(in_memory * IMAGE_BYTES + IMAGE_BYTES // 2, tmp_path)
+    batches = [levels_of(2, 0), levels_of(1, 1), levels_of(2, 2)]
+    for batch in batches:
+        cache.append(batch)
+    assert len(cache) == 5
+    assert cache.shapes == [(3, 4, 6), (5, 2, 3)]
+    assert cache.images_on_disk == max(0, 5 - in_memory)
+    assert cache.bytes_in_memory == min(5, in_memory) * IMAGE_BYTES
+    assert bool(list(tmp_path.iterdir())) == (in_memory < 5)
+    everything = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    for indices in ([0, 1, 2, 3, 4], [4, 0, 4], [3], [2, 1]):
+        for found, expected in zip(cache.get(indices), everything, strict=True):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, expected[indices])
+            assert found.stride(1) == 1  # channels last, as the projection reads them
+
+
+def test_reading_between_writing(tmp_path):
+    cache = FeatureCache(0, tmp_path)
+    for seed in range(4):
+        cache.append(levels_of(1, seed))
+        for earlier in range(seed + 1):
+            assert torch.equal(cache.get([earlier])[1], levels_of(1, earlier)[1])
+
+
+def test_the_temporary_folder_goes_with_the_cache(tmp_path):
+    cache = FeatureCache(0, tmp_path)
+    cache.append(levels_of(2))
+    (folder,) = tmp_path.iterdir()
+    assert os.path.getsize(next(folder.iterdir())) <= 2 * IMAGE_BYTES
+    del cache
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_are_rounded_to_float16():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 4, 8, 8, generator=generator)
+    cache = FeatureCache()
+    cache.append([values])
+    (found,) = cache.get([0])
+    assert torch.equal(found, values.half().float())
+    assert ((found - values).abs() <= 2.0**-11 * values.abs() + 2.0**-25).all()
+
+
+def test_another_size_is_refused_and_says_what_helps():
+    cache = FeatureCache()
+    cache.append(levels_of(1))
+    other = [F.pad(level, (0, 1)) for level in levels_of(1)]
+    with pytest.raises(
+        InputError, match=r"patch grids of \(4, 7\) and \(4, 6\) in one training set; set resize"
+    ):
+        cache.append(other)
+    assert len(cache) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 7e4])
+def test_what_float16_cannot_hold(value):
+    levels = levels_of(1)
+    levels[1][0, 2, 1, 1] = value
+    with pytest.raises(PydefectError, match="not finite or over 65504"):
+        FeatureCache().append(levels)
+
+
+def test_a_negative_budget():
+    with pytest.raises(InputError, match="memory_budget: -1 given; allowed are 0 and more bytes"):
+        FeatureCache(-1)
+
+
+class Float32Cache(FeatureCache):
+    """The same features without rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._levels: list[list[torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def append(self, levels):
+        self._shapes = [tuple(level.shape[1:]) for level in levels]
+        self._levels += [[level[i : i + 1].clone() for level in levels] for i in range(len(levels[0]))]
+
+    def get(self, indices, device="cpu"):
+        return [torch.cat(parts) for parts in zip(*(self._levels[i] for i in indices), strict=True)]
+
+
+class Float16:
+    """What the cache's docstring says of float16, on real images: fitted on good ones, scored on defective
+    ones."""
+
+    config = ConPatchConfig(
+        resize=128,
+        crop=None,
+        level_balance="std",
+        level_weights=(0.5, 1.0, 1.0),
+        coordinate_weight=1.0,
+        initialisation="pca",
+        representation_dim=448,
+        score="certainty",
+        smoothing=4.0,
+    )
+
+    def __init__(self, dataset: Path, weights: Path) -> None:
+        self.extractor = PatchFeatureExtractor(build_backbone("resnet18", str(weights)), self.config.levels)
+        self.good = self.features(sorted((dataset / "train" / "good").iterdir())[:8])
+        self.test = self.features(
+            [
+                sorted(folder.iterdir())[0]
+                for folder in sorted((dataset / "test").iterdir())
+                if folder.is_dir()
+            ]
+        )
+
+    def features(self, paths: list[Path]) -> list[torch.Tensor]:
+        preprocessing = Preprocessing.create(self.config.resize, self.config.crop)
+        return self.extractor(torch.stack([preprocessing(image.pixels) for image in open_images(paths)]))
+
+    def fit(self, cache: FeatureCache, bank: str) -> tuple[ConPatchNetwork, MemoryBank]:
+        cache.append(self.good)
+        network = build_network(cache, range(8), self.config, 0)
+        patches = represent(network, cache, range(8), torch.device("cpu"))
+        return network, build_bank(patches, bank, gamma=1.0 if bank == "position_mean" else 4.0)
+
+    @torch.inference_mode()
+    def score(self, levels: list[torch.Tensor], network: ConPatchNetwork, bank: MemoryBank):
+        return score_levels(levels, network, bank, self.config, (128, 128))
+
+
+@pytest.fixture(scope="module", params=["bottle", "transistor"])
+def real(request, resnet18_weights) -> Float16:
+    return Float16(request.getfixturevalue(request.param), resnet18_weights)
+
+
+def assert_within(actual, expected, share: float) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert float((one - other).abs().max()) < share * float(other.max())
+
+
+def test_float16_moves_the_scores_of_a_detector_by_less_than_a_five_hundredth(real):
+    network, centres = real.fit(FeatureCache(), "kcenter")
+    cached = FeatureCache()
+    cached.append(real.test)
+    rounded = cached.get(range(len(cached)))
+    assert_within(real.score(rounded, network, centres), real.score(real.test, network, centres), 0.002)
+
+
+def test_float16_moves_a_bank_of_means_as_little(real):
+    caches = (FeatureCache(), Float32Cache())
+    scores = [real.score(real.test, *real.fit(cache, "position_mean")) for cache in caches]
+    assert_within(scores[0], scores[1], 0.002)
+
+
+def test_float16_may_let_k_centre_choose_otherwise_but_not_worse(real):
+    """Which of two equally far patches becomes a centre is chance, and all later choices hang on it; the
+    radius does not."""
+    radii = [
+        real.fit(cache, "kcenter")[1].squared_radius.sqrt() for cache in (FeatureCache(), Float32Cache())
+    ]
+    assert float(radii[0] / radii[1]) == pytest.approx(1, abs=0.03)
