@@ -102,8 +102,8 @@ class ConPatchConfig:
     epochs: int = 1
     """At most, with early stopping."""
     early_stopping: bool = True
-    """Stop after the epoch in which held-out normal images score lowest in units of the network's sensitivity
-    (:class:`pydefect.conpatch.detector.HeldOutScores`); needs ``calibration_folds``."""
+    """Stop after the epoch that best separates mixed patches from held-out normal images
+    (:class:`pydefect.conpatch.crossfit.HeldOutScores`); needs ``calibration_folds``."""
     patience: int = 1
     """Epochs without a lower one before the rest is left out."""
     batch_size: int = 2
