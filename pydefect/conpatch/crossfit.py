@@ -86,7 +86,9 @@ class HeldOutScores:
 
         It does not change when training merely shrinks the space.
         """
-        return self.blend_distance / (sum(self.map_maxima) / len(self.map_maxima))
+        noise = sum(self.map_maxima) / len(self.map_maxima)
+        # Copies of one image give no noise at all where the bank holds every patch.
+        return self.blend_distance / max(noise, 1e-12)
 
 
 @dataclass(frozen=True)
