@@ -1,8 +1,7 @@
 """Find defects on industrial products after training on defect-free images only.
 
 >>> import pydefect
->>> detector = pydefect.fit("bottle/train/good", backbone="resnet18", weights="imagenet", seed=0)  # doctest:
-+SKIP
+>>> detector = pydefect.fit("bottle/train/good", seed=0)  # doctest: +SKIP
 >>> result = pydefect.score(detector, "bottle/test")  # doctest: +SKIP
 """
 

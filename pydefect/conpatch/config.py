@@ -27,8 +27,7 @@ class ConPatchConfig:
     and ``docs/study.md`` how the defaults were chosen.
     """
 
-    # -- input (4.1.1)
-    # ---------------------------------------------------------------------------------------------
+    # -- input (4.1.1) -------------------------------------------------------------------------------------
     backbone: str = "resnet18"
     """A key of :data:`pydefect.backbones.ARCHITECTURES`."""
     resize: tuple[int, int] | int | None = 256
@@ -38,8 +37,7 @@ class ConPatchConfig:
     levels: tuple[int, ...] = (1, 2, 3)
     """Backbone levels; table 8 compares (2, 3) with (1, 2, 3)."""
 
-    # -- representation network (3.3)
-    # ------------------------------------------------------------------------------
+    # -- representation network (3.3) ----------------------------------------------------------------------
     level_balance: Literal["none", "std"] = "std"
     """``"std"`` divides every level by its total standard deviation over the training patches."""
     level_weights: tuple[float, ...] | None = (0.5, 1.0, 1.0)
@@ -55,8 +53,7 @@ class ConPatchConfig:
     inputs); ``"pca"``: their D leading principal components. With the last two g starts as the identity (as
     far as Dz reaches)."""
 
-    # -- compressed bank (3.2)
-    # -------------------------------------------------------------------------------------
+    # -- compressed bank (3.2) -----------------------------------------------------------------------------
     bank: BankBuilder = "kcenter"
     """See :meth:`pydefect.conpatch.bank.MemoryBank.updated`."""
     gamma: float = 2.0
@@ -66,8 +63,7 @@ class ConPatchConfig:
     rebuild_bank: Literal["never", "epoch", "end"] = "epoch"
     """When the bank is built again with the trained F."""
 
-    # -- losses (3.3, 3.4)
-    # -----------------------------------------------------------------------------------------
+    # -- losses (3.3, 3.4) ---------------------------------------------------------------------------------
     losses: Literal["none", "contrastive", "hypersphere", "both"] = "both"
     """Table 7; ``"none"``: no training."""
     alpha: float = 0.8
@@ -97,8 +93,7 @@ class ConPatchConfig:
     distance_power: Literal[1, 2] = 1
     """1 as printed in (7), 2 as in CFA's code."""
 
-    # -- training (3.6, 4.1)
-    # ---------------------------------------------------------------------------------------
+    # -- training (3.6, 4.1) -------------------------------------------------------------------------------
     epochs: int = 1
     """At most, with early stopping."""
     early_stopping: bool = True
@@ -110,8 +105,7 @@ class ConPatchConfig:
     learning_rate: float = 1e-4
     weight_decay: float = 5e-4
 
-    # -- scoring (3.5)
-    # ---------------------------------------------------------------------------------------------
+    # -- scoring (3.5) -------------------------------------------------------------------------------------
     score: Literal["certainty", "nearest"] = "certainty"
     """Equation (9), or the plain distance to the nearest centre."""
     image_score: Literal["max_patch", "max_map"] = "max_map"
@@ -119,16 +113,14 @@ class ConPatchConfig:
     smoothing: float = 6.0
     """Standard deviation of (12)'s Gaussian in pixels of the network's input."""
 
-    # -- threshold
-    # -------------------------------------------------------------------------------------------------
+    # -- threshold -----------------------------------------------------------------------------------------
     calibration_folds: int = 3
     """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen
     it; 0: no threshold."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
-    # -- resources
-    # -------------------------------------------------------------------------------------------------
+    # -- resources -----------------------------------------------------------------------------------------
     cache_memory_mb: int = 2048
     """Backbone features beyond this go to a temporary file."""
 
