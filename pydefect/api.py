@@ -123,7 +123,14 @@ def fit(
 
 def _check_path(name: str, path: Any) -> None:
     if not isinstance(path, str | os.PathLike):
-        raise InputError(f"{name}: {path!r} given; a path is needed")
+        raise InputError(f"{name}: {_shown(path)} given; a path is needed")
+
+
+def _shown(value: Any) -> str:
+    # Swapped arguments bring whole arrays here.
+    return (
+        repr(value) if isinstance(value, int | float | None) else f"an object of type {type(value).__name__}"
+    )
 
 
 def _detector(detector: Detector | str | os.PathLike[str]) -> Detector:
@@ -131,7 +138,7 @@ def _detector(detector: Detector | str | os.PathLike[str]) -> Detector:
         return detector
     if not isinstance(detector, str | os.PathLike):
         raise InputError(
-            f"detector: {detector!r} given; allowed are a fitted detector or the path of a saved one"
+            f"detector: {_shown(detector)} given; allowed are a fitted detector or the path of a saved one"
         )
     return load(detector)
 
