@@ -85,7 +85,11 @@ def products() -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def defective() -> list[np.ndarray]:
-    return [render_product(np.random.default_rng(100 + seed), (64, 80), "scratch")[0] for seed in range(3)]
+    """Three parts with a checkerboard on them, which any features tell from metal, random ones too."""
+    images = [render_product(np.random.default_rng(100 + seed), (64, 80))[0] for seed in range(3)]
+    for image in images:
+        image[20:44, 30:54] = 255 * (np.indices((24, 24)).sum(0) // 4 % 2)[:, :, None]
+    return images
 
 
 @pytest.fixture(scope="session")

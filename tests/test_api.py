@@ -1,0 +1,317 @@
+"""The public face: what it takes, what it refuses and with which words, and that its documented examples
+run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import pydefect
+from pydefect import InputError, ModelFileError, WeightsNotFoundError
+from pydefect.data.procedural import render_product, write_dataset
+
+PACKAGE = Path(pydefect.__file__).parent
+SMALL = {
+    "weights": "random",
+    "resize": 32,
+    "crop": None,
+    "representation_dim": 24,
+    "bank": "kcenter",
+    "gamma": 4.0,
+    "epochs": 0,
+    "calibration_folds": 2,
+    "false_alarm_rate": 0.4,
+    "progress": False,
+}
+
+
+@pytest.fixture(scope="module")
+def good() -> list[np.ndarray]:
+    return [render_product(np.random.default_rng(seed), 64)[0] for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def detector(good) -> pydefect.Detector:
+    return pydefect.fit(good, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "flange"
+    write_dataset(root, n_train=4, n_test_good=2, n_per_defect=1, size=64)
+    return root
+
+
+# -- working ways
+# --------------------------------------------------------------------------------------------------
+
+
+def test_from_a_folder_to_decisions_and_metrics(dataset, tmp_path):
+    """The README's path: a category's folder gives its training images, and the file scores as the detector
+    does."""
+    detector = pydefect.fit(dataset, **SMALL)
+    assert detector.training["images"] == 4
+    detector.save(tmp_path / "flange.safetensors")
+    files = sorted((dataset / "test").rglob("*.png"))
+    result = pydefect.score(tmp_path / "flange.safetensors", dataset / "test", progress=False)
+    assert sorted(result.paths) == files
+    assert len(result) == len(files) == len(result.anomaly_maps) == len(result.image_scores)
+    assert result.image_scores.dtype == np.float32
+    assert np.array_equal(result.is_defective, result.image_scores > result.image_threshold)
+    assert [mask.shape for mask in result.masks] == [(64, 64)] * len(files)
+    evaluation = pydefect.evaluate(tmp_path / "flange.safetensors", dataset, progress=False)
+    assert evaluation.images == len(files)
+    by_path = dict(zip(result.paths, result.image_scores.tolist(), strict=True))
+    defective = [score for path, score in by_path.items() if path.parent.name != "good"]
+    normal = [score for path, score in by_path.items() if path.parent.name == "good"]
+    pairs = [(bad > fine) + 0.5 * (bad == fine) for bad in defective for fine in normal]
+    assert evaluation.image.auroc == pytest.approx(np.mean(pairs), abs=1e-12)
+
+
+def test_every_source_gives_the_same_detector(good, tmp_path):
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(good):
+        cv2.imwrite(str(tmp_path / "images" / f"{index}.png"), image[:, :, ::-1])
+    paths = sorted((tmp_path / "images").iterdir())
+    sources = [
+        tmp_path / "images",
+        str(tmp_path / "images"),
+        paths,
+        [str(path) for path in paths],
+        np.stack(good),
+        torch.from_numpy(np.stack(good)),
+        iter(good),
+        (image for image in good),
+    ]
+    scores = [
+        pydefect.score(pydefect.fit(source, **SMALL), good, progress=False).image_scores for source in sources
+    ]
+    assert all(np.array_equal(one, scores[0]) for one in scores)
+
+
+def test_numpy_and_path_arguments(good, tmp_path):
+    settings = {**SMALL, "epochs": np.int64(1), "gamma": np.float32(4)}
+    detector = pydefect.fit(
+        good, seed=np.int64(1), checkpoint=tmp_path / "state", device=torch.device("cpu"), **settings
+    )
+    detector.save(tmp_path / "model")
+    assert pydefect.load(tmp_path / "model", device="auto").configuration["seed"] == 1
+
+
+def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
+    for index, image in enumerate(good):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), image[:, :, ::-1])
+    (tmp_path / "2.png").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"2\.png"):
+        pydefect.fit(tmp_path, **SMALL)
+    fitted = pydefect.fit(tmp_path, on_error="skip", **SMALL)
+    assert fitted.training["images"] == 3
+    assert [os.path.basename(name) for name in fitted.training["skipped"]] == ["2.png"]
+    with pytest.raises(InputError, match=r"2\.png"):
+        pydefect.score(detector, tmp_path, progress=False)
+    result = pydefect.score(detector, tmp_path, on_error="skip", progress=False)
+    assert result.names == ["0.png", "1.png", "3.png"]
+    assert [skipped.name for skipped in result.skipped] == ["2.png"]
+
+
+def test_nothing_is_shown_without_progress_and_bars_go_to_standard_error(good, detector, capsys):
+    pydefect.score(detector, good, progress=False)
+    assert capsys.readouterr() == ("", "")
+    pydefect.score(detector, good, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "scoring" in err
+
+
+def test_streaming_scores_one_after_the_other(good, detector):
+    """A camera has no end: results come before the source is used up."""
+
+    def camera():
+        yield from good
+        raise AssertionError("the stream was read to its end")
+
+    stream = detector.stream(camera(), batch_size=1)
+    first = next(stream)
+    assert first.image_score == pytest.approx(float(detector.score(good[:1]).image_scores[0]), rel=1e-6)
+    stream.close()
+
+
+# -- refusals
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "patchcore"}, "method: 'patchcore' is not known; allowed are conpatch"),
+        ({"method": None}, "method: None is not known; allowed are conpatch"),
+        ({"preset": "fast"}, "preset: 'fast' is not known; allowed are default, paper"),
+        ({"preset": ["paper"]}, r"preset: \['paper'\] is not known; allowed are default, paper"),
+        ({"backbone": "vgg16"}, "backbone: 'vgg16' is not known; allowed are resnet18, "),
+        ({"weights": None}, "weights: None given; a path is needed"),
+        (
+            {"weights": "nothing.pth"},
+            "weights: no file 'nothing.pth'; give a .pth, .safetensors or .npz file",
+        ),
+        ({"seed": -1}, "seed: -1 given; allowed are whole numbers from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed: 4294967296 given; allowed are"),
+        ({"seed": 1.0}, "seed: 1.0 given; allowed are"),
+        ({"seed": "0"}, "seed: '0' given; allowed are"),
+        ({"seed": True}, "seed: True given; allowed are"),
+        ({"device": "tpu"}, "device: 'tpu' given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ..."),
+        ({"device": "cuda:99"}, "device: 'cuda:99' given, but .* CUDA devices are there"),
+        ({"device": None}, "device: None given; allowed are"),
+        ({"on_error": "ignore"}, "on_error: 'ignore' given; allowed are 'raise', 'skip'"),
+        ({"checkpoint": 3}, "checkpoint: 3 given; a path is needed"),
+        ({"epoch": 3}, "epoch: not a setting of ConPatch; allowed are alpha, "),
+        ({"epochs": -3}, "epochs: -3 given; allowed are 0 and more"),
+        ({"resize": 32, "crop": 64}, "crop is 64 x 64, larger than resize, which is 32 x 32"),
+        ({"bank": "position_mean"}, "gamma: 4 given; bank='position_mean' has one centre a patch, so only 1"),
+        (
+            {"representation_dim": 451, "initialisation": "pca"},
+            "representation_dim: 451 given; .* at most 450 are",
+        ),
+    ],
+)
+def test_fit_refuses(good, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        pydefect.fit(good[:2], **{**SMALL, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "source is of type NoneType; allowed are a folder, "),
+        (42, "source is of type int; allowed are a folder, "),
+        ([], "source is an empty list; it must hold at least one image"),
+        ([None], "NoneType"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "an image has at least one pixel"),
+        (np.full((32, 32, 3), np.nan), "NaN or infinite values"),
+        ("no such folder", "no such folder"),
+    ],
+)
+def test_images_that_are_none(detector, images, message):
+    with pytest.raises(InputError, match=message):
+        pydefect.fit(images, **SMALL)
+    with pytest.raises(InputError, match=message):
+        pydefect.score(detector, images, progress=False)
+
+
+def test_a_generator_that_gives_nothing():
+    with pytest.raises(InputError, match="images: none could be read; at least one normal image is needed"):
+        pydefect.fit(iter(()), **SMALL)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="image"):
+        pydefect.fit(tmp_path, **SMALL)
+
+
+def test_differently_sized_images_need_a_size():
+    images = [np.zeros((32, 32, 3), np.uint8), np.zeros((64, 32, 3), np.uint8)]
+    with pytest.raises(
+        InputError, match=r"in one training set; set resize \(or crop\) so that all images have one size"
+    ):
+        pydefect.fit(images, **{**SMALL, "resize": None})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0 given; allowed are whole numbers from 1 on"),
+        ({"batch_size": 1.5}, "batch_size: 1.5 given; allowed are whole numbers from 1 on"),
+        ({"batch_size": "8"}, "batch_size: '8' given; allowed are whole numbers from 1 on"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'; allowed are"),
+    ],
+)
+def test_score_and_evaluate_refuse(detector, good, dataset, arguments, message):
+    with pytest.raises(InputError, match=message):
+        pydefect.score(detector, good, progress=False, **arguments)
+    with pytest.raises(InputError, match=message):
+        pydefect.evaluate(detector, dataset, progress=False, **arguments)
+
+
+def test_what_is_no_detector(good, dataset, tmp_path):
+    for wrong in (42, None, good):
+        with pytest.raises(
+            InputError, match=r"detector: .* given; allowed are a fitted detector or the path"
+        ) as caught:
+            pydefect.score(wrong, good, progress=False)
+        assert len(str(caught.value)) < 120
+        with pytest.raises(InputError, match=r"detector: "):
+            pydefect.evaluate(wrong, dataset, progress=False)
+    with pytest.raises(ModelFileError, match="model: no file"):
+        pydefect.score(tmp_path / "nothing", good, progress=False)
+
+
+def test_what_is_no_dataset(detector, tmp_path):
+    with pytest.raises(InputError, match="dataset: 42 given; a path is needed"):
+        pydefect.evaluate(detector, 42, progress=False)
+    with pytest.raises(InputError, match="nothing is missing"):
+        pydefect.evaluate(detector, tmp_path / "nothing", progress=False)
+    with pytest.raises(InputError, match=r"there are no images in"):
+        pydefect.evaluate(detector, tmp_path, progress=False)
+
+
+def test_load_refuses(detector, tmp_path):
+    detector.save(tmp_path / "model", include_backbone=False)
+    with pytest.raises(ModelFileError, match="model: no file"):
+        pydefect.load(tmp_path)
+    with pytest.raises(InputError, match="path: 42 given; a path is needed"):
+        pydefect.load(42)
+    with pytest.raises(InputError, match="weights: 42 given; a path is needed"):
+        pydefect.load(tmp_path / "model", weights=42)
+    with pytest.raises(WeightsNotFoundError, match=r"weights: no file"):
+        pydefect.load(tmp_path / "model", weights=tmp_path / "nothing.npz")
+    with pytest.raises(InputError, match="device: 'gpu' given; allowed are"):
+        pydefect.load(tmp_path / "model", device="gpu")
+    assert pydefect.load(tmp_path / "model", weights="random").calibration == detector.calibration
+
+
+def test_errors_are_what_python_expects():
+    """Callers that know nothing of pydefect catch ValueError and FileNotFoundError."""
+    assert issubclass(InputError, ValueError)
+    assert issubclass(ModelFileError, InputError)
+    assert issubclass(WeightsNotFoundError, FileNotFoundError)
+    assert issubclass(InputError, pydefect.PydefectError)
+
+
+# -- documentation
+# -------------------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    ".".join(["pydefect", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_in_the_docstrings_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    # A package may export a function of its submodule's name; the examples are the module's.
+    module = module if hasattr(module, "__file__") else importlib.sys.modules[name]
+    assert doctest.testmod(module).failed == 0
+
+
+def test_the_public_functions_document_every_argument():
+    from inspect import signature
+
+    for name in ("fit", "score", "evaluate", "calibrate", "load"):
+        function = getattr(pydefect, name)
+        for parameter in signature(function).parameters:
+            assert parameter in function.__doc__, f"{name}: {parameter}"
+
+
+def test_example_files_are_not_left_behind():
+    assert not any(name.endswith((".safetensors", ".npz")) for name in os.listdir(PACKAGE))

@@ -1,0 +1,213 @@
+"""Evaluation and labelled calibration on a tiny data set, with a detector whose scores are the pixels
+themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import pydefect
+from pydefect.calibration import Calibration
+from pydefect.data.layouts import read_dataset
+from pydefect.detector import Detector
+from pydefect.errors import InputError
+from pydefect.metrics import detection_metrics
+from pydefect.preprocessing import Preprocessing
+
+SIZE = (24, 32)
+BOX = (6, 8, 18, 24)  # what a centre crop of 12x16 leaves
+
+
+class Brightness(Detector):
+    """Calls bright what a person would: the score of a pixel is its red channel, that of an image the
+    largest of them."""
+
+    method = "brightness"
+
+    def __init__(self, crop: tuple[int, int] | None = None) -> None:
+        self.preprocessing = Preprocessing.create(None, crop, (0, 0, 0), (1, 1, 1))
+        self.calibration = None
+        self.device = torch.device("cpu")
+        self.training = {}
+
+    @property
+    def configuration(self):
+        return {"method": self.method}
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images[:, 0].flatten(1).amax(1), images[:, 0]
+
+    def save(self, path, *, include_backbone=True):
+        raise NotImplementedError
+
+
+def picture(rng: np.random.Generator, spot: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Noise, with a spot of the given brightness at a random place; and the spot's mask."""
+    pixels = rng.integers(0, rng.integers(60, 130), (*SIZE, 3), dtype=np.uint8)
+    mask = np.zeros(SIZE, np.uint8)
+    if spot is not None:
+        top, left = rng.integers(4, 16), rng.integers(4, 22)
+        mask[top : top + 5, left : left + 6] = 255
+        pixels[mask > 0] = np.clip(rng.normal(spot, 30, (30, 1)), 0, 255).astype(np.uint8)
+    return pixels, mask
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """MVTec AD's layout: 2 training images, 5 good ones, 4 spots of two kinds."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "spots"
+    for folder, kinds in (
+        ("train/good", [None, None]),
+        ("test/good", [None] * 5),
+        ("test/bright", [200, 230]),
+        ("test/dim", [90, 110]),
+    ):
+        (root / folder).mkdir(parents=True)
+        for index, spot in enumerate(kinds):
+            pixels, mask = picture(rng, spot)
+            cv2.imwrite(str(root / folder / f"{index:03}.png"), pixels[:, :, ::-1])
+            if spot is not None:
+                masks = root / "ground_truth" / Path(folder).name
+                masks.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(masks / f"{index:03}_mask.png"), mask)
+    return root
+
+
+def truth(root: Path, box: tuple[int, int, int, int] = (0, 0, *SIZE)):
+    """Labels, image scores, pixel labels and pixel scores, read without pydefect."""
+    top, left, bottom, right = box
+    labels, scores, pixel_labels, pixel_scores, kinds = [], [], [], [], []
+    for path in sorted((root / "test").rglob("*.png")):
+        kind = path.parent.name
+        red = (cv2.imread(str(path))[:, :, 2].astype(np.float32) / 255)[top:bottom, left:right]
+        mask = np.zeros(SIZE, bool)
+        if kind != "good":
+            mask = cv2.imread(str(root / "ground_truth" / kind / f"{path.stem}_mask.png"), 0) > 0
+        labels.append(kind != "good")
+        kinds.append(kind)
+        scores.append(red.max())
+        pixel_labels.append(mask[top:bottom, left:right].ravel())
+        pixel_scores.append(red.ravel())
+    return (
+        np.array(labels),
+        np.array(scores),
+        np.concatenate(pixel_labels),
+        np.concatenate(pixel_scores),
+        np.array(kinds),
+    )
+
+
+@pytest.mark.parametrize(("crop", "box"), [(None, (0, 0, *SIZE)), ((12, 16), BOX)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_metrics_are_those_of_the_images_and_pixels_on_disk(written, crop, box, batch_size):
+    evaluation = pydefect.evaluate(Brightness(crop), written, batch_size=batch_size, progress=False)
+    labels, scores, pixel_labels, pixel_scores, kinds = truth(written, box)
+    assert evaluation.image == detection_metrics(labels, scores)
+    assert evaluation.pixel == detection_metrics(pixel_labels, pixel_scores)
+    assert evaluation.image_auroc_by_defect.keys() == {"bright", "dim"}
+    for kind, auroc in evaluation.image_auroc_by_defect.items():
+        chosen = (kinds == kind) | ~labels
+        assert auroc == detection_metrics(labels[chosen], scores[chosen]).auroc
+    assert (evaluation.images, evaluation.defective, evaluation.without_mask) == (9, 4, 0)
+    assert evaluation.dataset == "spots"
+    assert evaluation.configuration == {"method": "brightness"}
+    assert evaluation.seconds_per_image > 0
+    assert evaluation.peak_rss_mb > 10
+    assert evaluation.false_alarms is None
+    assert evaluation.misses is None
+
+
+def test_false_alarms_and_misses_are_counted_at_the_threshold(written):
+    detector = Brightness()
+    labels, scores, *_ = truth(written)
+    threshold = float(np.sort(scores[~labels])[2])
+    detector.calibration = Calibration(threshold, 0.5, "held_out", 9, 0.1)
+    evaluation = pydefect.evaluate(detector, written, progress=False)
+    assert evaluation.false_alarms == int((scores[~labels] > threshold).sum()) == 2
+    assert evaluation.misses == int((scores[labels] <= threshold).sum())
+
+
+def test_flat_json(written):
+    values = pydefect.evaluate(Brightness(), read_dataset(written), progress=False).to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    wanted = {"image_auroc", "pixel_auroc", "image_ap", "pixel_ap", "image_f1_max", "pixel_f1_max"}
+    assert wanted | {"seconds_per_image", "peak_rss_mb", "configuration"} <= values.keys()
+    labels, scores, *_ = truth(written)
+    assert values["image_auroc"] == detection_metrics(labels, scores).auroc
+
+
+def test_a_defect_without_its_mask_counts_for_the_image_metrics_only(written):
+    complete = pydefect.evaluate(Brightness(), written, progress=False)
+    (written / "ground_truth" / "dim" / "001_mask.png").unlink()
+    evaluation = pydefect.evaluate(Brightness(), written, progress=False)
+    assert evaluation.without_mask == 1
+    assert evaluation.image == complete.image
+    assert evaluation.pixel != complete.pixel
+
+
+def test_without_any_mask_there_are_no_pixel_metrics(written):
+    for path in (written / "ground_truth").rglob("*.png"):
+        path.unlink()
+    evaluation = pydefect.evaluate(Brightness(), written, progress=False)
+    assert evaluation.pixel is None
+    assert evaluation.to_dict()["pixel_auroc"] is None
+    with pytest.raises(
+        InputError, match="dataset: 'spots' has no masks; the pixel threshold needs at least one"
+    ):
+        pydefect.calibrate(Brightness(), written, progress=False)
+
+
+def f1(labels: np.ndarray, scores: np.ndarray, threshold: float) -> float:
+    called = scores > threshold
+    return 2 * float((called & labels).sum()) / float(called.sum() + labels.sum())
+
+
+def test_labelled_calibration_maximises_f1_by_brute_force(written):
+    """Equations (10) and (11), images and pixels apart: no threshold between or outside the scores does
+    better."""
+    detector = Brightness()
+    calibration = pydefect.calibrate(detector, written, progress=False)
+    assert detector.calibration is calibration
+    labels, scores, pixel_labels, pixel_scores, _ = truth(written)
+    for found, all_labels, all_scores in (
+        (calibration.image_threshold, labels, scores),
+        (calibration.pixel_threshold, pixel_labels, pixel_scores),
+    ):
+        best = max(
+            f1(all_labels, all_scores, threshold) for threshold in [-1.0, *np.unique(all_scores).tolist()]
+        )
+        assert f1(all_labels, all_scores, found) == pytest.approx(best, abs=1e-12)
+    assert calibration.source == "labelled"
+    assert calibration.images == 9
+    assert calibration.false_alarm_rate == (scores[~labels] > calibration.image_threshold).mean()
+    result = pydefect.score(detector, written / "test", progress=False)
+    assert result.image_threshold == calibration.image_threshold
+    with pytest.raises(InputError, match="keeps no scores of held-out normal images"):
+        detector.set_false_alarm_rate(0.1)
+
+
+def test_only_good_images_are_no_test(written):
+    for kind in ("bright", "dim"):
+        for path in (written / "test" / kind).iterdir():
+            path.unlink()
+        (written / "test" / kind).rmdir()
+    with pytest.raises(InputError, match=r"labels: all 5 are normal; metrics need normal and defective ones"):
+        pydefect.evaluate(Brightness(), written, progress=False)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_broken_test_image(written, on_error):
+    broken = written / "test" / "good" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    if on_error == "raise":
+        with pytest.raises(InputError, match=r"002\.png"):
+            pydefect.evaluate(Brightness(), written, progress=False)
+    else:
+        assert pydefect.evaluate(Brightness(), written, on_error="skip", progress=False).images == 8
