@@ -40,8 +40,7 @@ from pydefect.version import VERSION
 WHOLE: dict[str, Any] = {"resize": 256, "crop": None}
 CROPPED: dict[str, Any] = {"resize": 256, "crop": 224}
 UNTRAINED: dict[str, Any] = {"losses": "none"}
-# gamma 4 halves the time of a run; the bank is built again after every epoch.
-TRAINED: dict[str, Any] = {"gamma": 4, "epochs": 2, "learning_rate": 1e-4, "rebuild_bank": "epoch"}
+TRAINED: dict[str, Any] = {"gamma": 4, "epochs": 2, "rebuild_bank": "epoch"}
 # The printed method, but for the patches in the contrastive loss: all 6,272 of a batch would take days.
 PRINTED: dict[str, Any] = {"preset": "paper", "contrastive_patches": 1024}
 
@@ -51,6 +50,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "printed/untrained": {**PRINTED, **UNTRAINED},
     "printed/30 epochs": PRINTED,
     "input/crop 224": {**UNTRAINED, **CROPPED},
+    "input/crop 224, levels 0.3, 1, 1, coordinates 0.6": {
+        **UNTRAINED,
+        **CROPPED,
+        "level_weights": (0.3, 1, 1),
+        "coordinate_weight": 0.6,
+    },
     "input/whole 256": {**UNTRAINED, **WHOLE},
     "bank/ema": {**UNTRAINED, "bank": "ema"},
     "bank/kmeans": {**UNTRAINED, "bank": "kmeans"},
@@ -58,7 +63,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "bank/kcenter gamma 8": {**UNTRAINED, "gamma": 8},
     "bank/kcenter gamma 4": {**UNTRAINED, "gamma": 4},
     "bank/kcenter gamma 2": {**UNTRAINED, "gamma": 2},
-    "bank/kcenter gamma 1": {**UNTRAINED, "gamma": 1},
     "levels/not balanced": {**UNTRAINED, "level_balance": "none", "level_weights": None},
     "levels/1, 1, 1": {**UNTRAINED, "level_weights": None},
     "levels/0.7, 1, 1": {**UNTRAINED, "level_weights": (0.7, 1, 1)},
@@ -71,9 +75,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "F/random": {**UNTRAINED, "initialisation": "default"},
     "F/pca 224": {**UNTRAINED, "representation_dim": 224},
     "training/none": {**TRAINED, **UNTRAINED},
-    "training/contrastive 1e-4": {**TRAINED, "losses": "contrastive"},
-    "training/hypersphere 1e-4": {**TRAINED, "losses": "hypersphere"},
-    "training/both 1e-4": {**TRAINED, "losses": "both"},
+    "training/contrastive 1e-4": {**TRAINED, "losses": "contrastive", "learning_rate": 1e-4},
+    "training/hypersphere 1e-4": {**TRAINED, "losses": "hypersphere", "learning_rate": 1e-4},
+    "training/both 1e-4": {**TRAINED, "losses": "both", "learning_rate": 1e-4},
+    "training/contrastive 1e-3": {**TRAINED, "losses": "contrastive", "learning_rate": 1e-3},
+    "training/hypersphere 1e-3": {**TRAINED, "losses": "hypersphere", "learning_rate": 1e-3},
     "training/both 1e-3": {**TRAINED, "losses": "both", "learning_rate": 1e-3},
     "training/both 1e-3, bank fixed": {
         **TRAINED,

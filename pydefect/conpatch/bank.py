@@ -58,9 +58,12 @@ class MemoryBank(ABC):
         """Read what :meth:`state` returned."""
 
 
-def _kmeans_centres(patches: Tensor, size: int, seed: int) -> Tensor:
+def _kmeans(patches: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Centres [size, D] of one image, and how many patches each stands for, [size]."""
     means = KMeans(size, n_init=1, max_iter=20, random_state=seed).fit(patches.cpu().numpy())
-    return torch.from_numpy(means.cluster_centers_).to(patches)
+    counts = torch.bincount(torch.from_numpy(means.labels_).long(), minlength=size)
+    # A constant image leaves clusters empty; a centre always stands for something.
+    return torch.from_numpy(means.cluster_centers_).to(patches), counts.clamp_min(1).to(patches)
 
 
 class EmaBank(MemoryBank):
@@ -73,7 +76,7 @@ class EmaBank(MemoryBank):
     @classmethod
     def start(cls, patches: Tensor, size: int, momentum: float, seed: int) -> EmaBank:
         """Begin with the k-means centres of the first image (line 1)."""
-        return cls(_kmeans_centres(patches, size, seed), momentum)
+        return cls(_kmeans(patches, size, seed)[0], momentum)
 
     def update(self, patches: Tensor) -> None:
         """C <- (1 - beta) C + beta C^NN (lines 3 to 8)."""
@@ -146,8 +149,7 @@ class KMeansBank(MemoryBank):
     @classmethod
     def start(cls, patches: Tensor, size: int, seed: int) -> KMeansBank:
         """Begin with the k-means centres of the first image."""
-        centres = _kmeans_centres(patches, size, seed)
-        return cls(centres, torch.ones(size, device=patches.device))
+        return cls(*_kmeans(patches, size, seed))
 
     def update(self, patches: Tensor) -> None:
         """Move every patch's nearest centre to the mean of what that centre has received."""

@@ -45,7 +45,7 @@ class ConPatchConfig:
     coordinate_weight: float = 2.0
     """Factor of the two coordinate channels, which lie in [-1, 1]."""
     representation_dim: int = 448
-    """D; table 10 compares 224, 448, 896."""
+    """D, with ``initialisation="pca"`` at most the number of inputs; table 10 compares 224, 448, 896."""
     projection_dim: int | None = None
     """Dz; None: D."""
     initialisation: Literal["default", "identity", "pca"] = "pca"
@@ -56,7 +56,7 @@ class ConPatchConfig:
     # -- compressed bank (3.2) -----------------------------------------------------------------------------
     bank: BankBuilder = "kcenter"
     """See :meth:`pydefect.conpatch.bank.MemoryBank.updated`."""
-    gamma: float = 2.0
+    gamma: float = 4.0
     """Patches of an image for one centre: M = round(T / gamma); table 11 compares 2, 4, 8."""
     bank_momentum: float = 0.1
     """beta of algorithm 1 (``bank="ema"``)."""
@@ -94,7 +94,7 @@ class ConPatchConfig:
     """1 as printed in (7), 2 as in CFA's code."""
 
     # -- training (3.6, 4.1) -------------------------------------------------------------------------------
-    epochs: int = 1
+    epochs: int = 2
     """At most, with early stopping."""
     early_stopping: bool = True
     """Stop after the epoch that best separates mixed patches from held-out normal images
@@ -102,7 +102,7 @@ class ConPatchConfig:
     patience: int = 1
     """Epochs without a lower one before the rest is left out."""
     batch_size: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 5e-4
 
     # -- scoring (3.5) -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pydefect.errors import InputError
 from pydefect.features import FeatureCache
 from pydefect.ops import project_levels
 
@@ -147,17 +146,8 @@ def principal_components(
         [dimension, inputs] for scaled inputs; orthonormal rows, each with its largest entry positive.
     bias
         [dimension]: centres the training patches.
-
-    Raises
-    ------
-    InputError
-        More components than inputs.
     """
     inputs = len(input_scale)
-    if dimension > inputs:
-        raise InputError(
-            f"representation_dim: {dimension} given; with initialisation 'pca' at most {inputs} are allowed"
-        )
     chosen = [indices[round(i)] for i in torch.linspace(0, len(indices) - 1, min(64, len(indices))).tolist()]
     scaled_identity = torch.diag(input_scale)
     total = torch.zeros(inputs, dtype=torch.float64)

@@ -79,6 +79,9 @@ def build_network(
         + [torch.full((2,), float(config.coordinate_weight))]
     )
     dimension = config.representation_dim
+    if config.initialisation == "pca":
+        # Two levels of ResNet-18 have fewer inputs than the default D; all their components are kept then.
+        dimension = min(dimension, len(input_scale))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ConPatchNetwork(channels, dimension, config.projection_dim or dimension, input_scale)

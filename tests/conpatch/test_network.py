@@ -140,7 +140,6 @@ def test_principal_components_against_numpys_svd(cache):
 @pytest.mark.parametrize(
     ("initialisation", "dimension", "message"),
     [
-        ("pca", 27, "representation_dim: 27 given; with initialisation 'pca' at most 26 are allowed"),
         (
             "identity",
             25,
@@ -152,6 +151,11 @@ def test_dimensions_that_do_not_fit(cache, make_config, initialisation, dimensio
     config = make_config(initialisation=initialisation, representation_dim=dimension)
     with pytest.raises(InputError, match=message):
         build_network(cache, range(5), config, 0)
+
+
+def test_pca_keeps_every_component_where_there_are_fewer_than_asked_for(cache, make_config):
+    network = build_network(cache, range(5), make_config(initialisation="pca", representation_dim=448), 0)
+    assert network.representation.weight.shape == (26, 26)
 
 
 def test_the_seed_decides_the_default_start_and_the_global_generator_stays(cache, make_config):
