@@ -94,13 +94,14 @@ class ConPatchConfig:
     """1 as printed in (7), 2 as in CFA's code."""
 
     # -- training (3.6, 4.1) -------------------------------------------------------------------------------
-    epochs: int = 2
-    """At most, with early stopping."""
+    epochs: int = 0
+    """At most, with early stopping. 0 by default: in the study training helped one product of three and harmed
+    another; try 2."""
     early_stopping: bool = True
     """Stop after the epoch that best separates mixed patches from held-out normal images
     (:class:`pydefect.conpatch.crossfit.HeldOutScores`); needs ``calibration_folds``."""
     patience: int = 1
-    """Epochs without a lower one before the rest is left out."""
+    """Epochs without a larger separation before the rest is left out."""
     batch_size: int = 2
     learning_rate: float = 1e-3
     weight_decay: float = 5e-4
