@@ -56,7 +56,7 @@ class ConPatchConfig:
     # -- compressed bank (3.2) -----------------------------------------------------------------------------
     bank: BankBuilder = "kcenter"
     """See :meth:`pydefect.conpatch.bank.MemoryBank.updated`."""
-    gamma: float = 4.0
+    gamma: float = 2.0
     """Patches of an image for one centre: M = round(T / gamma); table 11 compares 2, 4, 8."""
     bank_momentum: float = 0.1
     """beta of algorithm 1 (``bank="ema"``)."""
@@ -95,8 +95,8 @@ class ConPatchConfig:
 
     # -- training (3.6, 4.1) -------------------------------------------------------------------------------
     epochs: int = 0
-    """At most, with early stopping. 0 by default: in the study training helped one product of three and harmed
-    another; try 2."""
+    """At most, with early stopping. 0 by default: in the study training helped one product of three and
+    harmed another; try 2."""
     early_stopping: bool = True
     """Stop after the epoch that best separates mixed patches from held-out normal images
     (:class:`pydefect.conpatch.crossfit.HeldOutScores`); needs ``calibration_folds``."""
