@@ -174,10 +174,6 @@ def test_streaming_scores_one_after_the_other(good, detector):
         ({"epochs": -3}, "epochs: -3 given; allowed are 0 and more"),
         ({"resize": 32, "crop": 64}, "crop is 64 x 64, larger than resize, which is 32 x 32"),
         ({"bank": "position_mean"}, "gamma: 4 given; bank='position_mean' has one centre a patch, so only 1"),
-        (
-            {"representation_dim": 451, "initialisation": "pca"},
-            "representation_dim: 451 given; .* at most 450 are",
-        ),
     ],
 )
 def test_fit_refuses(good, arguments, message):

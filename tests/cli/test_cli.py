@@ -267,6 +267,8 @@ def test_help_does_not_wait_for_torch() -> None:
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pydefect", "fit", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m")],
+        # Not in the source folder, which Python would put in front of the installed package.
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
@@ -289,7 +291,9 @@ def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
         "--set",
         "early_stopping=false",
     ]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         while not list(tmp_path.glob("state/*")):
             assert process.poll() is None

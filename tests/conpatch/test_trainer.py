@@ -321,6 +321,8 @@ def test_kill_9(tmp_path: Path):
             capture_output=True,
             text=True,
             timeout=120,
+            # Not in the source folder, which Python would put in front of the installed package.
+            cwd=tmp_path,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
