@@ -292,7 +292,13 @@ def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
         "early_stopping=false",
     ]
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background lets them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while not list(tmp_path.glob("state/*")):
