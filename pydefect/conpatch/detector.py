@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.scorer import score_levels
 from pydefect.conpatch.trainer import Trainer
 from pydefect.data.images import SkippedImage, open_images
+from pydefect.data.layouts import training_images
 from pydefect.detector import Detector, OnError, batches, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.features import FeatureCache, PatchFeatureExtractor
@@ -131,7 +133,8 @@ class ConPatchDetector(Detector):
             "epochs": verdict.epochs,
             "history": [vars(record) for record in trainer.history],
             "separation": verdict.separations,
-            "skipped": [skipped.name for skipped in collection.skipped],
+            # Without folders: a model file is handed on, and they are nobody's business.
+            "skipped": [Path(skipped.name).name for skipped in collection.skipped],
         }
         return cls(
             config,
@@ -180,7 +183,9 @@ class ConPatchDetector(Detector):
         InputError
             A file cannot be read, or an image does not fit the bank; the bank is then as it was before.
         """
-        collection = open_images(images, on_error=on_error)
+        # A data set's root would bring its defective test images along.
+        source = training_images(images) if isinstance(images, str | os.PathLike) else images
+        collection = open_images(source, on_error=on_error)
         bars = ProgressBars(progress)
         total, done = known_length(collection), 0
         momentum = self.config.bank_momentum
