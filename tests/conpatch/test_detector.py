@@ -19,6 +19,7 @@ from pydefect.calibration import conformal_threshold
 from pydefect.conpatch import ConPatchConfig, ConPatchDetector, crossfit
 from pydefect.conpatch import detector as detector_module
 from pydefect.conpatch.trainer import Trainer
+from pydefect.data.procedural import write_dataset
 from pydefect.ops import reference
 from pydefect.progress import ProgressBars
 
@@ -362,6 +363,14 @@ def test_one_update_of_two_images_equals_two_updates(fit, products):
         two.update([image])
     # One batch or two: convolutions may sum in another order.
     torch.testing.assert_close(one.bank.centres, two.bank.centres, rtol=1e-4, atol=1e-4)
+
+
+def test_an_update_from_the_root_of_a_data_set_takes_its_training_images_only(fit, products, tmp_path):
+    write_dataset(tmp_path / "flange", n_train=3, n_test_good=1, n_per_defect=1, size=(64, 64), seed=0)
+    detector = fit(products, calibration_folds=0)
+    before = detector.training["images"]
+    detector.update(tmp_path / "flange")
+    assert detector.training["images"] == before + 3
 
 
 @pytest.mark.parametrize("bank", ["ema", "kcenter", "kmeans"])
