@@ -247,6 +247,7 @@ def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     panels = (("certainty_max_map", "image AUROC (%)"), ("certainty_pixel", "pixel AUROC (%)"))
     panels += (("separation", "separation (held-out normal images)"),)
@@ -264,7 +265,9 @@ def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
             axis.set_title(name if line == 0 else "")
             axis.set_xlabel("epoch" if line == len(panels) - 1 else "")
             axis.set_ylabel(label if column == 0 else "")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
+            axis.set_visible(bool(sum(len(curve.get_xdata()) for curve in axis.lines)))
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
