@@ -40,7 +40,7 @@ from pydefect.version import VERSION
 # Half the default's bank: the study compares settings, and half takes half the time.
 UNTRAINED: dict[str, Any] = {"losses": "none", "gamma": 4}
 TRAINED: dict[str, Any] = {"gamma": 4, "epochs": 2}
-# The printed method, but for the patches in the contrastive loss: all 6,272 of a batch would take days.
+# The printed method, but for the patches in the contrastive loss: all 6,272 of a batch take half a day.
 PRINTED: dict[str, Any] = {"preset": "paper", "contrastive_patches": 1024}
 
 # Name -> settings on top of the default preset (or of "preset"); before the slash, the section of the table.

@@ -95,8 +95,8 @@ class ConPatchConfig:
 
     # -- training (3.6, 4.1) -------------------------------------------------------------------------------
     epochs: int = 0
-    """At most, with early stopping. 0 by default: in the study training helped one product of three and
-    harmed another; try 2."""
+    """At most, with early stopping. 0 by default: the study could not show that training helps, and on
+    one product of three it harmed."""
     early_stopping: bool = True
     """Stop after the epoch that best separates mixed patches from held-out normal images
     (:class:`pydefect.conpatch.crossfit.HeldOutScores`); needs ``calibration_folds``."""

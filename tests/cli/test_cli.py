@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -280,7 +279,6 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "pydefect", "fit", str(product), "--out", str(tmp_path / "m"), *FAST]
     arguments += [
