@@ -41,7 +41,7 @@ def test_build_info_is_complete():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these levels are x86-64's")
 def test_x86_levels_are_compiled():
-    assert build_info().cpu_levels_compiled == ("portable", "avx2", "avx512")
+    assert build_info().cpu_levels_compiled == ("portable", "avx2", "avx512", "avx512bf16")
 
 
 def test_cuda_library_is_there_where_nvcc_was():

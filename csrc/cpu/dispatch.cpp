@@ -16,6 +16,8 @@ bool runs_here(Level level) {
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+    case Level::avx512bf16:
+      return runs_here(Level::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
     default:
       return false;
@@ -39,6 +41,8 @@ Level choose_level() {
 
 const char* name(Level level) {
   switch (level) {
+    case Level::avx512bf16:
+      return "avx512bf16";
     case Level::avx512:
       return "avx512";
     case Level::avx2:
@@ -50,7 +54,7 @@ const char* name(Level level) {
 
 const std::vector<Level>& compiled_levels() {
 #ifdef PYDEFECT_X86_KERNELS
-  static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512};
+  static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512, Level::avx512bf16};
 #else
   static const std::vector<Level> levels{Level::portable};
 #endif

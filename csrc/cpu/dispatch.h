@@ -7,7 +7,7 @@
 
 namespace pydefect::cpu {
 
-enum class Level { portable, avx2, avx512 };
+enum class Level { portable, avx2, avx512, avx512bf16 };
 
 const char* name(Level level);
 
@@ -20,5 +20,19 @@ std::vector<Level> usable_levels();
 // The highest usable level, or the one that the environment variable PYDEFECT_CPU_LEVEL names; throws
 // std::runtime_error for a level that is unknown or not usable here. Read once, at the first call.
 Level active_level();
+
+// The table of inner loops of `level`, out of those of all compiled levels, lowest first.
+template <class Kernel, class... Higher>
+const Kernel& kernel_at(Level level, const Kernel& portable, const Higher&... higher) {
+  const Kernel* const kernels[] = {&portable, &higher...};
+  return *kernels[static_cast<int>(level)];
+}
+
+#ifdef PYDEFECT_X86_KERNELS
+#define PYDEFECT_ACTIVE_KERNEL(name) \
+  ::pydefect::cpu::kernel_at(active_level(), portable::name, avx2::name, avx512::name, avx512bf16::name)
+#else
+#define PYDEFECT_ACTIVE_KERNEL(name) ::pydefect::cpu::kernel_at(active_level(), portable::name)
+#endif
 
 }  // namespace pydefect::cpu

@@ -17,6 +17,7 @@
 #include "../checks.h"
 #include "../knn_certificate.h"
 #include "../ranking_key.h"
+#include "aligned.h"
 #include "dispatch.h"
 
 namespace pydefect::cpu {
@@ -80,21 +81,6 @@ class CandidateLists {
   std::vector<int64_t> sizes_;
 };
 
-const KnnKernel& active_kernel() {
-#ifdef PYDEFECT_X86_KERNELS
-  switch (active_level()) {
-    case Level::avx512:
-      return knn_avx512;
-    case Level::avx2:
-      return knn_avx2;
-    default:
-      return knn_portable;
-  }
-#else
-  return knn_portable;
-#endif
-}
-
 double squared_norm(const float* row, int64_t width) {
   double sum = 0.0;
   for (int64_t d = 0; d < width; ++d) sum += static_cast<double>(row[d]) * row[d];
@@ -120,9 +106,7 @@ int64_t divide_up(int64_t a, int64_t b) {
 class PackedBank {
  public:
   PackedBank(int columns, int64_t width, int64_t most_rows)
-      : columns_(columns),
-        width_(width),
-        panels_(static_cast<size_t>(divide_up(most_rows, columns) * panel_size())) {}
+      : columns_(columns), width_(width), panels_(divide_up(most_rows, columns) * panel_size()) {}
 
   void pack(const Matrix& bank, const std::vector<double>& squared_norms, int64_t first, int64_t last) {
     first_row_ = first;
@@ -156,7 +140,7 @@ class PackedBank {
   int64_t width_;
   int64_t first_row_ = 0;
   int64_t panel_count_ = 0;
-  std::vector<float> panels_;
+  AlignedBuffer<float> panels_;
 };
 
 // Writes rows first.. of the queries as [width][rows of a tile]; missing rows are zero.
@@ -191,7 +175,7 @@ void search_panel(const KnnKernel& kernel, const float* tile, const float* panel
 void search_tiles(const KnnKernel& kernel, const Matrix& queries, const PackedBank& packed, int64_t begin,
                   int64_t end, CandidateLists& lists) {
   const int64_t tile_size = kernel.rows * queries.width;
-  std::vector<float> tiles(static_cast<size_t>(std::min(kTilesPerPass, end - begin) * tile_size));
+  AlignedBuffer<float> tiles(std::min(kTilesPerPass, end - begin) * tile_size);
   for (int64_t first = begin; first < end; first += kTilesPerPass) {
     const int64_t last = std::min(first + kTilesPerPass, end);
     for (int64_t t = first; t < last; ++t) {
@@ -297,7 +281,7 @@ std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_g
   if (q.rows == 0) return {distances, indices};
 
   const Answer answer{distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>(), k};
-  const KnnKernel& kernel = active_kernel();
+  const KnnKernel& kernel = PYDEFECT_ACTIVE_KERNEL(knn_kernel);
   if (q.rows < kFewQueries || k > kLongestList) {
     torch::stable::parallel_for(0, q.rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<RankingKey> keys;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "levels.h"
+
 namespace pydefect::cpu {
 
 struct KnnKernel {
@@ -23,10 +25,6 @@ struct KnnKernel {
   float (*squared_distance)(const float* a, const float* b, int64_t width);
 };
 
-extern const KnnKernel knn_portable;
-#ifdef PYDEFECT_X86_KERNELS
-extern const KnnKernel knn_avx2;
-extern const KnnKernel knn_avx512;
-#endif
+PYDEFECT_KERNEL(KnnKernel, knn_kernel)
 
 }  // namespace pydefect::cpu

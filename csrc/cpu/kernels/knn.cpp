@@ -1,14 +1,10 @@
-// The k-NN kernels over a vector type `V`; each instruction set level includes this file in a translation
-// unit of its own, compiled with that level's flags. Everything here sits in an unnamed namespace and no
-// standard library template is used: code that the linker may merge with another unit's copy must not hold
-// instructions that the machine lacks.
-#pragma once
+#include "knn.h"
 
 #include <cstdint>
 
-#include "knn.h"
+#include "simd.h"
 
-namespace pydefect::cpu {
+namespace pydefect::cpu::PYDEFECT_LEVEL {
 namespace {
 
 template <class V, int rows, int vectors>
@@ -77,4 +73,15 @@ float squared_distance(const float* a, const float* b, int64_t width) {
 }
 
 }  // namespace
-}  // namespace pydefect::cpu
+
+#if defined(__AVX512F__)
+// 28 of the 32 registers hold sums, the others two bank vectors and a query element.
+const KnnKernel knn_kernel{14, 32, score_tile<Simd, 14, 2>, squared_distance<Simd>};
+#elif defined(__AVX2__)
+// 12 of the 16 registers hold sums, the others two bank vectors and a query element.
+const KnnKernel knn_kernel{6, 16, score_tile<Simd, 6, 2>, squared_distance<Simd>};
+#else
+const KnnKernel knn_kernel{4, 8, score_tile<Simd, 4, 2>, squared_distance<Simd>};
+#endif
+
+}  // namespace pydefect::cpu::PYDEFECT_LEVEL

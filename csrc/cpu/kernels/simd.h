@@ -1,0 +1,119 @@
+// `Simd`: float32 vectors of the level that the including file is compiled for. Everything sits in an unnamed
+// namespace, and files in this folder use no PyTorch header and no standard library template: code that the
+// linker may merge with another unit's copy must not hold instructions that the machine lacks.
+//
+// Vectors are GCC's, so + - * / work on them as they stand.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pydefect::cpu::PYDEFECT_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct SimdBase {
+  static constexpr int lanes = 16;
+  using type = __m512;
+
+  static type load(const float* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, type value) { _mm512_storeu_ps(to, value); }
+  static type broadcast(float value) { return _mm512_set1_ps(value); }
+  static type multiply_add(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
+  static type maximum(type a, type b) { return _mm512_max_ps(a, b); }
+  static type minimum(type a, type b) { return _mm512_min_ps(a, b); }
+  static type square_root(type a) { return _mm512_sqrt_ps(a); }
+  static uint32_t greater(type a, type b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+};
+
+#elif defined(__AVX2__)
+
+struct SimdBase {
+  static constexpr int lanes = 8;
+  using type = __m256;
+
+  static type load(const float* from) { return _mm256_loadu_ps(from); }
+  static void store(float* to, type value) { _mm256_storeu_ps(to, value); }
+  static type broadcast(float value) { return _mm256_set1_ps(value); }
+  static type multiply_add(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
+  static type maximum(type a, type b) { return _mm256_max_ps(a, b); }
+  static type minimum(type a, type b) { return _mm256_min_ps(a, b); }
+  static type square_root(type a) { return _mm256_sqrt_ps(a); }
+  static uint32_t greater(type a, type b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+};
+
+#else  // any processor: GCC's generic vectors, which are SSE2 on x86-64 and NEON on 64-bit Arm
+
+struct SimdBase {
+  static constexpr int lanes = 4;
+  using type = float __attribute__((vector_size(16)));
+
+  static type load(const float* from) {
+    type value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  static void store(float* to, type value) { std::memcpy(to, &value, sizeof(value)); }
+  static type broadcast(float value) { return type{value, value, value, value}; }
+  static type multiply_add(type a, type b, type c) { return a * b + c; }
+  // Where a value is NaN these return b, as the x86 instructions do.
+  static type maximum(type a, type b) { return a > b ? a : b; }
+  static type minimum(type a, type b) { return a < b ? a : b; }
+  static type square_root(type a) {
+    return type{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])};
+  }
+  static uint32_t greater(type a, type b) {
+    const auto larger = a > b;
+    return (larger[0] & 1u) | (larger[1] & 2u) | (larger[2] & 4u) | (larger[3] & 8u);
+  }
+};
+
+#endif
+
+struct Simd : SimdBase {
+  using integers = int32_t __attribute__((vector_size(sizeof(type))));
+
+  static type zero() { return broadcast(0.0f); }
+
+  // The sum of all lanes, halves added to halves.
+  static float sum(type value) {
+    float all[lanes];
+    store(all, value);
+    for (int half = lanes / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) all[i] += all[i + half];
+    }
+    return all[0];
+  }
+
+  // e^x to 2 ulp for -87 <= x <= 88; smaller x give about 1e-38, larger ones about 2e38, NaN one of the two.
+  // Range reduction and polynomial are those of Cephes' expf (Moshier).
+  static type exponential(type x) {
+    x = minimum(maximum(x, broadcast(-87.0f)), broadcast(88.0f));
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    const type shifter = broadcast(12582912.0f);
+    const type shifted = multiply_add(x, broadcast(1.44269504088896341f), shifter);
+    const type n = shifted - shifter;
+    x = multiply_add(n, broadcast(-0.693359375f), x);
+    x = multiply_add(n, broadcast(2.12194440e-4f), x);
+    type p = broadcast(1.9875691500e-4f);
+    p = multiply_add(p, x, broadcast(1.3981999507e-3f));
+    p = multiply_add(p, x, broadcast(8.3334519073e-3f));
+    p = multiply_add(p, x, broadcast(4.1665795894e-2f));
+    p = multiply_add(p, x, broadcast(1.6666665459e-1f));
+    p = multiply_add(p, x, broadcast(5.0000001201e-1f));
+    p = multiply_add(p, x * x, x + broadcast(1.0f));
+    const integers exponent = (reinterpret_cast<integers>(shifted) + 127) << 23;
+    return p * reinterpret_cast<type>(exponent);
+  }
+};
+
+}  // namespace
+}  // namespace pydefect::cpu::PYDEFECT_LEVEL
