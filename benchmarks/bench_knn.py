@@ -67,4 +67,9 @@ def bench_knn(search: Search, n: int, m: int, d: int, device: str, measure: Call
     queries = torch.randn(n, d, generator=generator).to(device)
     bank = torch.randn(m, d, generator=generator).to(device)
     compare_with_twin(search, queries, bank)
-    measure(f"knn {n}x{m}x{d}", lambda: search(queries, bank, K))
+    measure(
+        f"knn {n}x{m}x{d}",
+        lambda: search(queries, bank, K),
+        flops=2 * n * m * d,
+        traffic=4 * (n * d + m * d + 3 * n * K),
+    )

@@ -51,9 +51,13 @@ def _peak_bytes_of(call: Callable[[], Any], device: str) -> int:
 
 @pytest.fixture
 def measure(benchmark: Any, device: str) -> Callable[..., None]:
-    """Time a call, the device synchronised inside it, in a group with its rivals; note its peak memory."""
+    """Time a call, the device synchronised inside it, in a group with its rivals; note its peak memory.
 
-    def run(group: str, call: Callable[[], Any]) -> None:
+    ``flops`` counts the arithmetic operations that the task needs, ``traffic`` the bytes that it must read
+    and write at least: the same numbers for every rival of a group.
+    """
+
+    def run(group: str, call: Callable[[], Any], *, flops: float = 0, traffic: float = 0) -> None:
         def timed() -> None:
             call()
             if device == "cuda":
@@ -62,6 +66,7 @@ def measure(benchmark: Any, device: str) -> Callable[..., None]:
         benchmark.group = f"{group} {device}"
         benchmark.extra_info["peak_mib"] = round(_peak_bytes_of(timed, device) / 2**20, 1)
         benchmark.extra_info["threads"] = torch.get_num_threads()
+        benchmark.extra_info |= {"flops": flops, "traffic": traffic}
         benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
 
     return run
