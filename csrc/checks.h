@@ -46,4 +46,29 @@ inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k) {
         k);
 }
 
+inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, const Tensor& neighbors,
+                                      double alpha, double sigma, double margin, int64_t similarity_power) {
+  const char* op = "relaxed_contrastive";
+  check_float_matrix(op, "z", z);
+  check_float_matrix(op, "z_target", z_target);
+  check(z.device() == z_target.device() && z.device() == neighbors.device(), op,
+        ": z, z_target and neighbors must be on one device");
+  check(z.size(0) >= 1 && z.size(1) >= 1, op, ": z must have at least 1 row and 1 column, got ", z.size(0),
+        " x ", z.size(1));
+  check(z_target.size(0) == z.size(0) && z_target.size(1) == z.size(1), op,
+        ": z_target must have the shape of z, ", z.size(0), " x ", z.size(1), ", got ", z_target.size(0),
+        " x ", z_target.size(1));
+  check(z.size(0) < kDimensionLimit && z.size(1) < kDimensionLimit, op,
+        ": z must have fewer than 2^30 rows and columns, got ", z.size(0), " x ", z.size(1));
+  check(neighbors.dim() == 2 && neighbors.size(0) == z.size(0), op,
+        ": neighbors must be a matrix with the rows of z");
+  check(neighbors.scalar_type() == torch::headeronly::ScalarType::Long, op, ": neighbors must be int64, got ",
+        torch::headeronly::toString(neighbors.scalar_type()));
+  check(alpha >= 0 && alpha <= 1, op, ": alpha must be between 0 and 1, got ", alpha);
+  check(sigma > 0, op, ": sigma must be over 0, got ", sigma);
+  check(margin >= 0, op, ": margin must be 0 or more, got ", margin);
+  check(similarity_power == 1 || similarity_power == 2, op, ": similarity_power must be 1 or 2, got ",
+        similarity_power);
+}
+
 }  // namespace pydefect

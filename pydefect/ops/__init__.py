@@ -9,7 +9,7 @@ from pydefect.ops.kcenter_greedy import kcenter_from_distances, kcenter_greedy
 from pydefect.ops.knn import knn
 from pydefect.ops.project_levels import project_levels
 from pydefect.ops.reference.assign_unique import assign_unique
-from pydefect.ops.reference.relaxed_contrastive import relaxed_contrastive
+from pydefect.ops.relaxed_contrastive import relaxed_contrastive
 from pydefect.ops.score_maps import score_maps
 
 __all__ = [

@@ -16,6 +16,9 @@
 namespace pydefect::cpu::PYDEFECT_LEVEL {
 namespace {
 
+// What the levels share: `greater` gives one bit a lane, `where_greater` the value in those lanes and 0 in
+// the others; where a or b is NaN, `maximum` and `minimum` return b.
+
 #if defined(__AVX512F__)
 
 struct SimdBase {
@@ -30,6 +33,9 @@ struct SimdBase {
   static type minimum(type a, type b) { return _mm512_min_ps(a, b); }
   static type square_root(type a) { return _mm512_sqrt_ps(a); }
   static uint32_t greater(type a, type b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static type where_greater(type a, type b, type value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), value);
+  }
 };
 
 #elif defined(__AVX2__)
@@ -48,6 +54,9 @@ struct SimdBase {
   static uint32_t greater(type a, type b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
   }
+  static type where_greater(type a, type b, type value) {
+    return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), value);
+  }
 };
 
 #else  // any processor: GCC's generic vectors, which are SSE2 on x86-64 and NEON on 64-bit Arm
@@ -64,7 +73,6 @@ struct SimdBase {
   static void store(float* to, type value) { std::memcpy(to, &value, sizeof(value)); }
   static type broadcast(float value) { return type{value, value, value, value}; }
   static type multiply_add(type a, type b, type c) { return a * b + c; }
-  // Where a value is NaN these return b, as the x86 instructions do.
   static type maximum(type a, type b) { return a > b ? a : b; }
   static type minimum(type a, type b) { return a < b ? a : b; }
   static type square_root(type a) {
@@ -74,6 +82,7 @@ struct SimdBase {
     const auto larger = a > b;
     return (larger[0] & 1u) | (larger[1] & 2u) | (larger[2] & 4u) | (larger[3] & 8u);
   }
+  static type where_greater(type a, type b, type value) { return a > b ? value : type{}; }
 };
 
 #endif
@@ -93,10 +102,10 @@ struct Simd : SimdBase {
     return all[0];
   }
 
-  // e^x to 2 ulp for -87 <= x <= 88; smaller x give about 1e-38, larger ones about 2e38, NaN one of the two.
+  // e^x to 2 ulp for -87 <= x <= 88; smaller x give about 1e-38, larger ones about 2e38, NaN gives NaN.
   // Range reduction and polynomial are those of Cephes' expf (Moshier).
   static type exponential(type x) {
-    x = minimum(maximum(x, broadcast(-87.0f)), broadcast(88.0f));
+    x = minimum(broadcast(88.0f), maximum(broadcast(-87.0f), x));
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
     const type shifter = broadcast(12582912.0f);
     const type shifted = multiply_add(x, broadcast(1.44269504088896341f), shifter);

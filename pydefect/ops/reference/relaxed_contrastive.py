@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,6 +16,54 @@ _CHUNK_ELEMENTS = 1 << 24
 
 Reduction = Literal["paper", "mean"]
 PairSource = Literal["target", "cross"]
+SimilarityPower = Literal[1, 2]
+
+
+def check_settings(
+    z: Tensor,
+    z_target: Tensor,
+    alpha: float,
+    sigma: float,
+    margin: float,
+    neighbors: int,
+    similarity_power: int,
+    pair_source: str,
+    reduction: str,
+) -> None:
+    """Raise for arguments outside their range, before any work.
+
+    Raises
+    ------
+    ValueError
+        A setting outside its range.
+    RuntimeError
+        Tensors of the wrong shape, dtype or device.
+    """
+    if z.dim() != 2 or 0 in z.shape or z.shape != z_target.shape:
+        raise RuntimeError(
+            f"relaxed_contrastive: z and z_target have shapes {tuple(z.shape)} and {tuple(z_target.shape)}; "
+            "allowed is one shape [N, D] with N, D >= 1"
+        )
+    if z.dtype != z_target.dtype or not z.is_floating_point():
+        raise RuntimeError(
+            f"relaxed_contrastive: z is {z.dtype} and z_target {z_target.dtype}; allowed is one floating dtype"
+        )
+    if z.device != z_target.device:
+        raise RuntimeError(
+            f"relaxed_contrastive: z is on {z.device} and z_target on {z_target.device}; allowed is one device"
+        )
+    ranges = {
+        "alpha": (alpha, 0 <= alpha <= 1, "0..1"),
+        "sigma": (sigma, 0 < sigma < math.inf, "> 0 and finite"),
+        "margin": (margin, 0 <= margin < math.inf, ">= 0 and finite"),
+        "neighbors": (neighbors, 1 <= neighbors <= len(z), f"1..{len(z)}, the number of patches"),
+        "similarity_power": (similarity_power, similarity_power in (1, 2), "1 and 2"),
+        "pair_source": (pair_source, pair_source in ("target", "cross"), "'target' and 'cross'"),
+        "reduction": (reduction, reduction in ("paper", "mean"), "'paper' and 'mean'"),
+    }
+    for name, (given, right, allowed) in ranges.items():
+        if not right:
+            raise ValueError(f"relaxed_contrastive: {name}: {given!r} given; allowed: {allowed}")
 
 
 def _chunk_rows(n: int) -> int:
@@ -65,7 +114,7 @@ def relaxed_contrastive(
     sigma: float = 4.0,
     margin: float = 0.2,
     neighbors: int = 5,
-    similarity_power: Literal[1, 2] = 1,
+    similarity_power: SimilarityPower = 1,
     pair_source: PairSource = "target",
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -103,6 +152,7 @@ def relaxed_contrastive(
     ----------
     Luo et al., Computer Science 52(1), 2025, equations (1) to (5).
     """
+    check_settings(z, z_target, alpha, sigma, margin, neighbors, similarity_power, pair_source, reduction)
     n = z.shape[0]
     z_target = z_target.detach()
     # Distances do not change under a shift; near the origin the matrix product loses fewer digits.
