@@ -31,9 +31,9 @@ def relaxed_contrastive(
 ) -> Tensor:
     """Pull patches together that the target branch finds similar, push the others apart.
 
-    On the CPU in float32 nothing of size N x N is ever kept: distances are computed tile by tile, once for the
-    row means of (4), once for the loss, and once more in the backward pass. Memory beyond inputs and gradient
-    is O(N) plus some megabytes. Other devices and dtypes run the reference, chunk by chunk.
+    On the CPU in float32 nothing of size N x N is ever kept: distances are computed tile by tile, once for
+    the row means of (4), once for the loss, and once more in the backward pass. Memory beyond inputs and
+    gradient is O(N) plus some megabytes. Other devices and dtypes run the reference, chunk by chunk.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def relaxed_contrastive(
         )
     # With alpha = 1 the global similarity counts for nothing.
     nearest = _nearest_and_itself(z_target, neighbors if alpha < 1 else 0)
-    loss, _, _ = torch.ops.pydefect.relaxed_contrastive(
+    loss: Tensor = torch.ops.pydefect.relaxed_contrastive(
         z,
         z_target,
         nearest,
@@ -99,7 +99,7 @@ def relaxed_contrastive(
         similarity_power,
         pair_source == "cross",
         reduction == "mean",
-    )
+    )[0]
     return loss
 
 

@@ -13,14 +13,20 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pydefect import ops
+from pydefect.buildinfo import build_info
 from pydefect.ops import reference
 
 # The package's function hides the module of the same name.
@@ -269,6 +275,209 @@ def test_global_similarity_against_sets():
         assert indices[i, 0] == i
         for column, j in enumerate(indices[i].tolist()):
             assert similarity[i, column] == pytest.approx(len(sets[i] & sets[j]) / 6, abs=1e-15)
+
+
+OPTIONS = {
+    "printed": {},
+    "margin through the cloud": {"margin": 0.8},
+    "paper's reduction, squared": {"margin": 0.8, "reduction": "paper", "similarity_power": 2},
+    "cross": {"margin": 0.8, "pair_source": "cross"},
+    "cross, squared": {"margin": 0.8, "pair_source": "cross", "similarity_power": 2},
+    "pairwise alone": {"margin": 0.8, "alpha": 1.0},
+    "global alone": {"margin": 0.8, "alpha": 0.0},
+}
+# One less than, exactly, and one more than every level's panel (12, 24, 48 rows) and block (six panels);
+# widths around the vectors' lengths.
+SHAPES = [
+    *itertools.product((1, 2, 11, 12, 13, 47, 48, 49), (1, 5, 16)),
+    *[(23, 3), (25, 4), (71, 17), (73, 33), (145, 15), (287, 8), (289, 31), (600, 448)],
+]
+
+
+def loss_and_gradient(loss, z: Tensor, z_target: Tensor, **options) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    value = loss(z, z_target, **options)
+    return value.detach(), torch.autograd.grad(value, z)[0]
+
+
+def assert_as_exact_as_the_reference(
+    value: Tensor, gradient: Tensor, z: Tensor, z_target: Tensor, **options
+) -> None:
+    """Compare with the reference in float64: at most twice the error that the reference makes in float32.
+
+    Where that happens to be tiny: 2e-5 of the loss, which adds N^2 terms without cancellation, and 5e-5 of
+    the largest gradient, which cancels in part. A pair's squared distance is known to about
+    2^-22 (|x|^2 + |y|^2); its force is off by that share, which counts where two points nearly coincide.
+    """
+    expected = loss_and_gradient(reference.relaxed_contrastive, z.double(), z_target.double(), **options)
+    plain = loss_and_gradient(reference.relaxed_contrastive, z, z_target, **options)
+    centred = (z - z.mean(0)).double()
+    norms = centred.square().sum(1)
+    shares = 2.0**-22 * (norms[:, None] + norms) / torch.cdist(centred, centred).square().fill_diagonal_(1)
+    scale = expected[1].abs().max()
+    allowed = (
+        2e-5 * expected[0].abs() + 2 * (plain[0] - expected[0]).abs() + 1e-9,
+        (5e-5 + shares.max()) * scale + 2 * (plain[1] - expected[1]).abs().max() + 1e-12,
+    )
+    assert (value - expected[0]).abs() <= allowed[0]
+    assert (gradient - expected[1]).abs().max() <= allowed[1]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_native_against_the_reference(n, d, options):
+    z, z_target = points(n, d, seed=n + d, dtype=torch.float32)
+    options = {**options, "neighbors": min(5, n)}
+    found = loss_and_gradient(ops.relaxed_contrastive, z, z_target, **options)
+    if n == 2:  # delta is 2 whatever the distance: there is no force but rounding's
+        assert found[0].item() == pytest.approx(loops(z, z_target, **options), rel=2e-5)
+        return
+    assert_as_exact_as_the_reference(*found, z, z_target, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_every_number_of_threads_gives_the_same(options):
+    z, z_target = points(1200, 20, dtype=torch.float32)
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(loss_and_gradient(ops.relaxed_contrastive, z, z_target, **options))
+    torch.set_num_threads(1)
+    for value, gradient in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("level", build_info().cpu_levels_usable)
+def test_every_level(level, tmp_path):
+    """Levels round differently (FMA, widths of sums): each agrees with the reference, not with the others."""
+    file = tmp_path / "results.pt"
+    shapes = [(13, 5), (49, 17), (300, 33)]
+    code = f"""
+import torch
+from pydefect.ops import relaxed_contrastive
+results = []
+for n, d in {shapes}:
+    generator = torch.Generator().manual_seed(n)
+    z = torch.randn(n, d, generator=generator, requires_grad=True)
+    target = torch.randn(n, d, generator=generator)
+    for options in {list(OPTIONS.values())}:
+        loss = relaxed_contrastive(z, target, **options)
+        results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
+torch.save(results, {str(file)!r})
+"""
+    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    results = iter(torch.load(file))
+    for n, d in shapes:
+        generator = torch.Generator().manual_seed(n)
+        z, target = torch.randn(n, d, generator=generator), torch.randn(n, d, generator=generator)
+        for options in OPTIONS.values():
+            value, gradient = next(results)
+            assert_as_exact_as_the_reference(value, gradient, z, target, **options)
+
+
+def test_equal_points_in_float32():
+    """Products and norms round alike, so that coinciding points are at distance 0 and not at rounding's."""
+    z, z_target = (part.repeat_interleave(2, 0) for part in points(40, 33, dtype=torch.float32))
+    value, gradient = loss_and_gradient(ops.relaxed_contrastive, z, z_target, neighbors=4, margin=0.8)
+    expected, _ = loss_and_gradient(
+        reference.relaxed_contrastive, z.double(), z_target.double(), neighbors=4, margin=0.8
+    )
+    # The reference in float64 takes coinciding points to be 1e-8 |x| apart: see the module's head.
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=0)
+    torch.testing.assert_close(gradient[0::2], gradient[1::2], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_not_finite_shows(options, bad):
+    """The trainer stops where a loss is not finite: it must not be swallowed."""
+    z, z_target = points(60, 7, dtype=torch.float32)
+    z[17, 3] = bad
+    value = ops.relaxed_contrastive(z, z_target, **options)
+    assert not torch.isfinite(value)
+
+
+def test_inputs_may_lie_anyhow_and_stay_as_they_are():
+    z, z_target = points(70, 9, dtype=torch.float32)
+    expected, expected_gradient = loss_and_gradient(ops.relaxed_contrastive, z, z_target)
+    strided, flipped = z.T.contiguous().T, z_target.repeat_interleave(2, 0)[::2]
+    before = strided.clone(), flipped.clone()
+    value, gradient = loss_and_gradient(ops.relaxed_contrastive, strided, flipped)
+    assert torch.equal(value, expected)
+    assert torch.equal(gradient, expected_gradient)
+    assert torch.equal(strided, before[0])
+    assert torch.equal(flipped, before[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_small_problem(data):
+    n = data.draw(st.integers(3, 120), label="n")
+    d = data.draw(st.integers(1, 40), label="d")
+    options = {
+        "alpha": data.draw(st.floats(0, 1), label="alpha"),
+        "sigma": data.draw(st.floats(0.5, 20), label="sigma"),
+        "margin": data.draw(st.floats(0, 2), label="margin"),
+        "neighbors": data.draw(st.integers(1, n), label="neighbors"),
+        "similarity_power": data.draw(st.sampled_from([1, 2]), label="power"),
+        "pair_source": data.draw(st.sampled_from(["target", "cross"]), label="source"),
+    }
+    z, z_target = points(n, d, seed=data.draw(st.integers(0, 1000)), dtype=torch.float32)
+    found = loss_and_gradient(ops.relaxed_contrastive, z, z_target, **options)
+    assert_as_exact_as_the_reference(*found, z, z_target, **options)
+
+
+FLOATS = torch.zeros(6, 3)
+ERRORS = {
+    "z 1-D": ((torch.zeros(3), torch.zeros(3)), {}, RuntimeError, "z and z_target have shapes"),
+    "empty": ((torch.zeros(0, 3), torch.zeros(0, 3)), {}, RuntimeError, "z and z_target have shapes"),
+    "shapes": ((FLOATS, torch.zeros(6, 4)), {}, RuntimeError, "z and z_target have shapes"),
+    "dtypes": ((FLOATS, FLOATS.double()), {}, RuntimeError, "z is torch.float32, z_target torch.float64"),
+    "integers": ((FLOATS.long(), FLOATS.long()), {}, RuntimeError, "z is torch.int64, z_target torch.int64"),
+    "alpha": ((FLOATS, FLOATS), {"alpha": 1.5}, ValueError, r"alpha: 1.5 given; allowed: 0..1"),
+    "alpha NaN": ((FLOATS, FLOATS), {"alpha": math.nan}, ValueError, "alpha: nan given"),
+    "sigma": ((FLOATS, FLOATS), {"sigma": 0.0}, ValueError, "sigma: 0.0 given; allowed: > 0"),
+    "margin": ((FLOATS, FLOATS), {"margin": -1.0}, ValueError, "margin: -1.0 given; allowed: >= 0"),
+    "no neighbour": ((FLOATS, FLOATS), {"neighbors": 0}, ValueError, "neighbors: 0 given; allowed: 1..6"),
+    "neighbours": ((FLOATS, FLOATS), {"neighbors": 7}, ValueError, "neighbors: 7 given; allowed: 1..6"),
+    "power": ((FLOATS, FLOATS), {"similarity_power": 3}, ValueError, "similarity_power: 3 given"),
+    "source": ((FLOATS, FLOATS), {"pair_source": "both"}, ValueError, "pair_source: 'both' given"),
+    "reduction": ((FLOATS, FLOATS), {"reduction": "sum"}, ValueError, "reduction: 'sum' given"),
+}
+
+
+@pytest.mark.parametrize("loss", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments(case, loss):
+    tensors, options, error, message = ERRORS[case]
+    with pytest.raises(error, match=f"relaxed_contrastive: {message}"):
+        loss(*tensors, **{"neighbors": 1, **options} if len(tensors[0]) < 5 else options)
+
+
+def test_the_operator_guards_its_neighbours():
+    z = torch.zeros(4, 2)
+    with pytest.raises(RuntimeError, match="neighbors must be between 0 and 3, got 4"):
+        torch.ops.pydefect.relaxed_contrastive(z, z, torch.full((4, 1), 4), 0.5, 4.0, 0.2, 1, False, True)
+    with pytest.raises(RuntimeError, match="neighbors must be int64"):
+        torch.ops.pydefect.relaxed_contrastive(z, z, z.int(), 0.5, 4.0, 0.2, 1, False, True)
+
+
+def test_opcheck():
+    z, z_target = points(15, 4, dtype=torch.float32)
+    neighbors = torch.arange(15).unsqueeze(1).repeat(1, 3)
+    settings = (0.8, 4.0, 0.2, 1, False, True)
+    torch.library.opcheck(
+        torch.ops.pydefect.relaxed_contrastive.default, (z.requires_grad_(), z_target, neighbors, *settings)
+    )
+    _, inverse_means, slopes = torch.ops.pydefect.relaxed_contrastive(
+        z.detach(), z_target, neighbors, *settings
+    )
+    torch.library.opcheck(
+        torch.ops.pydefect.relaxed_contrastive_backward.default,
+        (torch.ones(()), z.detach(), z_target, neighbors, inverse_means, slopes, *settings),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -46,11 +46,11 @@ def check_settings(
         )
     if z.dtype != z_target.dtype or not z.is_floating_point():
         raise RuntimeError(
-            f"relaxed_contrastive: z is {z.dtype} and z_target {z_target.dtype}; allowed is one floating dtype"
+            f"relaxed_contrastive: z is {z.dtype}, z_target {z_target.dtype}; allowed is one floating dtype"
         )
     if z.device != z_target.device:
         raise RuntimeError(
-            f"relaxed_contrastive: z is on {z.device} and z_target on {z_target.device}; allowed is one device"
+            f"relaxed_contrastive: z is on {z.device}, z_target on {z_target.device}; allowed is one device"
         )
     ranges = {
         "alpha": (alpha, 0 <= alpha <= 1, "0..1"),
