@@ -5,8 +5,8 @@
 
 Every run fits on all training images, without a threshold, and measures the test images after every epoch; no
 test image takes part in fitting or stopping. Pixels are compared at the network's input size, inside the
-crop. ``run`` leaves out what the output file holds already, so that it can be interrupted. ``render`` needs
-matplotlib.
+crop. ``run`` leaves out what the output file holds already, so that it can be interrupted; with
+``--checkpoints`` it also goes on in the middle of a run. ``render`` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from pydefect.detector import batches
 from pydefect.features import FeatureCache, PatchFeatureExtractor
 from pydefect.metrics import detection_metrics
 from pydefect.ops import knn, score_maps
+from pydefect.persistence import Checkpoint
 from pydefect.preprocessing import Preprocessing
 from pydefect.version import VERSION
 
@@ -79,6 +80,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "losses": "both",
         "learning_rate": 1e-3,
         "rebuild_bank": "never",
+    },
+    **{
+        f"pairs/{patches or 'all'} patches": {
+            **TRAINED,
+            "losses": "both",
+            "learning_rate": 1e-3,
+            "contrastive_patches": patches,
+        }
+        for patches in (256, 1024, 4096, None)
     },
 }
 
@@ -159,23 +169,35 @@ def held_out_separation(data: Measured, trainer: Trainer, held_out: list[int]) -
     return round(HeldOutScores((), tuple(maxima), blend).separation, 5)
 
 
-def run_once(data: Measured, settings: dict[str, Any], seed: int, watch: bool) -> Iterator[dict[str, Any]]:
-    """Fit with one choice of settings; yield a row an epoch."""
+def config_of(settings: dict[str, Any]) -> ConPatchConfig:
+    """Read a run's settings on top of its preset."""
     chosen = dict(settings)
-    config = ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
-    epochs = 0 if config.losses == "none" else config.epochs
+    return ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
+
+
+def epochs_of(config: ConPatchConfig) -> int:
+    """Count the epochs that a run trains."""
+    return 0 if config.losses == "none" else config.epochs
+
+
+def run_once(
+    data: Measured, config: ConPatchConfig, seed: int, watch: bool, checkpoint: Checkpoint | None
+) -> Iterator[dict[str, Any]]:
+    """Fit with one choice of settings; yield a row an epoch, from where the checkpoint left off."""
+    epochs = epochs_of(config)
     began = time.perf_counter()
     everything = list(range(len(data.train)))
-    trainer = Trainer(data.train, everything, config, seed, torch.device("cpu"))
+    resumed = checkpoint is not None and checkpoint.load("final") is not None
+    trainer = Trainer(data.train, everything, config, seed, torch.device("cpu"), checkpoint)
     watched = None
     held_out = everything[::_HELD_OUT_EVERY]
     if 0 < epochs <= 5 and watch:
         seen = [index for index in everything if index % _HELD_OUT_EVERY]
         watched = Trainer(data.train, seen, config, seed, torch.device("cpu"))
     fit_seconds = time.perf_counter() - began
-    for epoch in range(epochs + 1):
+    for epoch in range(trainer.epoch, epochs + 1):
         row: dict[str, Any] = {"epoch": epoch}
-        if epoch:
+        if epoch > trainer.epoch:
             began = time.perf_counter()
             row |= vars(trainer.train_epoch())
             fit_seconds += time.perf_counter() - began
@@ -184,35 +206,41 @@ def run_once(data: Measured, settings: dict[str, Any], seed: int, watch: bool) -
         if watched is not None:
             row["separation"] = held_out_separation(data, watched, held_out)
         if epoch in (0, epochs) or epochs <= 5 or epoch % 5 == 0:
-            yield row | test_metrics(data, trainer) | {"fit_seconds": round(fit_seconds, 1)}
+            row |= test_metrics(data, trainer)
+            yield row | ({} if resumed else {"fit_seconds": round(fit_seconds, 1)})
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the output file does not hold yet."""
     torch.set_num_threads(arguments.threads)
     out = Path(arguments.out)
-    done = {(row["data"], row["run"]) for row in _rows(out)} if out.exists() else set()
+    done = {(row["data"], row["run"], row["epoch"]) for row in _rows(out)} if out.exists() else set()
     for entry in arguments.data:
         name, _, root = entry.partition("=")
         features: dict[Any, Measured] = {}
         for run_name, settings in RUNS.items():
-            if (name, run_name) in done or not any(
+            config = config_of(settings)
+            if (name, run_name, epochs_of(config)) in done or not any(
                 fnmatch.fnmatch(run_name, only) for only in arguments.only
             ):
                 continue
-            chosen = dict(settings)
-            config = ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
             geometry = (config.resize, config.crop, config.levels)
             if geometry not in features:
                 features.clear()
                 features[geometry] = measure_features(Path(root), config, arguments.weights)
-            rows = list(run_once(features[geometry], settings, arguments.seed, arguments.watch))
-            with out.open("a") as file:
-                for row in rows:
-                    about = {"data": name, "run": run_name, "seed": arguments.seed, "version": VERSION}
+            about = {"data": name, "run": run_name, "seed": arguments.seed, "version": VERSION}
+            checkpoint = None
+            if arguments.checkpoints:
+                folder = Path(arguments.checkpoints) / f"{name} {run_name.replace('/', ' ')} {arguments.seed}"
+                checkpoint = Checkpoint(folder, about)
+            for row in run_once(features[geometry], config, arguments.seed, arguments.watch, checkpoint):
+                if (name, run_name, row["epoch"]) in done:
+                    continue
+                with out.open("a") as file:
                     file.write(json.dumps(about | row | {"settings": settings}) + "\n")
-            last = rows[-1]
-            print(name, run_name, last["certainty_max_map"], last["certainty_pixel"], flush=True)
+                print(
+                    name, run_name, row["epoch"], row["certainty_max_map"], row["certainty_pixel"], flush=True
+                )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -293,6 +321,7 @@ def main() -> None:
         help="fit training runs twice, the second time without a fifth of the "
         "images, to record what the stopping rule sees",
     )
+    run_parser.add_argument("--checkpoints", metavar="FOLDER", help="keep the state of unfinished runs here")
     run_parser.add_argument("--seed", type=int, default=0)
     run_parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     run_parser.set_defaults(call=run)
@@ -303,6 +332,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if getattr(arguments, "only", ()) is None:
         arguments.only = ["*"]
+    if getattr(arguments, "watch", False) and arguments.checkpoints:
+        parser.error("--watch: its second fit has no checkpoint; leave out --checkpoints")
     arguments.call(arguments)
 
 
