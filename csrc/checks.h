@@ -71,4 +71,37 @@ inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, c
         similarity_power);
 }
 
+// The maps of the reunion and fusion modules are [images, height, width, channels] here: channels_last.
+inline void check_map(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.dim() == 4, op, ": ", name, " must have 4 dimensions, got ", tensor.dim());
+  check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
+        " must be float32, got ", torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.size(1) >= 1 && tensor.size(2) >= 1 && tensor.size(3) >= 1, op, ": ", name,
+        " must have a height, a width and channels of at least 1, got ", tensor.size(1), ", ", tensor.size(2),
+        " and ", tensor.size(3));
+}
+
+inline void check_same_map(const char* op, const char* name, const Tensor& tensor, const char* like_name,
+                           const Tensor& like) {
+  check_map(op, name, tensor);
+  for (int64_t d = 0; d < 4; ++d) {
+    check(tensor.size(d) == like.size(d), op, ": ", name, " must have the shape of ", like_name, ", size ",
+          like.size(d), " in dimension ", d, ", got ", tensor.size(d));
+  }
+}
+
+inline void check_parameter(const char* op, const char* name, const Tensor& tensor, int64_t rows,
+                            int64_t columns) {
+  check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
+        " must be float32, got ", torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, op, ": ", name,
+        " must have the shape [", rows, ", ", columns, "]");
+}
+
+inline void check_parameter(const char* op, const char* name, const Tensor& tensor, int64_t length) {
+  check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
+        " must be float32, got ", torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " must have the shape [", length, "]");
+}
+
 }  // namespace pydefect

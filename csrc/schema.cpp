@@ -2,6 +2,15 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pydefect, library) {
+  library.def(
+      "channel_reunion(Tensor features, Tensor direction, Tensor offset, Tensor reduce_weight, "
+      "Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias) "
+      "-> (Tensor output, Tensor weights, Tensor pooled, Tensor hidden, Tensor gate)");
+  library.def(
+      "channel_reunion_backward(Tensor d_output, Tensor features, Tensor direction, Tensor reduce_weight, "
+      "Tensor expand_weight, Tensor weights, Tensor pooled, Tensor hidden, Tensor gate) "
+      "-> (Tensor d_features, Tensor d_direction, Tensor d_offset, Tensor d_reduce_weight, "
+      "Tensor d_reduce_bias, Tensor d_expand_weight, Tensor d_expand_bias)");
   library.def("knn(Tensor queries, Tensor bank, int k) -> (Tensor distances, Tensor indices)");
   library.def(
       "relaxed_contrastive(Tensor z, Tensor z_target, Tensor neighbors, float alpha, float sigma, float "
@@ -13,4 +22,21 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "Tensor slopes, float alpha, float sigma, float margin, int similarity_power, bool cross, bool mean) "
       "-> "
       "Tensor");
+  library.def(
+      "selective_fusion(Tensor first, Tensor second, Tensor reduce_weight, Tensor reduce_bias, "
+      "Tensor first_weight, Tensor first_bias, Tensor second_weight, Tensor second_bias) "
+      "-> (Tensor fused_first, Tensor fused_second, Tensor pooled, Tensor hidden, Tensor share)");
+  library.def(
+      "selective_fusion_backward(Tensor d_fused_first, Tensor d_fused_second, Tensor first, Tensor second, "
+      "Tensor reduce_weight, Tensor first_weight, Tensor second_weight, Tensor pooled, Tensor hidden, "
+      "Tensor share) "
+      "-> (Tensor d_first, Tensor d_second, Tensor d_reduce_weight, Tensor d_reduce_bias, "
+      "Tensor d_first_weight, Tensor d_first_bias, Tensor d_second_weight, Tensor d_second_bias)");
+  library.def(
+      "spatial_reunion(Tensor features, Tensor local, Tensor coarse, Tensor weight, Tensor bias, "
+      "int normalisation) -> (Tensor output, Tensor attention)");
+  library.def(
+      "spatial_reunion_backward(Tensor d_output, Tensor features, Tensor local, Tensor coarse, "
+      "Tensor weight, Tensor attention, int normalisation) "
+      "-> (Tensor d_features, Tensor d_local, Tensor d_coarse, Tensor d_weight, Tensor d_bias)");
 }

@@ -10,7 +10,11 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+// GCC 12 takes its own intrinsics' "undefined" operands for mistakes (its bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace pydefect::cpu::PYDEFECT_LEVEL {

@@ -1,0 +1,199 @@
+// Selective fusion on the CPU: two maps, weighed against each other channel by channel. Each direction reads
+// the maps twice, one image after the other, so that the second reading finds them in the cache; the maps'
+// sum never exists.
+#include "kernels/selective_fusion.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "dense.h"
+#include "dispatch.h"
+#include "maps.h"
+
+namespace pydefect::cpu {
+namespace {
+
+constexpr const char* kName = "selective_fusion";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
+    const Tensor& first_given, const Tensor& second_given, const Tensor& reduce_weight_given,
+    const Tensor& reduce_bias_given, const Tensor& first_weight_given, const Tensor& first_bias_given,
+    const Tensor& second_weight_given, const Tensor& second_bias_given) {
+  check_map(kName, "first", first_given);
+  check_same_map(kName, "second", second_given, "first", first_given);
+  const MapSize size(first_given);
+  const int64_t channels = size.channels;
+  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
+        reduce_weight_given.dim());
+  const int64_t reduced = reduce_weight_given.size(0);
+  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
+  check_parameter(kName, "reduce_bias", reduce_bias_given, reduced);
+  check_parameter(kName, "first_weight", first_weight_given, channels, reduced);
+  check_parameter(kName, "first_bias", first_bias_given, channels);
+  check_parameter(kName, "second_weight", second_weight_given, channels, reduced);
+  check_parameter(kName, "second_bias", second_bias_given, channels);
+
+  const Tensor first = torch::stable::contiguous(first_given);
+  const Tensor second = torch::stable::contiguous(second_given);
+  const Tensor reduce_weight = torch::stable::contiguous(reduce_weight_given);
+  const Tensor reduce_bias = torch::stable::contiguous(reduce_bias_given);
+  const Tensor first_weight = torch::stable::contiguous(first_weight_given);
+  const Tensor first_bias = torch::stable::contiguous(first_bias_given);
+  const Tensor second_weight = torch::stable::contiguous(second_weight_given);
+  const Tensor second_bias = torch::stable::contiguous(second_bias_given);
+  Tensor fused_first = torch::stable::empty_like(first);
+  Tensor fused_second = torch::stable::empty_like(second);
+  Tensor pooled = torch::stable::new_zeros(first, {size.images, channels});
+  Tensor hidden = torch::stable::new_empty(first, {size.images, reduced});
+  Tensor share = torch::stable::new_empty(first, {size.images, channels});
+
+  const SelectiveFusionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(selective_fusion_kernel);
+  const Blocks blocks = position_blocks(size);
+  BlockSums sums(blocks.count(), channels);
+  const std::vector<float> zeros(static_cast<size_t>(channels), 0.0f);
+  std::vector<float> second_logits(static_cast<size_t>(channels));
+  std::vector<float> second_share(static_cast<size_t>(channels));
+  for (int64_t image = 0; image < size.images; ++image) {
+    const float* a = first.const_data_ptr<float>() + image * size.image();
+    const float* b = second.const_data_ptr<float>() + image * size.image();
+    blocks.for_each([&](int64_t block, int64_t begin, int64_t end) {
+      kernel.add_sums(a + begin * channels, b + begin * channels, end - begin, channels, sums.start(block));
+    });
+    float* mean = pooled.mutable_data_ptr<float>() + image * channels;
+    sums.add_to(mean);
+    for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<float>(size.positions());
+    float* middle = hidden.mutable_data_ptr<float>() + image * reduced;
+    dense(reduce_weight.const_data_ptr<float>(), reduce_bias.const_data_ptr<float>(), mean, reduced, channels,
+          middle);
+    relu(middle, reduced);
+    // The softmax over two is the sigmoid of their difference.
+    float* first_share = share.mutable_data_ptr<float>() + image * channels;
+    dense(first_weight.const_data_ptr<float>(), first_bias.const_data_ptr<float>(), middle, channels, reduced,
+          first_share);
+    dense(second_weight.const_data_ptr<float>(), second_bias.const_data_ptr<float>(), middle, channels,
+          reduced, second_logits.data());
+    for (int64_t c = 0; c < channels; ++c) {
+      const size_t i = static_cast<size_t>(c);
+      const float difference = first_share[c] - second_logits[i];
+      first_share[c] = 1.0f / (1.0f + std::exp(-difference));
+      second_share[i] = 1.0f / (1.0f + std::exp(difference));
+    }
+    float* y1 = fused_first.mutable_data_ptr<float>() + image * size.image();
+    float* y2 = fused_second.mutable_data_ptr<float>() + image * size.image();
+    blocks.for_each([&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * channels;
+      kernel.scale_shift(a + at, first_share, zeros.data(), end - begin, channels, y1 + at);
+      kernel.scale_shift(b + at, second_share.data(), zeros.data(), end - begin, channels, y2 + at);
+    });
+  }
+  return {fused_first, fused_second, pooled, hidden, share};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion_backward(
+    const Tensor& d_fused_first_given, const Tensor& d_fused_second_given, const Tensor& first_given,
+    const Tensor& second_given, const Tensor& reduce_weight_given, const Tensor& first_weight_given,
+    const Tensor& second_weight_given, const Tensor& pooled_given, const Tensor& hidden_given,
+    const Tensor& share_given) {
+  check_map(kName, "first", first_given);
+  check_same_map(kName, "second", second_given, "first", first_given);
+  check_same_map(kName, "d_fused_first", d_fused_first_given, "first", first_given);
+  check_same_map(kName, "d_fused_second", d_fused_second_given, "first", first_given);
+  const MapSize size(first_given);
+  const int64_t channels = size.channels;
+  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
+        reduce_weight_given.dim());
+  const int64_t reduced = reduce_weight_given.size(0);
+  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
+  check_parameter(kName, "first_weight", first_weight_given, channels, reduced);
+  check_parameter(kName, "second_weight", second_weight_given, channels, reduced);
+  check_parameter(kName, "pooled", pooled_given, size.images, channels);
+  check_parameter(kName, "hidden", hidden_given, size.images, reduced);
+  check_parameter(kName, "share", share_given, size.images, channels);
+
+  const Tensor d_fused_first = torch::stable::contiguous(d_fused_first_given);
+  const Tensor d_fused_second = torch::stable::contiguous(d_fused_second_given);
+  const Tensor first = torch::stable::contiguous(first_given);
+  const Tensor second = torch::stable::contiguous(second_given);
+  const Tensor reduce_weight = torch::stable::contiguous(reduce_weight_given);
+  const Tensor first_weight = torch::stable::contiguous(first_weight_given);
+  const Tensor second_weight = torch::stable::contiguous(second_weight_given);
+  const Tensor pooled = torch::stable::contiguous(pooled_given);
+  const Tensor hidden = torch::stable::contiguous(hidden_given);
+  const Tensor share = torch::stable::contiguous(share_given);
+  Tensor d_first = torch::stable::empty_like(first);
+  Tensor d_second = torch::stable::empty_like(second);
+  Tensor d_reduce_weight = torch::stable::new_zeros(first, {reduced, channels});
+  Tensor d_reduce_bias = torch::stable::new_zeros(first, {reduced});
+  Tensor d_first_weight = torch::stable::new_zeros(first, {channels, reduced});
+  Tensor d_first_bias = torch::stable::new_zeros(first, {channels});
+  Tensor d_second_weight = torch::stable::new_zeros(first, {channels, reduced});
+  Tensor d_second_bias = torch::stable::new_zeros(first, {channels});
+
+  const SelectiveFusionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(selective_fusion_kernel);
+  const Blocks blocks = position_blocks(size);
+  BlockSums sums(blocks.count(), 2 * channels);
+  for (int64_t image = 0; image < size.images; ++image) {
+    const float* d1 = d_fused_first.const_data_ptr<float>() + image * size.image();
+    const float* d2 = d_fused_second.const_data_ptr<float>() + image * size.image();
+    const float* a = first.const_data_ptr<float>() + image * size.image();
+    const float* b = second.const_data_ptr<float>() + image * size.image();
+    blocks.for_each([&](int64_t block, int64_t begin, int64_t end) {
+      const int64_t at = begin * channels;
+      float* d_shares = sums.start(block);
+      kernel.add_products(d1 + at, a + at, end - begin, channels, d_shares);
+      kernel.add_products(d2 + at, b + at, end - begin, channels, d_shares + channels);
+    });
+    std::vector<float> d_shares(static_cast<size_t>(2 * channels), 0.0f);
+    sums.add_to(d_shares.data());
+
+    const float* n1 = share.const_data_ptr<float>() + image * channels;
+    std::vector<float> n2(static_cast<size_t>(channels));
+    std::vector<float> d_first_logits(static_cast<size_t>(channels));
+    std::vector<float> d_second_logits(static_cast<size_t>(channels));
+    for (int64_t c = 0; c < channels; ++c) {
+      const size_t i = static_cast<size_t>(c);
+      n2[i] = 1.0f - n1[c];
+      d_first_logits[i] = n1[c] * n2[i] * (d_shares[i] - d_shares[i + static_cast<size_t>(channels)]);
+      d_second_logits[i] = -d_first_logits[i];
+    }
+    const float* middle = hidden.const_data_ptr<float>() + image * reduced;
+    std::vector<float> d_middle(static_cast<size_t>(reduced), 0.0f);
+    dense_backward(d_first_logits.data(), first_weight.const_data_ptr<float>(), middle, channels, reduced,
+                   d_first_weight.mutable_data_ptr<float>(), d_first_bias.mutable_data_ptr<float>(),
+                   d_middle.data());
+    dense_backward(d_second_logits.data(), second_weight.const_data_ptr<float>(), middle, channels, reduced,
+                   d_second_weight.mutable_data_ptr<float>(), d_second_bias.mutable_data_ptr<float>(),
+                   d_middle.data());
+    relu_backward(middle, reduced, d_middle.data());
+    std::vector<float> d_mean(static_cast<size_t>(channels), 0.0f);
+    dense_backward(d_middle.data(), reduce_weight.const_data_ptr<float>(),
+                   pooled.const_data_ptr<float>() + image * channels, reduced, channels,
+                   d_reduce_weight.mutable_data_ptr<float>(), d_reduce_bias.mutable_data_ptr<float>(),
+                   d_mean.data());
+    for (float& value : d_mean) value /= static_cast<float>(size.positions());
+
+    float* da = d_first.mutable_data_ptr<float>() + image * size.image();
+    float* db = d_second.mutable_data_ptr<float>() + image * size.image();
+    blocks.for_each([&](int64_t, int64_t begin, int64_t end) {
+      const int64_t at = begin * channels;
+      kernel.scale_shift(d1 + at, n1, d_mean.data(), end - begin, channels, da + at);
+      kernel.scale_shift(d2 + at, n2.data(), d_mean.data(), end - begin, channels, db + at);
+    });
+  }
+  return {d_first,        d_second,     d_reduce_weight, d_reduce_bias,
+          d_first_weight, d_first_bias, d_second_weight, d_second_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) {
+  library.impl("selective_fusion", TORCH_BOX(&selective_fusion));
+  library.impl("selective_fusion_backward", TORCH_BOX(&selective_fusion_backward));
+}
+
+}  // namespace
+}  // namespace pydefect::cpu
