@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
   const Tensor reduce_bias = torch::stable::contiguous(reduce_bias_given);
   const Tensor expand_weight = torch::stable::contiguous(expand_weight_given);
   const Tensor expand_bias = torch::stable::contiguous(expand_bias_given);
-  Tensor output = torch::stable::empty_like(features);
+  Tensor output = new_map(features);
   Tensor weights = torch::stable::new_empty(features, {size.images, size.positions()});
   Tensor pooled = torch::stable::new_zeros(features, {size.images, channels});
   Tensor hidden = torch::stable::new_empty(features, {size.images, reduced});
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
   const Tensor pooled = torch::stable::contiguous(pooled_given);
   const Tensor hidden = torch::stable::contiguous(hidden_given);
   const Tensor gate = torch::stable::contiguous(gate_given);
-  Tensor d_features = torch::stable::empty_like(features);
+  Tensor d_features = new_map(features);
   Tensor d_direction = torch::stable::new_zeros(features, {channels});
   Tensor d_offset = torch::stable::new_zeros(features, {1});
   Tensor d_reduce_weight = torch::stable::new_zeros(features, {reduced, channels});

@@ -8,6 +8,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "aligned.h"
 
 namespace pydefect::cpu {
@@ -25,6 +29,25 @@ struct MapSize {
   int64_t positions() const { return height * width; }
   int64_t image() const { return positions() * channels; }
 };
+
+// A map like `map`, not initialised. Where it is so large that malloc takes it fresh from the system (32 MiB
+// with glibc), huge pages are asked for: the first touch of 4 KB pages costs several times what writing them
+// does.
+inline torch::stable::Tensor new_map(const torch::stable::Tensor& map) {
+  torch::stable::Tensor result = torch::stable::empty_like(map);
+#ifdef __linux__
+  constexpr size_t kFresh = size_t{32} << 20;
+  constexpr size_t kPage = 4096;
+  const size_t bytes = static_cast<size_t>(result.numel()) * sizeof(float);
+  if (bytes >= kFresh) {
+    char* data = static_cast<char*>(result.mutable_data_ptr());
+    const size_t skipped = (kPage - reinterpret_cast<uintptr_t>(data) % kPage) % kPage;
+    // Only advice: where it is not taken, nothing changes.
+    madvise(data + skipped, (bytes - skipped) / kPage * kPage, MADV_HUGEPAGE);
+  }
+#endif
+  return result;
+}
 
 // Fixed cuts of 0..length.
 class Blocks {

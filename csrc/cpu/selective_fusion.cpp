@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
   const Tensor first_bias = torch::stable::contiguous(first_bias_given);
   const Tensor second_weight = torch::stable::contiguous(second_weight_given);
   const Tensor second_bias = torch::stable::contiguous(second_bias_given);
-  Tensor fused_first = torch::stable::empty_like(first);
-  Tensor fused_second = torch::stable::empty_like(second);
+  Tensor fused_first = new_map(first);
+  Tensor fused_second = new_map(second);
   Tensor pooled = torch::stable::new_zeros(first, {size.images, channels});
   Tensor hidden = torch::stable::new_empty(first, {size.images, reduced});
   Tensor share = torch::stable::new_empty(first, {size.images, channels});
@@ -126,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   const Tensor pooled = torch::stable::contiguous(pooled_given);
   const Tensor hidden = torch::stable::contiguous(hidden_given);
   const Tensor share = torch::stable::contiguous(share_given);
-  Tensor d_first = torch::stable::empty_like(first);
-  Tensor d_second = torch::stable::empty_like(second);
+  Tensor d_first = new_map(first);
+  Tensor d_second = new_map(second);
   Tensor d_reduce_weight = torch::stable::new_zeros(first, {reduced, channels});
   Tensor d_reduce_bias = torch::stable::new_zeros(first, {reduced});
   Tensor d_first_weight = torch::stable::new_zeros(first, {channels, reduced});

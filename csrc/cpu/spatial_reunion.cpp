@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> spatial_reunion(const Tensor& features_given, const T
   const Tensor local = torch::stable::contiguous(local_given);
   const Tensor coarse = torch::stable::contiguous(coarse_given);
   const Tensor weight = torch::stable::contiguous(weight_given);
-  Tensor output = torch::stable::empty_like(features);
+  Tensor output = new_map(features);
   Tensor attention = torch::stable::new_empty(features, {size.images, size.positions()});
 
   const SpatialReunionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(spatial_reunion_kernel);
@@ -208,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spatial_reunion_backward(
   const Tensor coarse = torch::stable::contiguous(coarse_given);
   const Tensor weight = torch::stable::contiguous(weight_given);
   const Tensor attention = torch::stable::contiguous(attention_given);
-  Tensor d_features = torch::stable::empty_like(features);
-  Tensor d_local = torch::stable::empty_like(features);
+  Tensor d_features = new_map(features);
+  Tensor d_local = new_map(features);
   Tensor d_coarse =
       torch::stable::new_zeros(features, {size.images, coarse_size.height, coarse_size.width, channels});
   Tensor d_weight = torch::stable::new_zeros(features, {kTaps, channels});

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_map", "check_shapes", "compute_dtype", "from_positions", "to_positions"]
+__all__ = [
+    "check_map",
+    "check_shapes",
+    "compute_dtype",
+    "from_positions",
+    "has_kernels",
+    "is_channels_last",
+    "to_positions",
+]
 
 
 def check_map(op: str, name: str, tensor: Tensor) -> None:
@@ -32,6 +40,16 @@ def check_shapes(op: str, device: torch.device, expected: dict[str, tuple[Tensor
 def compute_dtype(features: Tensor) -> torch.dtype:
     """Float64 for float64; float32 for everything narrower."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def has_kernels(features: Tensor) -> bool:
+    """Whether maps of this device and dtype have native kernels."""
+    return features.device.type == "cpu" and compute_dtype(features) == torch.float32
+
+
+def is_channels_last(*maps: Tensor) -> bool:
+    """Whether all maps are stored position by position, so that the kernels can read them as they are."""
+    return all(map_.is_contiguous(memory_format=torch.channels_last) for map_ in maps)
 
 
 def to_positions(map_: Tensor) -> Tensor:

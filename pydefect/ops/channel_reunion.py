@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pydefect.ops import reference
 from pydefect.ops._library import load_cpu_library
-from pydefect.ops._maps import compute_dtype, from_positions, to_positions
+from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.channel_reunion import check_channel_reunion
 
 __all__ = ["channel_reunion"]
@@ -66,9 +66,10 @@ def channel_reunion(
 
     Notes
     -----
-    Native on the CPU for float32 in channels_last layout, which is the layout that convolutions prefer there;
-    contiguous maps are copied to it and back. Results are the same for every number of threads. Maps of half
-    precision are computed in float32 and rounded once. Float64 and other devices take the pure-PyTorch twin.
+    Native on the CPU for channels_last maps, the layout that convolutions prefer there: the same result for
+    every number of threads, in float32; maps of half precision are computed so too and rounded once. Other
+    layouts, float64 and other devices take the pure-PyTorch twin: a copy to channels_last would cost more
+    than the whole operation.
 
     References
     ----------
@@ -88,7 +89,7 @@ def channel_reunion(
     parameters = [inner_weight, inner_bias, outer_weight, outer_bias]
     parameters += [reduce_weight, reduce_bias, expand_weight, expand_bias]
     check_channel_reunion(features, *parameters)
-    if features.device.type != "cpu" or compute_dtype(features) != torch.float32:
+    if not (has_kernels(features) and is_channels_last(features)):
         return reference.channel_reunion(features, *parameters)
     inner_weight, inner_bias, outer_weight, outer_bias, *dense = (p.float() for p in parameters)
     # Products and sums: autocast would take a matrix product to bfloat16.

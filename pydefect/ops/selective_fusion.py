@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pydefect.ops import reference
 from pydefect.ops._library import load_cpu_library
-from pydefect.ops._maps import compute_dtype, from_positions, to_positions
+from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.selective_fusion import check_selective_fusion
 
 __all__ = ["selective_fusion"]
@@ -59,9 +59,10 @@ def selective_fusion(
 
     Notes
     -----
-    Native on the CPU for float32 in channels_last layout, which is the layout that convolutions prefer there;
-    contiguous maps are copied to it and back. Results are the same for every number of threads. Maps of half
-    precision are computed in float32 and rounded once. Float64 and other devices take the pure-PyTorch twin.
+    Native on the CPU for channels_last maps, the layout that convolutions prefer there: the same result for
+    every number of threads, in float32; maps of half precision are computed so too and rounded once. Other
+    layouts, float64 and other devices take the pure-PyTorch twin: a copy to channels_last would cost more
+    than the whole operation.
 
     References
     ----------
@@ -82,7 +83,7 @@ def selective_fusion(
     """
     parameters = [reduce_weight, reduce_bias, first_weight, first_bias, second_weight, second_bias]
     check_selective_fusion(first, second, *parameters)
-    if first.device.type != "cpu" or compute_dtype(first) != torch.float32:
+    if not (has_kernels(first) and is_channels_last(first, second)):
         return reference.selective_fusion(first, second, *parameters)
     fused_first, fused_second, *_ = torch.ops.pydefect.selective_fusion(
         to_positions(first),

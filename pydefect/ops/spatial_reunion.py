@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pydefect.ops import reference
 from pydefect.ops._library import load_cpu_library
-from pydefect.ops._maps import compute_dtype, from_positions, to_positions
+from pydefect.ops._maps import from_positions, has_kernels, to_positions
 from pydefect.ops.reference.spatial_reunion import NORMALISATIONS, Normalisation, check_spatial_reunion
 
 __all__ = ["spatial_reunion"]
@@ -62,9 +62,9 @@ def spatial_reunion(
 
     Notes
     -----
-    Native on the CPU for float32 in channels_last layout, which is the layout that convolutions prefer there;
-    contiguous maps are copied to it and back. Results are the same for every number of threads. Maps of half
-    precision are computed in float32 and rounded once. Float64 and other devices take the pure-PyTorch twin.
+    Native on the CPU, with the same result for every number of threads, in float32; maps of half precision
+    are computed so too and rounded once. The fast layout is channels_last, which convolutions prefer there;
+    other maps are copied to it and back. Float64 and other devices take the pure-PyTorch twin.
 
     References
     ----------
@@ -80,7 +80,7 @@ def spatial_reunion(
     tensor([9., 9., 9., 9.])
     """
     check_spatial_reunion(features, local, coarse, weight, bias, normalisation)
-    if features.device.type != "cpu" or compute_dtype(features) != torch.float32:
+    if not has_kernels(features):
         return reference.spatial_reunion(features, local, coarse, weight, bias, normalisation)
     output, _ = torch.ops.pydefect.spatial_reunion(
         to_positions(features),

@@ -54,7 +54,7 @@ def spatial_reunion(
     gated = local * torch.sigmoid(up + identity)
     attention = F.conv2d(gated, weight.to(dtype), bias.to(dtype), padding=1)
     if normalisation == "mean":
-        attention = attention / attention[0, 0].numel()
+        attention = attention / (features.shape[2] * features.shape[3])
     elif normalisation == "softmax":
         attention = attention.flatten(2).softmax(2).reshape(attention.shape)
     context = (identity * attention).sum((2, 3), keepdim=True)
