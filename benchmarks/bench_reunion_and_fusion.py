@@ -2,8 +2,8 @@
 
 Run with ``pytest benchmarks/bench_reunion_and_fusion.py``; ``OMP_NUM_THREADS=1`` in front gives single-thread
 figures. Maps are stored as the group's name says; channels_last is what the convolutions prefer on the CPU.
-Channel reunion and selective fusion are whole modules. Spatial reunion has its two wide convolutions outside, so
-it is timed alone and, as spatial_module, with them.
+Channel reunion and selective fusion are whole modules. Spatial reunion has its two wide convolutions outside,
+so it is timed alone and, as spatial_module, with them.
 """
 
 from __future__ import annotations
