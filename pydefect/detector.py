@@ -54,19 +54,25 @@ def batches(
     Yields
     ------
     images, tensors
-        At most ``batch_size`` images, and [B, 3, h, w] float32 of them.
+        At most ``batch_size`` images, and [B, 3, h, w] float32 of them, channels last in memory.
     """
     pending: list[Image] = []
     tensors: list[Tensor] = []
     for image in images:
         tensor = preprocessing(image.pixels)
         if tensors and (len(tensors) == batch_size or tensor.shape != tensors[0].shape):
-            yield pending, torch.stack(tensors)
+            yield pending, _stack(tensors)
             pending, tensors = [], []
         pending.append(image)
         tensors.append(tensor)
     if tensors:
-        yield pending, torch.stack(tensors)
+        yield pending, _stack(tensors)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0].unsqueeze(0)
+    return torch.stack([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)
 
 
 def known_length(images: ImageCollection) -> int | None:

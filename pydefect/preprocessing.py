@@ -116,7 +116,7 @@ class Preprocessing:
         Returns
         -------
         torch.Tensor
-            [3, h, w] float32, normalised; (h, w) is :meth:`output_size`.
+            [3, h, w] float32, normalised, channels last in memory; (h, w) is :meth:`output_size`.
 
         Raises
         ------
@@ -130,8 +130,10 @@ class Preprocessing:
             )
         height, width, _ = pixels.shape
         self.output_size((height, width))
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        # Channels stay last, as the pixels come and as the backbone reads.
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        if image.dtype == torch.uint8:
+            image = image.float().div_(255)
         if self.resize is not None and self.resize != (height, width):
             image = torch.nn.functional.interpolate(
                 image[None], self.resize, mode="bilinear", antialias=True, align_corners=False
@@ -139,7 +141,10 @@ class Preprocessing:
         if self.crop is not None:
             top, left = self._crop_offset((height, width))
             image = image[:, top : top + self.crop[0], left : left + self.crop[1]]
-        return (image - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        # Whole rows with a mean for each of their numbers: an inner loop over three would be slow.
+        rows = image.permute(1, 2, 0).reshape(image.shape[1], -1)
+        mean, std = (torch.tensor(values).repeat(image.shape[2]) for values in (self.mean, self.std))
+        return rows.sub(mean).div_(std).reshape(image.shape[1], -1, 3).permute(2, 0, 1)
 
     def output_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Size of the network input for an image.
@@ -226,8 +231,13 @@ class Preprocessing:
             )
         top, left, bottom, right = self.scored_box(original_size)
         resized, offset = self._resized(original_size), self._crop_offset(original_size)
-        inside = _sample_rows(anomaly_map, top, bottom, resized[0] / original_size[0], offset[0])
-        inside = _sample_rows(inside.T, left, right, resized[1] / original_size[1], offset[1]).T
+        if output == original_size == self._resized(original_size):
+            return anomaly_map.clone()
+        # Columns first: the larger second step then copies whole rows of the result.
+        inside = _sample_rows(anomaly_map.T, left, right, resized[1] / original_size[1], offset[1]).T
+        inside = _sample_rows(inside.contiguous(), top, bottom, resized[0] / original_size[0], offset[0])
+        if tuple(inside.shape) == original_size:
+            return inside
         full = anomaly_map.new_zeros(original_size)
         full[top:bottom, left:right] = inside
         return full
@@ -312,7 +322,7 @@ def _sample_rows(values: torch.Tensor, first: int, end: int, scale: float, offse
     weight = (position - below).to(values)
     lower = below.long().to(values.device)
     upper = (lower + 1).clamp(max=last)
-    return torch.lerp(values[lower], values[upper], weight[:, None])
+    return values[lower].lerp_(values[upper], weight[:, None])
 
 
 def _is_size(size: Any) -> bool:

@@ -36,6 +36,9 @@ class ConPatchConfig:
     """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
     levels: tuple[int, ...] = (1, 2, 3)
     """Backbone levels; table 8 compares (2, 3) with (1, 2, 3)."""
+    backbone_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the backbone; see :func:`pydefect.features.resolve_precision`. A fitted detector keeps
+    what ``"auto"`` meant for it, and scores with that on every machine."""
 
     # -- representation network (3.3) ----------------------------------------------------------------------
     level_balance: Literal["none", "std"] = "std"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from pydefect.data.images import SkippedImage, open_images
 from pydefect.data.layouts import training_images
 from pydefect.detector import Detector, OnError, batches, known_length
 from pydefect.errors import InputError, ModelFileError
-from pydefect.features import FeatureCache, PatchFeatureExtractor
+from pydefect.features import FeatureCache, PatchFeatureExtractor, resolve_precision
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
@@ -95,10 +96,13 @@ class ConPatchDetector(Detector):
         progress: bool = True,
     ) -> ConPatchDetector:
         """Fit on normal images; see :func:`pydefect.fit`."""
+        # Features of another precision are other features: the detector keeps to that of its fit.
+        precision = resolve_precision(config.backbone_precision, device)
+        config = dataclasses.replace(config, backbone_precision=precision)
         collection = open_images(images, on_error=on_error)
         preprocessing = Preprocessing.create(config.resize, config.crop)
         backbone = build_backbone(config.backbone, weights, seed=seed, progress=progress)
-        extractor = PatchFeatureExtractor(backbone, config.levels).to(device)
+        extractor = PatchFeatureExtractor(backbone, config.levels, precision).to(device)
         bars = ProgressBars(progress)
         try:
             cache = FeatureCache(config.cache_memory_mb << 20)
@@ -231,7 +235,8 @@ class ConPatchDetector(Detector):
         weights: str | None,
     ) -> ConPatchDetector:
         """Rebuild a detector from a model file's content; see :func:`pydefect.load`."""
-        config = ConPatchConfig.from_dict(metadata["config"])
+        # Files from before there was a choice.
+        config = ConPatchConfig.from_dict({"backbone_precision": "float32", **metadata["config"]})
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {
@@ -256,7 +261,9 @@ class ConPatchDetector(Detector):
                 )
         state = part("network.")
         dimension, inputs = state["representation.weight"].shape
-        channels = PatchFeatureExtractor(backbone, config.levels).channels
+        precision = resolve_precision(config.backbone_precision, device)
+        extractor = PatchFeatureExtractor(backbone, config.levels, precision)
+        channels = extractor.channels
         if sum(channels) + 2 != inputs:
             raise ModelFileError(f"model: F has {inputs} inputs, but the backbone gives {sum(channels) + 2}")
         network = ConPatchNetwork(
@@ -265,7 +272,7 @@ class ConPatchDetector(Detector):
         network.load_state_dict(state)
         return cls(
             config,
-            PatchFeatureExtractor(backbone, config.levels),
+            extractor,
             network,
             BANKS[config.bank].from_state(part("bank."), momentum=config.bank_momentum),
             device=device,

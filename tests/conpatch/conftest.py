@@ -19,6 +19,7 @@ SETTINGS: dict[str, Any] = {
     "resize": None,
     "crop": None,
     "levels": (1, 2, 3),
+    "backbone_precision": "float32",
     "level_balance": "std",
     "level_weights": (0.5, 1.0, 1.0),
     "coordinate_weight": 1.0,
