@@ -18,7 +18,14 @@ from pydefect import _native
 from pydefect.backbones import FoldedResNet, ResNet
 from pydefect.errors import InputError, PydefectError
 
-__all__ = ["FeatureCache", "PatchFeatureExtractor", "Precision", "check_levels", "resolve_precision"]
+__all__ = [
+    "FeatureCache",
+    "PatchFeatureExtractor",
+    "Precision",
+    "check_levels",
+    "cpu_has_bfloat16",
+    "resolve_precision",
+]
 
 Precision = Literal["float32", "bfloat16"]
 _DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,8 +53,12 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
     """
     if precision != "auto":
         return precision
-    native = device.type == "cpu" and "avx512bf16" in _native.build_info()["cpu_levels_usable"]
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
+
+
+def cpu_has_bfloat16() -> bool:
+    """Tell whether this processor multiplies bfloat16 numbers with instructions of its own."""
+    return "avx512bf16" in _native.build_info()["cpu_levels_usable"]
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:

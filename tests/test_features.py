@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pydefect import features
 from pydefect.backbones import build_backbone
 from pydefect.conpatch import ConPatchConfig
 from pydefect.conpatch.bank import MemoryBank, build_bank
@@ -18,7 +19,7 @@ from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.trainer import build_network, represent
 from pydefect.data.images import open_images
 from pydefect.errors import InputError, PydefectError
-from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels
+from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
 from pydefect.preprocessing import Preprocessing
 
 
@@ -61,6 +62,53 @@ def test_a_batch_gives_what_its_images_give():
             # Convolutions may be blocked otherwise for another batch: sums of up to 2304 terms in another
             # order.
             torch.testing.assert_close(one[0], many[index], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_features_are_float32_numbers_near_those_of_float32():
+    backbone = build_backbone("resnet18", "random")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact = PatchFeatureExtractor(backbone)(images)
+    for found, expected in zip(
+        PatchFeatureExtractor(backbone, precision="bfloat16")(images), exact, strict=True
+    ):
+        assert found.dtype == torch.float32
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        # Ten layers that round to 8 bits.
+        assert float((found - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_threads_and_the_split_by_them_change_nothing(precision):
+    extractor = PatchFeatureExtractor(build_backbone("resnet18", "random"), precision=precision)
+    images = torch.randn(5, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.append(extractor(images))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, other, found[0])) for other in found[1:])
+
+
+def test_no_image_and_one_image():
+    extractor = PatchFeatureExtractor(build_backbone("resnet18", "random"))
+    assert [level.shape for level in extractor(torch.zeros(0, 3, 32, 48))] == [
+        (0, 64, 8, 12),
+        (0, 128, 4, 6),
+        (0, 256, 2, 3),
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, device, has_bfloat16):
+    monkeypatch.setattr(features, "cpu_has_bfloat16", lambda: has_bfloat16)
+    expected = "bfloat16" if has_bfloat16 and device == "cpu" else "float32"
+    assert resolve_precision("auto", torch.device(device)) == expected
+    assert resolve_precision("bfloat16", torch.device(device)) == "bfloat16"
+    assert resolve_precision("float32", torch.device(device)) == "float32"
 
 
 @pytest.mark.parametrize("levels", [(), (0, 1), (3, 2), (1, 1), (4,), "1", ("1",), 2, None])

@@ -28,6 +28,18 @@ class TestForward:
         expected = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
         np.testing.assert_allclose(output.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
+    def test_channels_stay_last_in_memory(self) -> None:
+        for sizes in ({}, {"resize": 16}, {"crop": 16}, {"resize": (20, 30), "crop": (16, 24)}):
+            output = Preprocessing.create(**sizes)(RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8))
+            assert output.permute(1, 2, 0).is_contiguous()
+
+    def test_views_of_other_arrays(self) -> None:
+        pixels = RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        preprocessing, before = Preprocessing.create(resize=16), pixels.copy()
+        for view in (pixels[::2, ::3], pixels[::-1], pixels[..., ::-1], pixels.transpose(1, 0, 2)):
+            assert torch.equal(preprocessing(view), preprocessing(view.copy()))
+        np.testing.assert_array_equal(pixels, before)
+
     def test_eight_bits_and_floats_agree(self) -> None:
         pixels = RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8)
         preprocessing = Preprocessing.create(resize=(20, 30), crop=(16, 24))

@@ -58,6 +58,10 @@ from pydefect.errors import InputError
         ({"reduction": "sum"}, "reduction: 'sum' given; allowed are 'paper', 'mean'"),
         ({"distance_power": 0}, "distance_power: 0 given; allowed are 1, 2"),
         ({"score": "eq9"}, "score: 'eq9' given; allowed are 'certainty', 'nearest'"),
+        (
+            {"backbone_precision": "float16"},
+            "backbone_precision: 'float16' given; allowed are 'auto', 'float32', 'bfloat16'",
+        ),
         ({"image_score": "mean"}, "image_score: 'mean' given; allowed are 'max_patch', 'max_map'"),
         ({"alpha": 1.1}, "alpha: 1.1 given; allowed are 0 to 1"),
         ({"alpha": "0.5"}, "alpha: '0.5' given; allowed are 0 to 1"),

@@ -13,14 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import pydefect
-from pydefect import InputError, ModelFileError, persistence
+from pydefect import InputError, ModelFileError, features, persistence
 from pydefect.backbones import build_backbone
 from pydefect.calibration import conformal_threshold
 from pydefect.conpatch import ConPatchConfig, ConPatchDetector, crossfit
 from pydefect.conpatch import detector as detector_module
 from pydefect.conpatch.trainer import Trainer
 from pydefect.data.procedural import write_dataset
+from pydefect.features import resolve_precision
 from pydefect.ops import reference
+from pydefect.persistence import load_tensors, save_tensors
 from pydefect.progress import ProgressBars
 
 
@@ -417,6 +419,28 @@ def test_save_and_load_keep_everything(fit, products, defective, tmp_path, bank)
     detector.update(defective[:1])
     loaded.update(defective[:1])
     assert_same_scores(loaded.score(products), detector.score(products))
+
+
+@pytest.mark.parametrize("chosen", ["auto", "float32", "bfloat16"])
+def test_a_detector_keeps_the_precision_of_its_fit(fit, products, defective, tmp_path, monkeypatch, chosen):
+    """Features of another precision are other features, also on a machine where "auto" means another one."""
+    detector = fit(products, backbone_precision=chosen)
+    precision = resolve_precision(chosen, torch.device("cpu"))
+    assert detector.configuration["backbone_precision"] == precision
+    detector.save(tmp_path / "model")
+    monkeypatch.setattr(features, "cpu_has_bfloat16", lambda: precision != "bfloat16")
+    loaded = pydefect.load(tmp_path / "model")
+    assert loaded.extractor.precision == precision
+    assert_same_scores(loaded.score(defective), detector.score(defective))
+
+
+def test_a_model_from_before_there_was_a_choice_is_float32(fit, products, tmp_path):
+    detector = fit(products, backbone_precision="float32")
+    detector.save(tmp_path / "model")
+    tensors, metadata = load_tensors(tmp_path / "model")
+    del metadata["config"]["backbone_precision"]
+    save_tensors(tmp_path / "older", tensors, metadata)
+    assert pydefect.load(tmp_path / "older").extractor.precision == "float32"
 
 
 def test_a_loaded_detector_saves_the_same_file(detector, tmp_path):
