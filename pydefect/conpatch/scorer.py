@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pydefect.conpatch.bank import MemoryBank
@@ -40,9 +41,15 @@ def score_levels(
         [B, height, width]: equation (12).
     """
     batch, _, height, width = levels[0].shape
-    patches = network.representation(levels).flatten(0, 1)
-    squared, _ = knn(patches, bank.centres, min(config.neighbors, len(bank.centres)))
-    distances = squared.sqrt().reshape(batch, height, width, -1)
+    neighbors = min(config.neighbors, len(bank.centres))
+    # One image at a time on the CPU: its representations (7 MB) stay in the cache between projection and
+    # search, and memory does not grow with the batch.
+    together = 1 if levels[0].device.type == "cpu" else max(1, batch)
+    squared = [
+        knn(network.representation(part).flatten(0, 1), bank.centres, neighbors)[0]
+        for part in zip(*(level.split(together) for level in levels), strict=True)
+    ]
+    distances = torch.cat(squared).sqrt_().reshape(batch, height, width, neighbors)
     scores, maps = score_maps(distances, size, config.smoothing, certainty=config.score == "certainty")
     # Rounding of the smoothing can leave a hair below zero.
     maps = maps.clamp_min(0)
