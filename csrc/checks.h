@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -102,6 +103,56 @@ inline void check_parameter(const char* op, const char* name, const Tensor& tens
   check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
         " must be float32, got ", torch::headeronly::toString(tensor.scalar_type()));
   check(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " must have the shape [", length, "]");
+}
+
+// At least one row of at least one element, few enough to count in 32 bits.
+inline void check_points(const char* op, const char* name, const Tensor& tensor) {
+  check_float_matrix(op, name, tensor);
+  check(tensor.size(0) >= 1, op, ": ", name, " must have at least 1 row, got 0");
+  check(tensor.size(1) >= 1, op, ": ", name, " must have a width of at least 1, got 0");
+  check(tensor.size(0) < kDimensionLimit && tensor.size(1) < kDimensionLimit, op, ": ", name,
+        " must have fewer than 2^30 rows and columns, got ", tensor.size(0), " and ", tensor.size(1));
+}
+
+inline void check_assign_unique(const Tensor& bank, const Tensor& patches, const Tensor& candidates) {
+  check_float_matrix("assign_unique", "bank", bank);
+  check_points("assign_unique", "patches", patches);
+  check(bank.device() == patches.device() && bank.device() == candidates.device(),
+        "assign_unique: bank, patches and candidates must be on one device");
+  check(bank.size(1) == patches.size(1), "assign_unique: bank must have the width of patches, ",
+        patches.size(1), ", got ", bank.size(1));
+  check(bank.size(0) <= patches.size(0), "assign_unique: bank must have at most one row for each of the ",
+        patches.size(0), " patches, got ", bank.size(0));
+  check(candidates.scalar_type() == torch::headeronly::ScalarType::Long && candidates.dim() == 2 &&
+            candidates.size(0) == bank.size(0),
+        "assign_unique: candidates must be int64 with one row for each row of bank");
+}
+
+inline void check_kcenter_greedy(const Tensor& features, int64_t m) {
+  check_points("kcenter_greedy", "features", features);
+  check(m >= 1 && m <= features.size(0), "kcenter_greedy: m must be between 1 and the ", features.size(0),
+        " rows of features, got ", m);
+}
+
+inline void check_kcenter_reduce(const Tensor& centres, const Tensor& added, int64_t m,
+                                 const std::optional<Tensor>& distances) {
+  check_points("kcenter_reduce", "centres", centres);
+  check_float_matrix("kcenter_reduce", "added", added);
+  check(centres.device() == added.device(), "kcenter_reduce: centres and added must be on one device");
+  check(added.size(1) == centres.size(1), "kcenter_reduce: added must have the width of centres, ",
+        centres.size(1), ", got ", added.size(1));
+  const int64_t points = centres.size(0) + added.size(0);
+  check(points < kDimensionLimit, "kcenter_reduce: centres and added must have fewer than 2^30 rows, got ",
+        points);
+  check(m >= 1 && m <= points, "kcenter_reduce: m must be between 1 and the ", points,
+        " rows of centres and added, got ", m);
+  if (!distances) return;
+  check_float_matrix("kcenter_reduce", "distances", *distances);
+  check(centres.device() == distances->device(),
+        "kcenter_reduce: centres and distances must be on one device");
+  check(distances->size(0) == centres.size(0) && distances->size(1) == centres.size(0),
+        "kcenter_reduce: distances must be ", centres.size(0), " x ", centres.size(0), ", got ",
+        distances->size(0), " x ", distances->size(1));
 }
 
 }  // namespace pydefect

@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "Tensor expand_weight, Tensor weights, Tensor pooled, Tensor hidden, Tensor gate) "
       "-> (Tensor d_features, Tensor d_direction, Tensor d_offset, Tensor d_reduce_weight, "
       "Tensor d_reduce_bias, Tensor d_expand_weight, Tensor d_expand_bias)");
+  library.def("assign_unique(Tensor bank, Tensor patches, Tensor candidates) -> Tensor");
+  library.def("kcenter_greedy(Tensor features, int m) -> Tensor");
+  library.def(
+      "kcenter_reduce(Tensor centres, Tensor added, int m, Tensor? distances) -> "
+      "(Tensor chosen, Tensor squared_radius, Tensor chosen_distances)");
   library.def("knn(Tensor queries, Tensor bank, int k) -> (Tensor distances, Tensor indices)");
   library.def(
       "relaxed_contrastive(Tensor z, Tensor z_target, Tensor neighbors, float alpha, float sigma, float "

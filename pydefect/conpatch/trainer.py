@@ -189,7 +189,6 @@ class Trainer:
             self.config.bank,
             gamma=self.config.gamma,
             momentum=self.config.bank_momentum,
-            seed=self.seed,
         )
 
     def train_epoch(self) -> EpochRecord:

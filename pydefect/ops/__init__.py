@@ -4,12 +4,13 @@ Every operator has a pure-PyTorch twin of the same name and signature in :mod:`p
 Operators without a native kernel yet are the twin itself or a faster composition of PyTorch's own operators.
 """
 
+from pydefect.ops.assign_unique import assign_unique
 from pydefect.ops.channel_reunion import channel_reunion
 from pydefect.ops.hypersphere import hypersphere
-from pydefect.ops.kcenter_greedy import kcenter_from_distances, kcenter_greedy
+from pydefect.ops.kcenter_greedy import kcenter_greedy
+from pydefect.ops.kcenter_reduce import kcenter_reduce
 from pydefect.ops.knn import knn
 from pydefect.ops.project_levels import project_levels
-from pydefect.ops.reference.assign_unique import assign_unique
 from pydefect.ops.relaxed_contrastive import relaxed_contrastive
 from pydefect.ops.score_maps import score_maps
 from pydefect.ops.selective_fusion import selective_fusion
@@ -19,8 +20,8 @@ __all__ = [
     "assign_unique",
     "channel_reunion",
     "hypersphere",
-    "kcenter_from_distances",
     "kcenter_greedy",
+    "kcenter_reduce",
     "knn",
     "project_levels",
     "relaxed_contrastive",

@@ -3,7 +3,8 @@
 from pydefect.ops.reference.assign_unique import assign_unique
 from pydefect.ops.reference.channel_reunion import channel_reunion
 from pydefect.ops.reference.hypersphere import hypersphere
-from pydefect.ops.reference.kcenter_greedy import kcenter_from_distances, kcenter_greedy
+from pydefect.ops.reference.kcenter_greedy import kcenter_greedy
+from pydefect.ops.reference.kcenter_reduce import kcenter_reduce
 from pydefect.ops.reference.knn import knn
 from pydefect.ops.reference.project_levels import project_levels
 from pydefect.ops.reference.relaxed_contrastive import relaxed_contrastive
@@ -15,8 +16,8 @@ __all__ = [
     "assign_unique",
     "channel_reunion",
     "hypersphere",
-    "kcenter_from_distances",
     "kcenter_greedy",
+    "kcenter_reduce",
     "knn",
     "project_levels",
     "relaxed_contrastive",
