@@ -13,23 +13,14 @@
 
 #include "../checks.h"
 #include "dispatch.h"
+#include "farthest_first.h"
 #include "kernels/squared_distances.h"
 
 namespace pydefect::cpu {
 namespace {
 
-// Elements of vectors that are worth a thread of their own.
-constexpr int64_t kElementsAThread = 1 << 17;
 // Rows and columns of the centres' table that a thread measures at a time.
 constexpr int64_t kBlock = 64;
-
-std::vector<const float*> row_pointers(const Tensor& matrix) {
-  std::vector<const float*> pointers;
-  for (int64_t row = 0; row < matrix.size(0); ++row) {
-    pointers.push_back(matrix.const_data_ptr<float>() + row * matrix.size(1));
-  }
-  return pointers;
-}
 
 void measure_all(const SquaredDistancesKernel& kernel, const std::vector<const float*>& points, int64_t width,
                  float* table) {
@@ -52,9 +43,6 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
   const int64_t old = centres.size(0);
   const int64_t count = old + added.size(0);
   std::vector<const float*> points = row_pointers(centres);
-  Tensor known = distances_given ? torch::stable::contiguous(*distances_given)
-                                 : torch::stable::new_empty(centres, {old, old});
-  if (!distances_given) measure_all(kernel, points, width, known.mutable_data_ptr<float>());
   const std::vector<const float*> new_points = row_pointers(added);
   points.insert(points.end(), new_points.begin(), new_points.end());
 
@@ -62,6 +50,21 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
   Tensor squared_radius = torch::stable::new_empty(centres, {});
   Tensor distances = torch::stable::new_empty(centres, {m, m});
   int64_t* const picks = chosen.mutable_data_ptr<int64_t>();
+
+  if (added.size(0) > old) {
+    // Known distances would save less than looking at few points saves.
+    FarthestFirst search(points, width, m, picks);
+    search.run();
+    *squared_radius.mutable_data_ptr<float>() = search.squared_radius();
+    std::vector<const float*> rows;
+    for (int64_t i = 0; i < m; ++i) rows.push_back(points[static_cast<size_t>(picks[i])]);
+    measure_all(kernel, rows, width, distances.mutable_data_ptr<float>());
+    return {chosen, squared_radius, distances};
+  }
+
+  Tensor known = distances_given ? torch::stable::contiguous(*distances_given)
+                                 : torch::stable::new_empty(centres, {old, old});
+  if (!distances_given) measure_all(kernel, row_pointers(centres), width, known.mutable_data_ptr<float>());
 
   // One line a chosen point: its distances to all points.
   const Tensor lines = torch::stable::new_empty(centres, {m, count});
