@@ -9,6 +9,8 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 namespace pydefect {
 
@@ -153,6 +155,90 @@ inline void check_kcenter_reduce(const Tensor& centres, const Tensor& added, int
   check(distances->size(0) == centres.size(0) && distances->size(1) == centres.size(0),
         "kcenter_reduce: distances must be ", centres.size(0), " x ", centres.size(0), ", got ",
         distances->size(0), " x ", distances->size(1));
+}
+
+inline std::string level_name(size_t index) {
+  return "levels[" + std::to_string(index) + "]";
+}
+
+inline void check_levels(const char* op, const std::vector<Tensor>& levels) {
+  using torch::headeronly::ScalarType;
+  check(!levels.empty(), op, ": levels must hold at least 1 tensor, got none");
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const Tensor& level = levels[i];
+    const ScalarType type = level.scalar_type();
+    check(level.dim() == 4, op, ": ", level_name(i), " must have 4 dimensions, got ", level.dim());
+    check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
+          level_name(i), " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(type));
+    check(level.size(0) == levels[0].size(0), op, ": ", level_name(i),
+          " must have the batch size of levels[0], ", levels[0].size(0), ", got ", level.size(0));
+    for (int64_t dimension = 1; dimension < 4; ++dimension) {
+      check(level.size(dimension) >= 1 && level.size(dimension) < kDimensionLimit, op, ": ", level_name(i),
+            " must have between 1 and 2^30 channels, rows and columns, got ", level.size(1), ", ",
+            level.size(2), " and ", level.size(3));
+    }
+    check(level.device() == levels[0].device(), op, ": all tensors must be on one device");
+  }
+}
+
+inline int64_t projection_inputs(const std::vector<Tensor>& levels) {
+  int64_t inputs = 2;
+  for (const Tensor& level : levels) inputs += level.size(1);
+  return inputs;
+}
+
+inline void check_project_levels(const std::vector<Tensor>& levels, const Tensor& weight,
+                                 const std::optional<Tensor>& bias) {
+  check_levels("project_levels", levels);
+  check_float_matrix("project_levels", "weight", weight);
+  check(weight.device() == levels[0].device(), "project_levels: all tensors must be on one device");
+  check(weight.size(0) >= 1, "project_levels: weight must have at least 1 row, got 0");
+  check(weight.size(1) == projection_inputs(levels),
+        "project_levels: weight must have a column for each of the levels' channels and 2 for the "
+        "coordinates, ",
+        projection_inputs(levels), ", got ", weight.size(1));
+  if (!bias) return;
+  check(bias->dim() == 1 && bias->size(0) == weight.size(0), "project_levels: bias must have the shape [",
+        weight.size(0), "]");
+  check(bias->scalar_type() == torch::headeronly::ScalarType::Float,
+        "project_levels: bias must be float32, got ", torch::headeronly::toString(bias->scalar_type()));
+  check(bias->device() == weight.device(), "project_levels: all tensors must be on one device");
+}
+
+// The gradient of what project_levels returns: [B, pixels, D].
+inline void check_output_gradient(const char* op, const Tensor& gradient) {
+  check(gradient.dim() == 3, op, ": gradient must have 3 dimensions, got ", gradient.dim());
+  check(gradient.scalar_type() == torch::headeronly::ScalarType::Float, op,
+        ": gradient must be float32, got ", torch::headeronly::toString(gradient.scalar_type()));
+  check(gradient.size(2) >= 1 && gradient.size(2) < kDimensionLimit, op,
+        ": gradient must have a width between 1 and 2^30, got ", gradient.size(2));
+}
+
+inline void check_project_levels_weight_gradient(const Tensor& gradient, const std::vector<Tensor>& levels) {
+  const char* const op = "project_levels_weight_gradient";
+  check_levels(op, levels);
+  check_output_gradient(op, gradient);
+  check(gradient.device() == levels[0].device(), op, ": all tensors must be on one device");
+  const int64_t pixels = levels[0].size(2) * levels[0].size(3);
+  check(gradient.size(0) == levels[0].size(0) && gradient.size(1) == pixels, op,
+        ": gradient must have the batch size and the pixels of levels[0], ", levels[0].size(0), " and ",
+        pixels, ", got ", gradient.size(0), " and ", gradient.size(1));
+}
+
+inline void check_project_levels_level_gradient(const Tensor& gradient, const Tensor& weight, int64_t height,
+                                                int64_t width, int64_t level_height, int64_t level_width) {
+  const char* const op = "project_levels_level_gradient";
+  check_output_gradient(op, gradient);
+  check_float_matrix(op, "weight", weight);
+  check(gradient.device() == weight.device(), op, ": all tensors must be on one device");
+  check(weight.size(0) == gradient.size(2) && weight.size(1) >= 1, op,
+        ": weight must have the gradient's width of rows, ", gradient.size(2),
+        ", and at least 1 column, got ", weight.size(0), " and ", weight.size(1));
+  for (const int64_t size : {height, width, level_height, level_width}) {
+    check(size >= 1 && size < kDimensionLimit, op, ": grid sizes must be between 1 and 2^30, got ", size);
+  }
+  check(gradient.size(1) == height * width, op, ": gradient must have height * width pixels, ",
+        height * width, ", got ", gradient.size(1));
 }
 
 }  // namespace pydefect

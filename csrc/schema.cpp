@@ -44,4 +44,11 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "spatial_reunion_backward(Tensor d_output, Tensor features, Tensor local, Tensor coarse, "
       "Tensor weight, Tensor attention, int normalisation) "
       "-> (Tensor d_features, Tensor d_local, Tensor d_coarse, Tensor d_weight, Tensor d_bias)");
+  library.def("project_levels(Tensor[] levels, Tensor weight, Tensor? bias, bool pool) -> Tensor");
+  library.def(
+      "project_levels_weight_gradient(Tensor gradient, Tensor[] levels, bool pool) -> (Tensor weight, Tensor "
+      "bias)");
+  library.def(
+      "project_levels_level_gradient(Tensor gradient, Tensor weight, SymInt height, SymInt width, "
+      "SymInt level_height, SymInt level_width) -> Tensor");
 }

@@ -94,7 +94,20 @@ struct SimdBase {
 struct Simd : SimdBase {
   using integers = int32_t __attribute__((vector_size(sizeof(type))));
 
+  using halves = uint16_t __attribute__((vector_size(sizeof(type) / 2)));
+
   static type zero() { return broadcast(0.0f); }
+
+  // Half-precision values as they lie in memory, bit patterns in uint16_t; the conversions are exact.
+  static type load_bfloat16(const uint16_t* from) { return reinterpret_cast<type>(load_halves(from) << 16); }
+  static type load_float16(const uint16_t* from) {
+    const integers bits = load_halves(from);
+    const integers magnitude = (bits & 0x7fff) << 13;
+    // float16's exponent is biased by 15, float32's by 127; the product also makes subnormal values normal.
+    const type value = reinterpret_cast<type>(magnitude) * broadcast(0x1p112f);
+    const integers infinite = (magnitude >= (0x7c00 << 13)) & 0x7f800000;
+    return reinterpret_cast<type>(reinterpret_cast<integers>(value) | infinite | ((bits & 0x8000) << 16));
+  }
 
   // The sum of all lanes, halves added to halves.
   static float sum(type value) {
@@ -125,6 +138,13 @@ struct Simd : SimdBase {
     p = multiply_add(p, x * x, x + broadcast(1.0f));
     const integers exponent = (reinterpret_cast<integers>(shifted) + 127) << 23;
     return p * reinterpret_cast<type>(exponent);
+  }
+
+ private:
+  static integers load_halves(const uint16_t* from) {
+    halves value;
+    std::memcpy(&value, from, sizeof(value));
+    return __builtin_convertvector(value, integers);
   }
 };
 
