@@ -241,4 +241,22 @@ inline void check_project_levels_level_gradient(const Tensor& gradient, const Te
         height * width, ", got ", gradient.size(1));
 }
 
+// A Gaussian of this many pixels flattens any image; its width still fits every integer.
+constexpr double kSigmaLimit = 1 << 20;
+
+inline void check_score_maps(const Tensor& distances, int64_t height, int64_t width, double sigma) {
+  check(distances.dim() == 4, "score_maps: distances must have 4 dimensions, got ", distances.dim());
+  check(distances.scalar_type() == torch::headeronly::ScalarType::Float,
+        "score_maps: distances must be float32, got ", torch::headeronly::toString(distances.scalar_type()));
+  for (int64_t dimension = 1; dimension < 4; ++dimension) {
+    check(distances.size(dimension) >= 1 && distances.size(dimension) < kDimensionLimit,
+          "score_maps: distances must have between 1 and 2^30 rows, columns and neighbours, got ",
+          distances.size(1), ", ", distances.size(2), " and ", distances.size(3));
+  }
+  check(height >= 1 && height < kDimensionLimit && width >= 1 && width < kDimensionLimit,
+        "score_maps: size must be between 1 and 2^30 pixels each way, got ", height, " and ", width);
+  check(sigma >= 0.0 && sigma < kSigmaLimit, "score_maps: sigma must be between 0 and 2^20 pixels, got ",
+        sigma);
+}
+
 }  // namespace pydefect

@@ -51,4 +51,8 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
   library.def(
       "project_levels_level_gradient(Tensor gradient, Tensor weight, SymInt height, SymInt width, "
       "SymInt level_height, SymInt level_width) -> Tensor");
+  library.def(
+      "score_maps(Tensor distances, SymInt height, SymInt width, float sigma, bool certainty) -> (Tensor "
+      "scores, "
+      "Tensor maps)");
 }

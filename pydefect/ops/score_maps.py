@@ -10,19 +10,12 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
-from pydefect.ops.reference.score_maps import patch_scores
+from pydefect.ops._library import load_cpu_library
+from pydefect.ops.reference.score_maps import check_arguments, patch_scores
 
 __all__ = ["score_maps"]
 
-
-@lru_cache(maxsize=64)
-def _upsample_and_smooth(length: int, size: int, sigma: float) -> Tensor:
-    """Both steps along one axis as a [size, length] matrix: they are linear and separable."""
-    identity = torch.eye(length, dtype=torch.float64)
-    matrix = F.interpolate(identity.unsqueeze(0), size=size, mode="linear", align_corners=False)[0].T.numpy()
-    if sigma > 0:
-        matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
-    return torch.from_numpy(np.ascontiguousarray(matrix, dtype=np.float32))
+load_cpu_library()
 
 
 def score_maps(
@@ -30,14 +23,17 @@ def score_maps(
 ) -> tuple[Tensor, Tensor]:
     """Turn distances into patch scores and pixel scores.
 
+    Upsampling and smoothing are linear and separable: along each axis both are one banded matrix, computed
+    once for each length, size and sigma.
+
     Parameters
     ----------
     distances
-        [B, H, W, K] float32 >= 0: Euclidean distances of every patch to its K nearest centres.
+        [B, H, W, K] float32 >= 0: Euclidean distances of every patch to its K nearest centres. B may be 0.
     size
         (height, width) of the maps in pixels of the network's input.
     sigma
-        Standard deviation of the Gaussian in those pixels; 0 for no smoothing.
+        Standard deviation of the Gaussian in those pixels, below 2**20; 0 for no smoothing.
     certainty
         Weight the distance with equation (9)'s certainty; False: the plain distance to the nearest centre.
 
@@ -47,13 +43,54 @@ def score_maps(
         [B, H, W] float32: patch scores, equation (9).
     maps
         [B, height, width] float32: bilinearly upsampled (half-pixel centres), then smoothed with a Gaussian
-        cut at 4 sigma and mirrored at the border, equation (12).
+        cut at 4 sigma and mirrored at the border, equation (12). Never below zero: weights are not negative.
+
+    Raises
+    ------
+    RuntimeError
+        If an argument has the wrong shape, dtype or range.
+
+    Notes
+    -----
+    No gradient flows through this operator: both results are detached. They are the same bit for bit for
+    every number of threads; another instruction set may change last digits.
+
+    A score is NaN where one of its distances is NaN or all are infinite. A score that is not finite makes its
+    surroundings on the map not finite: the pixels that it reaches through upsampling and smoothing, and on
+    the same lines up to 15 pixels beside them.
+
+    The native kernels take float32 on the CPU; other devices and float64 go through two matrix products in
+    PyTorch (where NaN spreads over the whole image).
 
     References
     ----------
     Luo et al., Computer Science 52(1), 2025, equations (9) and (12).
     """
+    distances = distances.detach()
+    if distances.device.type == "cpu" and distances.dtype != torch.float64:
+        scores, maps = torch.ops.pydefect.score_maps(distances, size[0], size[1], sigma, certainty)
+        return scores, maps
+    check_arguments(distances, size, sigma)
     scores = patch_scores(distances, certainty)
-    rows = _upsample_and_smooth(scores.shape[1], size[0], sigma).to(scores.device)
-    columns = _upsample_and_smooth(scores.shape[2], size[1], sigma).to(scores.device)
+    rows = _upsample_and_smooth(scores.shape[1], size[0], sigma).to(scores)
+    columns = _upsample_and_smooth(scores.shape[2], size[1], sigma).to(scores)
     return scores, rows @ scores @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _upsample_and_smooth(length: int, size: int, sigma: float) -> Tensor:
+    """Both steps along one axis as a [size, length] matrix, float64."""
+    identity = torch.eye(length, dtype=torch.float64)
+    matrix = F.interpolate(identity.unsqueeze(0), size=size, mode="linear", align_corners=False)[0].T.numpy()
+    if sigma > 0:
+        matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
+    return torch.from_numpy(np.ascontiguousarray(matrix))
+
+
+@torch.library.register_fake("pydefect::score_maps")
+def _score_maps_fake(
+    distances: Tensor, height: int, width: int, sigma: float, certainty: bool
+) -> tuple[Tensor, Tensor]:
+    check_arguments(distances, (height, width), sigma)
+    batch, rows, columns, _ = distances.shape
+    return distances.new_empty((batch, rows, columns)), distances.new_empty((batch, height, width))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-__all__ = ["patch_scores", "score_maps"]
+__all__ = ["check_arguments", "patch_scores", "score_maps"]
 
 
 def patch_scores(distances: Tensor, certainty: bool = True) -> Tensor:
@@ -35,6 +35,25 @@ def patch_scores(distances: Tensor, certainty: bool = True) -> Tensor:
         return nearest
     # exp(-S) / sum exp(-D_k), divided through by exp(-S): no underflow however large the distances are.
     return nearest / torch.exp(nearest.unsqueeze(-1) - distances).sum(-1)
+
+
+def check_arguments(distances: Tensor, size: tuple[int, int], sigma: float) -> None:
+    """Raise a RuntimeError that says what is wrong with the arguments of :func:`score_maps`."""
+    if distances.dim() != 4:
+        raise RuntimeError(f"score_maps: distances must have 4 dimensions, got {distances.dim()}")
+    if distances.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(f"score_maps: distances must be float32, got {distances.dtype}")
+    if min(distances.shape[1:]) < 1:
+        raise RuntimeError(
+            "score_maps: distances must have between 1 and 2^30 rows, columns and neighbours, "
+            f"got {distances.shape[1]}, {distances.shape[2]} and {distances.shape[3]}"
+        )
+    if min(size) < 1:
+        raise RuntimeError(
+            f"score_maps: size must be between 1 and 2^30 pixels each way, got {size[0]} and {size[1]}"
+        )
+    if not 0 <= sigma < 2**20:
+        raise RuntimeError(f"score_maps: sigma must be between 0 and 2^20 pixels, got {sigma:g}")
 
 
 def score_maps(
@@ -65,6 +84,7 @@ def score_maps(
     ----------
     Luo et al., Computer Science 52(1), 2025, equations (9) and (12).
     """
+    check_arguments(distances, size, sigma)
     scores = patch_scores(distances, certainty)
     maps = F.interpolate(scores.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
     if sigma > 0 and len(maps):
