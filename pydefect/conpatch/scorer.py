@@ -51,6 +51,4 @@ def score_levels(
     ]
     distances = torch.cat(squared).sqrt_().reshape(batch, height, width, neighbors)
     scores, maps = score_maps(distances, size, config.smoothing, certainty=config.score == "certainty")
-    # Rounding of the smoothing can leave a hair below zero.
-    maps = maps.clamp_min(0)
     return (scores if config.image_score == "max_patch" else maps).flatten(1).amax(1), maps

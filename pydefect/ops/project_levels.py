@@ -124,9 +124,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(weight, *levels)
 
 
-def _backward(
-    ctx: Any, gradient: Tensor
-) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], Tensor | None, Tensor | None, None]:
     weight, *levels = ctx.saved_tensors
     needs_levels, needs_weight, needs_bias, _ = ctx.needs_input_grad
     weight_gradient = bias_gradient = None

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "simd.h"
 
@@ -23,7 +24,8 @@ void weighted_columns(const float* from, int64_t stride, const float* weights, i
   for (int v = 0; v < vectors; ++v) V::store(to + v * V::lanes, sums[v]);
 }
 
-// to[c] = sum over i < count of weights[i] * from[i * stride + c], for c < width.
+// to[c] = sum over i < count of weights[i] * from[i * stride + c], for c < width; `to` lies apart from
+// `from`.
 template <class V>
 void weighted_rows(const float* from, int64_t stride, const float* weights, int64_t count, int64_t width,
                    float* to) {
@@ -37,11 +39,21 @@ void weighted_rows(const float* from, int64_t stride, const float* weights, int6
   for (; c + V::lanes <= width; c += V::lanes) {
     weighted_columns<V, 1>(from + c, stride, weights, count, to + c);
   }
-  for (; c < width; ++c) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < count; ++i) sum += weights[i] * from[i * stride + c];
-    to[c] = sum;
+  if (c == width) return;
+  // The rest is done in vectors too: whether a column belongs to the rest must not show in its rounding.
+  if (width >= V::lanes) {
+    weighted_columns<V, 1>(from + width - V::lanes, stride, weights, count, to + width - V::lanes);
+    return;
   }
+  typename V::type sum = V::zero();
+  float values[V::lanes] = {};
+  const size_t bytes = static_cast<size_t>(width) * sizeof(float);
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(values, from + i * stride, bytes);
+    sum = V::multiply_add(V::broadcast(weights[i]), V::load(values), sum);
+  }
+  V::store(values, sum);
+  std::memcpy(to, values, bytes);
 }
 
 }  // namespace
