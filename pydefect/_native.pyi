@@ -12,4 +12,10 @@ class _BuildInfo(TypedDict):
     nvcc: str
     cuda_architectures: list[str]
 
+class _MachineLimits(TypedDict):
+    float32_gflops: float
+    bf16_gflops: float
+    copy_gbs: float
+
 def build_info() -> _BuildInfo: ...
+def machine_limits(threads: int) -> _MachineLimits: ...

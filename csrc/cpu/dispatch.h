@@ -29,10 +29,11 @@ const Kernel& kernel_at(Level level, const Kernel& portable, const Higher&... hi
 }
 
 #ifdef PYDEFECT_X86_KERNELS
-#define PYDEFECT_ACTIVE_KERNEL(name) \
-  ::pydefect::cpu::kernel_at(active_level(), portable::name, avx2::name, avx512::name, avx512bf16::name)
+#define PYDEFECT_KERNEL_AT(level, name) \
+  ::pydefect::cpu::kernel_at(level, portable::name, avx2::name, avx512::name, avx512bf16::name)
 #else
-#define PYDEFECT_ACTIVE_KERNEL(name) ::pydefect::cpu::kernel_at(active_level(), portable::name)
+#define PYDEFECT_KERNEL_AT(level, name) ::pydefect::cpu::kernel_at(level, portable::name)
 #endif
+#define PYDEFECT_ACTIVE_KERNEL(name) PYDEFECT_KERNEL_AT(active_level(), name)
 
 }  // namespace pydefect::cpu

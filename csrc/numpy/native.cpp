@@ -1,5 +1,5 @@
 // pydefect._native: what takes NumPy arrays or plain values and is no tensor operator. Here: how this build
-// was made, for `pydefect info`.
+// was made, for `pydefect info`, and what this machine can do at most, for the benchmarks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "machine_limits.h"
 
 namespace py = pybind11;
 
@@ -47,9 +48,28 @@ py::dict build_info() {
   return info;
 }
 
+py::dict machine_limits(int threads) {
+  if (threads < 1)
+    throw py::value_error("machine_limits: threads must be at least 1, got " + std::to_string(threads));
+  pydefect::MachineLimits limits;
+  {
+    const py::gil_scoped_release release;
+    limits = pydefect::measure_machine_limits(threads);
+  }
+  py::dict result;
+  result["float32_gflops"] = limits.float32_gflops;
+  result["bf16_gflops"] = limits.bf16_gflops;
+  result["copy_gbs"] = limits.copy_gbs;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native parts of pydefect that are no tensor operators.";
   module.def("build_info", &build_info, "How this build was made and which instruction sets it uses here.");
+  module.def(
+      "machine_limits", &machine_limits, py::arg("threads"),
+      "What so many threads reach together here: float32 and bf16 multiply-adds, in 10^9 operations a second "
+      "(0 where there is no bf16), and copying memory, in 10^9 bytes read and written a second.");
 }
