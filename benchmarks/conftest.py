@@ -1,14 +1,16 @@
-"""What the benchmarks share: devices, and the peak memory of a call beside its time."""
+"""What the benchmarks share: devices, a call's peak memory beside its time, and the machine's limits."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import machine
 import pytest
 import torch
+from table import as_text, limits_line, measurements, name_contenders, result_rows
 
 
 @pytest.fixture(
@@ -54,32 +56,60 @@ def measure(benchmark: Any, device: str) -> Callable[..., None]:
     """Time a call, the device synchronised inside it, in a group with its rivals; note its peak memory.
 
     ``flops`` counts the arithmetic operations that the task needs, ``traffic`` the bytes that it must read
-    and write at least: the same numbers for every rival of a group.
+    and write at least: the same numbers for every rival of a group. ``precision`` says whose peak the
+    operations are held against, "float32" or "bf16". The table compares everybody with the contender
+    "pydefect" and with "reference", the twin; a contender who is not named is called after the part of the
+    test's id that the rest of the group does not share.
     """
 
-    def run(group: str, call: Callable[[], Any], *, flops: float = 0, traffic: float = 0) -> None:
+    def run(
+        group: str,
+        call: Callable[[], Any],
+        *,
+        flops: float = 0,
+        traffic: float = 0,
+        precision: Literal["float32", "bf16"] = "float32",
+        contender: str = "",
+    ) -> None:
         def timed() -> None:
             call()
             if device == "cuda":
                 torch.cuda.synchronize()
 
+        threads = torch.get_num_threads()
+        if str(threads) not in machine.limits():
+            machine.measure_limits(threads)
         benchmark.group = f"{group} {device}"
         benchmark.extra_info["peak_mib"] = round(_peak_bytes_of(timed, device) / 2**20, 1)
-        benchmark.extra_info["threads"] = torch.get_num_threads()
+        benchmark.extra_info |= {"contender": contender, "threads": threads, "precision": precision}
         benchmark.extra_info |= {"flops": flops, "traffic": traffic}
         benchmark.pedantic(timed, rounds=7, warmup_rounds=2)
 
     return run
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Measure the limits at the end as well, before pytest-benchmark writes its file."""
+    machine.measure_again()
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Let the results say what they are held against."""
+    machine_info |= machine.facts()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Peak memory, which pytest-benchmark's own table has no column for."""
+    """Print what pytest-benchmark's own table has no column for."""
     session = getattr(config, "_benchmarksession", None)
-    lines = [
-        f"{bench.group:<32} {bench.name:<48} {bench.extra_info['peak_mib']:>9} MiB"
+    benchmarks = [
+        bench.as_dict(include_data=False)
         for bench in getattr(session, "benchmarks", [])
-        if "peak_mib" in bench.extra_info
+        if bench and "peak_mib" in bench.extra_info
     ]
-    if lines:
-        terminalreporter.section("peak memory beyond inputs")
-        terminalreporter.write_line("\n".join(sorted(lines)))
+    if benchmarks:
+        name_contenders(benchmarks)
+        found = measurements({"machine_info": {"limits": machine.limits()}, "benchmarks": benchmarks})
+        terminalreporter.section("against rivals and the machine's limits")
+        terminalreporter.write_line(limits_line(machine.limits()))
+        terminalreporter.write_line(as_text(result_rows(found)))

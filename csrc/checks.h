@@ -2,10 +2,12 @@
 // PyTorch turns into a RuntimeError; the message names the argument, what was given and what is allowed.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -23,6 +25,18 @@ void check(bool condition, const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+// The tensor with its elements in order, itself where they are. An expanded tensor can be larger than any
+// memory, and of PyTorch's own message only a macro's text comes through the stable ABI.
+inline Tensor in_order(const char* op, const char* name, const Tensor& tensor) {
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::exception&) {
+    check(false, op, ": ", name, " is not contiguous and its copy, ", tensor.numel(),
+          " elements, does not fit into memory");
+    throw;
+  }
 }
 
 inline void check_float_matrix(const char* op, const char* name, const Tensor& tensor) {

@@ -272,8 +272,8 @@ void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const 
 
 std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k) {
   check_knn(queries_given, bank_given, k);
-  const Tensor queries = torch::stable::contiguous(queries_given);
-  const Tensor bank = torch::stable::contiguous(bank_given);
+  const Tensor queries = in_order("knn", "queries", queries_given);
+  const Tensor bank = in_order("knn", "bank", bank_given);
   const Matrix q{queries.const_data_ptr<float>(), queries.size(0), queries.size(1)};
   const Matrix b{bank.const_data_ptr<float>(), bank.size(0), bank.size(1)};
   Tensor distances = torch::stable::new_empty(queries, {q.rows, k});
