@@ -1,0 +1,380 @@
+"""Every operator over awkward shapes, layouts and values, from one table.
+
+An entry of `OPERATORS` names an operator's tensors by their dimensions. Four promises are tested: the
+operator agrees with its twin; the layout of its inputs changes no bit of its results; NaN and infinity give
+results of the right shape (the operators' own tests look into their values); and what is too large for any
+memory is an error that says so, not a crash. `.ci/sanitize` runs all this with instrumented code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pydefect import ops
+from pydefect.ops import reference
+
+# Nothing, one, and one less and one more than vectors, tiles and panels.
+ROWS = st.sampled_from([0, 1, 2, 3, 5, 7, 8, 9, 13, 14, 15, 16, 17, 28, 29, 31, 32, 33, 64, 65])
+SOME_ROWS = ROWS.filter(bool)
+WIDTHS = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65])
+SIDES = st.integers(1, 9)
+LAYOUTS = st.sampled_from(["contiguous", "transposed", "strided", "misaligned", "expanded"])
+
+Sizes = dict[str, int]
+Arguments = dict[str, Any]
+
+
+def _close(relative: float, absolute: float) -> Callable[[Arguments, Any, Any], None]:
+    def agree(arguments: Arguments, actual: Any, expected: Any) -> None:
+        torch.testing.assert_close(actual, expected, rtol=relative, atol=absolute, equal_nan=True)
+
+    return agree
+
+
+def _same_neighbours(arguments: Arguments, actual: Any, expected: Any) -> None:
+    queries, bank = arguments["queries"].double(), arguments["bank"].double()
+    # The twin rounds once, from float64; a sum of D squares in float32 rounds at most D + 3 times.
+    tolerance = (queries.shape[1] + 4) * 2.0**-24
+    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=0)
+    pointed_at = (queries[:, None] - bank[actual[1]]).square().sum(2)
+    torch.testing.assert_close(actual[0].double(), pointed_at, rtol=tolerance, atol=0)
+
+
+def _nearest_left(arguments: Arguments, actual: Any, expected: Any) -> None:
+    """Each centre's patch is, but for rounding, the nearest of those that were left to it."""
+    bank, patches = arguments["bank"].double(), arguments["patches"].double()
+    distances = torch.cdist(bank, patches).square()
+    rounding = 1e-5 * (bank.square().sum(1).amax() + patches.square().sum(1).amax()) if len(bank) else 0
+    assert len(set(actual.tolist())) == len(bank)
+    for centre, patch in enumerate(actual.tolist()):
+        assert distances[centre, patch] <= distances[centre].min() + rounding
+        distances[:, patch] = torch.inf
+
+
+def _farthest_left(arguments: Arguments, actual: Any, expected: Any) -> None:
+    """Each point is, but for rounding, the farthest from those before it."""
+    features = arguments["features"].double()
+    distances = torch.cdist(features, features).square()
+    rounding = 1e-5 * features.square().sum(1).amax()
+    chosen = actual.tolist()
+    assert chosen[0] == 0
+    assert len(set(chosen)) == len(chosen) == arguments["m"]
+    for step in range(1, len(chosen)):
+        nearest = distances[chosen[:step]].amin(0)
+        assert nearest[chosen[step]] >= nearest.max() - rounding
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One line of the table."""
+
+    call: Callable[..., Any]
+    twin: Callable[..., Any]
+    tensors: Mapping[str, str]
+    """Argument: its dimensions by name, "N D". ``name.0``, ``name.1``, ... become one list."""
+    sizes: Mapping[str, st.SearchStrategy[int]]
+    agree: Callable[[Arguments, Any, Any], None]
+    settings: Callable[[Sizes], Mapping[str, st.SearchStrategy[Any]]] = lambda sizes: {}
+    allowed: Callable[[Sizes], bool] = lambda sizes: True
+    positive: bool = False
+    """Values are distances: none is below zero."""
+    composed: bool = False
+    """Made of PyTorch's own operators, whose rounding depends on the layout."""
+    gradients: tuple[str, ...] = ()
+    """Tensors whose gradient must agree with the twin's."""
+    too_large: tuple[tuple[Sizes, Arguments], ...] = ()
+    """Sizes at which only an error is possible, from tensors that themselves take one element of memory."""
+    messages: str = "memory|too large|fewer than|overflow"
+
+
+KNN = Operator(
+    ops.knn,
+    reference.knn,
+    {"queries": "N D", "bank": "M D"},
+    {"N": ROWS, "M": SOME_ROWS, "D": WIDTHS},
+    _same_neighbours,
+    settings=lambda sizes: {"k": st.sampled_from(sorted({1, min(3, sizes["M"]), sizes["M"]}))},
+    too_large=(
+        ({"N": 2**40, "M": 3, "D": 4}, {"k": 1}),
+        ({"N": 2**61, "M": 3, "D": 1}, {"k": 1}),
+        ({"N": 3, "M": 2**40, "D": 4}, {"k": 1}),
+        ({"N": 0, "M": 2**29, "D": 2**29}, {"k": 1}),
+        ({"N": 1, "M": 2, "D": 2**40}, {"k": 1}),
+    ),
+)
+
+OPERATORS: dict[str, Operator] = {
+    "knn": KNN,
+    "assign_unique": Operator(
+        ops.assign_unique,
+        reference.assign_unique,
+        {"bank": "M D", "patches": "N D"},
+        {"M": ROWS, "N": SOME_ROWS, "D": WIDTHS},
+        _nearest_left,
+        allowed=lambda sizes: sizes["M"] <= sizes["N"],
+        too_large=(({"M": 2, "N": 2**40, "D": 4}, {}),),
+    ),
+    "kcenter_greedy": Operator(
+        ops.kcenter_greedy,
+        reference.kcenter_greedy,
+        {"features": "N D"},
+        {"N": SOME_ROWS, "D": WIDTHS},
+        _farthest_left,
+        settings=lambda sizes: {"m": st.sampled_from(sorted({1, (sizes["N"] + 1) // 2, sizes["N"]}))},
+        composed=True,
+    ),
+    "hypersphere": Operator(
+        ops.hypersphere,
+        reference.hypersphere,
+        {"features": "N D", "bank": "M D"},
+        {"N": SOME_ROWS, "M": SOME_ROWS, "D": WIDTHS},
+        # Means of up to N * k positive distances, each a sum of D squares.
+        _close(2e-5, 1e-6),
+        settings=lambda sizes: {
+            "k": st.sampled_from(sorted({1, sizes["M"]})),
+            "r": st.sampled_from([0.0, 1e-5, 1.0]),
+            "distance_power": st.sampled_from([1, 2]),
+        },
+        composed=True,
+        gradients=("features",),
+        too_large=(({"N": 2**40, "M": 3, "D": 4}, {"k": 1}),),
+    ),
+    "relaxed_contrastive": Operator(
+        ops.relaxed_contrastive,
+        reference.relaxed_contrastive,
+        {"z": "N D", "z_target": "N D"},
+        {"N": SOME_ROWS, "D": WIDTHS},
+        # Distances from the expanded form keep about three digits where points nearly coincide.
+        _close(1e-3, 1e-4),
+        settings=lambda sizes: {
+            "neighbors": st.sampled_from(sorted({1, min(5, sizes["N"]), sizes["N"]})),
+            "similarity_power": st.sampled_from([1, 2]),
+            "reduction": st.sampled_from(["paper", "mean"]),
+        },
+        # A single point has no mean distance to be measured by.
+        allowed=lambda sizes: sizes["N"] > 1,
+        composed=True,
+        gradients=("z",),
+    ),
+    "project_levels": Operator(
+        ops.project_levels,
+        reference.project_levels,
+        {"levels.0": "B C H W", "levels.1": "B E h w", "weight": "D X", "bias": "D"},
+        {"B": st.integers(1, 3), "C": WIDTHS, "E": WIDTHS, "H": SIDES, "W": SIDES, "h": SIDES, "w": SIDES}
+        | {"D": WIDTHS},
+        # Sums of up to 132 products of numbers around 1.
+        _close(1e-4, 1e-4),
+        allowed=lambda sizes: sizes["h"] <= sizes["H"] and sizes["w"] <= sizes["W"],
+        composed=True,
+        gradients=("levels.0", "levels.1", "weight", "bias"),
+    ),
+    "score_maps": Operator(
+        ops.score_maps,
+        reference.score_maps,
+        {"distances": "B H W K"},
+        {"B": st.integers(0, 3), "H": SIDES, "W": SIDES, "K": st.integers(1, 9)},
+        # Two weighted means of positive values in float32.
+        _close(1e-5, 1e-6),
+        settings=lambda sizes: {
+            "size": st.tuples(st.integers(1, 40), st.integers(1, 40)),
+            "sigma": st.sampled_from([0.0, 0.5, 4.0]),
+            "certainty": st.booleans(),
+        },
+        composed=True,
+        positive=True,
+    ),
+}
+
+
+def _shape(dimensions: str, sizes: Sizes) -> list[int]:
+    # The weight of project_levels spans both levels and two coordinates.
+    return [sizes["C"] + sizes["E"] + 2 if name == "X" else sizes[name] for name in dimensions.split()]
+
+
+def _laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same shape, otherwise placed; expanded ones also take other values."""
+    if layout == "transposed" and values.dim() > 1:
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        spread = values.new_full([2 * size for size in values.shape], torch.nan)
+        every_second = spread[(slice(1, None, 2),) * values.dim()]
+        return every_second.copy_(values)
+    if layout == "misaligned":
+        flat = values.new_full([values.numel() + 1], torch.nan)
+        return flat[1:].view(values.shape).copy_(values)
+    if layout == "expanded" and len(values):
+        return values[:1].expand_as(values)
+    return values
+
+
+def _arguments(tensors: Mapping[str, Tensor], others: Arguments) -> Arguments:
+    arguments: Arguments = dict(others)
+    for name, tensor in tensors.items():
+        head, _, index = name.partition(".")
+        if index:
+            arguments.setdefault(head, []).append(tensor)
+        else:
+            arguments[name] = tensor
+    return arguments
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _assert_identical(actual: Any, expected: Any) -> None:
+    for one, other in zip(_tuple(actual), _tuple(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@dataclass
+class Problem:
+    """What hypothesis drew."""
+
+    tensors: dict[str, Tensor]
+    others: Arguments = field(default_factory=dict)
+
+
+def _draw(operator: Operator, data: st.DataObject, values: str, layouts: bool) -> Problem:
+    sizes = {name: data.draw(strategy, label=name) for name, strategy in operator.sizes.items()}
+    assume(operator.allowed(sizes))
+    others = {name: data.draw(one, label=name) for name, one in operator.settings(sizes).items()}
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
+    tensors = {}
+    for name, dimensions in operator.tensors.items():
+        tensor = torch.randn(_shape(dimensions, sizes), generator=generator)
+        if operator.positive:
+            tensor = tensor.abs()
+        if values == "not finite" and tensor.numel():
+            for position in torch.randint(tensor.numel(), (3,), generator=generator).tolist():
+                special = [torch.nan, torch.inf, -torch.inf, 3e38][
+                    int(torch.randint(4, (), generator=generator))
+                ]
+                tensor.view(-1)[position] = special
+        layout = data.draw(LAYOUTS, label=f"layout of {name}") if layouts else "contiguous"
+        tensors[name] = _laid_out(tensor, layout)
+    return Problem(tensors, others)
+
+
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+    )
+
+
+ALL = pytest.mark.parametrize("name", OPERATORS)
+
+
+@ALL
+@_settings(40)
+@given(data=st.data())
+def test_agrees_with_its_twin(name, data):
+    operator = OPERATORS[name]
+    problem = _draw(operator, data, "normal", layouts=False)
+    arguments = _arguments(problem.tensors, problem.others)
+    operator.agree(arguments, operator.call(**arguments), operator.twin(**arguments))
+
+
+@ALL
+@_settings(40)
+@given(data=st.data())
+def test_layout_changes_no_bit(name, data):
+    operator = OPERATORS[name]
+    problem = _draw(operator, data, "normal", layouts=True)
+    plain = _plain(problem.tensors)
+    arguments = _arguments(plain, problem.others)
+    result = operator.call(**_arguments(problem.tensors, problem.others))
+    if operator.composed:
+        operator.agree(arguments, result, operator.twin(**arguments))
+    else:
+        _assert_identical(result, operator.call(**arguments))
+    for argument, before in plain.items():
+        assert torch.equal(problem.tensors[argument], before), f"{argument} was changed"
+
+
+@ALL
+@_settings(25)
+@given(data=st.data())
+def test_not_finite_values_have_a_defined_result(name, data):
+    operator = OPERATORS[name]
+    problem = _draw(operator, data, "not finite", layouts=True)
+    result = operator.call(**_arguments(problem.tensors, problem.others))
+    if not operator.composed:
+        again = operator.call(**_arguments(_plain(problem.tensors), problem.others))
+        _assert_identical(result, again)
+    expected = operator.twin(**_arguments(_plain(problem.tensors), problem.others))
+    for one, other in zip(_tuple(result), _tuple(expected), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        if not one.dtype.is_floating_point and one.numel():
+            rows = max(tensor.shape[0] for tensor in problem.tensors.values())
+            assert 0 <= int(one.min()) <= int(one.max()) < rows
+
+
+@pytest.mark.parametrize("name", [name for name, one in OPERATORS.items() if one.gradients])
+@_settings(25)
+@given(data=st.data())
+def test_gradients_agree_with_the_twins(name, data):
+    operator = OPERATORS[name]
+    problem = _draw(operator, data, "normal", layouts=True)
+    gradients = []
+    for implementation in (operator.call, operator.twin):
+        tensors = {
+            argument: tensor.clone().requires_grad_(argument in operator.gradients)
+            for argument, tensor in problem.tensors.items()
+        }
+        result = implementation(**_arguments(tensors, problem.others))
+        wanted = [tensors[argument] for argument in operator.gradients]
+        gradients.append(torch.autograd.grad(result.square().sum(), wanted, allow_unused=True))
+    for argument, actual, expected in zip(operator.gradients, *gradients, strict=True):
+        if actual is None or expected is None:  # no element of the result depends on it
+            continue
+        scale = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(
+            actual,
+            expected,
+            rtol=2e-3,
+            atol=2e-4 * max(1.0, scale),
+            msg=lambda text, a=argument: f"{a}: {text}",
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "others"),
+    [(name, *case) for name, operator in OPERATORS.items() for case in operator.too_large],
+    ids=lambda value: "-".join(f"{n}{s}" for n, s in value.items()) if isinstance(value, dict) else value,
+)
+def test_sizes_beyond_any_memory_are_a_clear_error(name, sizes, others):
+    operator = OPERATORS[name]
+    one = torch.ones(1)
+    tensors = {
+        argument: one.expand(_shape(dimensions, sizes)) for argument, dimensions in operator.tensors.items()
+    }
+    with pytest.raises(RuntimeError, match=operator.messages):
+        operator.call(**_arguments(tensors, others))
+
+
+def test_more_pairs_than_32_bits_count():
+    generator = torch.Generator().manual_seed(0)
+    queries, bank = (torch.randn(rows, 16, generator=generator) for rows in (45_000, 50_000))
+    assert len(queries) * len(bank) > 2**31
+    distances, indices = ops.knn(queries, bank, 1)
+    some = slice(-20, None)
+    KNN.agree(
+        {"queries": queries[some], "bank": bank},
+        (distances[some], indices[some]),
+        reference.knn(queries[some], bank, 1),
+    )
