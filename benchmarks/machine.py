@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import os
+import time
 from importlib.metadata import PackageNotFoundError, version
-from os import sched_getaffinity
+from pathlib import Path
 from typing import Any
 
 from pydefect import _native
 from pydefect.buildinfo import build_info
 
+peers: dict[str, str] = {}
+"""Versions of what was timed in another environment."""
+
 _limits: dict[int, dict[str, float]] = {}
+
+
+def _busy_seconds() -> tuple[float, float]:
+    """Processor seconds of the whole machine, and of this process and its ended children."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
+
+
+_began, _busy_before = time.monotonic(), _busy_seconds()
+
+
+def taken_by_others() -> float:
+    """Return how many cores other processes kept busy since the run began: 0 on a machine left alone."""
+    everybody, own = (after - before for after, before in zip(_busy_seconds(), _busy_before, strict=True))
+    return round(max(0.0, everybody - own) / (time.monotonic() - _began), 2)
+
+
+def cpu_name() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def measure_limits(threads: int) -> None:
@@ -40,4 +66,9 @@ def facts() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"cores": len(sched_getaffinity(0)), "versions": versions, "limits": limits()}
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "taken_by_others": taken_by_others(),
+        "versions": versions | peers,
+        "limits": limits(),
+    }

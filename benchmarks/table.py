@@ -301,7 +301,11 @@ def trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
         "datetime": run["datetime"],
         "machine_info": {
             "cpu": cpu if isinstance(cpu, str) else cpu.get("brand_raw", ""),
-            **{name: machine[name] for name in ("cores", "system", "versions", "limits") if name in machine},
+            **{
+                name: machine[name]
+                for name in ("cores", "taken_by_others", "system", "versions", "limits")
+                if name in machine
+            },
         },
         "benchmarks": [
             {
@@ -335,7 +339,8 @@ def markdown_of(runs: Sequence[Mapping[str, Any]]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
         machines.append(
             f"- {run['datetime'][:10]}: {machine['cpu']}, {machine.get('cores', '?')} cores; {versions}. "
-            f"Limits: {limits_line(machine.get('limits', {}))}."
+            f"Limits: {limits_line(machine.get('limits', {}))}. "
+            f"Other processes kept {machine.get('taken_by_others', '?')} cores busy."
         )
     targets = target_rows(found)
     missed = [row for row in targets[1:] if row[-1] != "met"]

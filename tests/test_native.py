@@ -9,6 +9,7 @@ from importlib import metadata, resources
 import pytest
 import torch
 
+from pydefect import _native
 from pydefect.buildinfo import build_info
 from pydefect.ops import _library
 
@@ -51,6 +52,19 @@ def test_cuda_library_is_there_where_nvcc_was():
 
 def test_cuda_library_is_loaded_only_with_a_device():
     assert build_info().cuda_kernels_loaded == (torch.cuda.is_available() and build_info().nvcc is not None)
+
+
+def test_machine_limits_are_measured():
+    limits = _native.machine_limits(2)
+    assert limits["float32_gflops"] > 0
+    assert limits["copy_gbs"] > 0
+    # The machine's, not the level's that is in use.
+    assert (limits["bf16_gflops"] > 0) == ("avx512bf16" in build_info().cpu_levels_usable)
+
+
+def test_machine_limits_need_a_thread():
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        _native.machine_limits(0)
 
 
 def test_missing_library_says_how_to_build(monkeypatch):
