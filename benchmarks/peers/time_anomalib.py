@@ -112,7 +112,8 @@ def training_step(task: dict[str, Any]) -> Callable[[], None]:
 
     def step() -> None:
         optimiser.zero_grad()
-        loss(model(images)).backward()
+        # As anomalib does: the radius is part of one graph for all steps.
+        loss(model(images)).backward(retain_graph=True)
         optimiser.step()
 
     return step
