@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import machine
+import peak_memory
 import pytest
 import torch
 from table import as_text, limits_line, measurements, name_contenders, result_rows
@@ -29,26 +28,15 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def _peak_resident_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def _peak_bytes_of(call: Callable[[], Any], device: str) -> int:
+def _peak_mib(call: Callable[[], Any], device: str) -> float:
     """Memory that the call needs beyond what is in use before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # What earlier calls freed goes back to the system, or this one would get it for nothing.
-    ctypes.CDLL(None).malloc_trim(0)
-    # Linux sets the high-water mark back to what is in use now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _peak_resident_bytes()
+    if device == "cpu":
+        return peak_memory.peak_mib(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
-    return _peak_resident_bytes() - before
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 @pytest.fixture
@@ -80,7 +68,7 @@ def measure(benchmark: Any, device: str) -> Callable[..., None]:
         if str(threads) not in machine.limits():
             machine.measure_limits(threads)
         benchmark.group = f"{group} {device}"
-        benchmark.extra_info["peak_mib"] = round(_peak_bytes_of(timed, device) / 2**20, 1)
+        benchmark.extra_info["peak_mib"] = _peak_mib(timed, device)
         benchmark.extra_info |= {"contender": contender, "threads": threads, "precision": precision}
         benchmark.extra_info |= {"flops": flops, "traffic": traffic}
         benchmark.pedantic(timed, rounds=7, warmup_rounds=2)

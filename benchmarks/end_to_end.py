@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -24,11 +25,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import machine
 import torch
+from peak_memory import peak_mib
 
 import pydefect
 from pydefect.backbones import build_backbone
@@ -65,10 +68,15 @@ def peer_times(python: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Let the peers' environment do the task."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(task, Path(folder) / "task.pt")
-        script = Path(__file__).parent / "peers" / "time_anomalib.py"
+        script = Path(__file__).absolute().parent / "peers" / "time_anomalib.py"
         # In that folder: whatever a peer writes goes away with it.
         done = subprocess.run(
-            [python, script, "task.pt", "times.json"], cwd=folder, check=False, capture_output=True, text=True
+            [python, script, "task.pt", "times.json"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+            check=False,
+            capture_output=True,
+            text=True,
         )
         if done.returncode:
             raise RuntimeError(f"{script.name} failed:\n{done.stderr}")
@@ -99,6 +107,7 @@ def score(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[s
     images = read_inputs([sample.image for sample in dataset.test[: max(arguments.batches)]], arguments.size)
     weights = build_backbone(arguments.backbone, arguments.weights).state_dict()
     times: dict[tuple[str, int], list[float]] = {}
+    peaks: dict[tuple[str, int], float] = {}
     detectors = {}
     for name, settings in precisions():
         detectors[name] = pydefect.fit(
@@ -114,7 +123,7 @@ def score(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[s
         for name, detector in detectors.items():
             for batch in arguments.batches:
                 part = images[:batch]
-                detector.predict(part)
+                peaks[name, batch] = peak_mib(partial(detector.predict, part))
                 for _ in range(arguments.rounds):
                     began = time.perf_counter()
                     detector.predict(part)
@@ -139,9 +148,12 @@ def score(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[s
         for peer, by_batch in found["times"].items():
             for batch in arguments.batches:
                 times.setdefault((peer, batch), []).extend(by_batch[str(batch)])
+                peaks[peer, batch] = found["peak_mib"][peer][str(batch)]
     for (name, batch), measured in times.items():
         group = f"score {arguments.backbone} batch {batch}"
-        yield record(group, name, arguments.threads, measured, f"{arguments.size} px")
+        line = record(group, name, arguments.threads, measured, f"{arguments.size} px")
+        line["extra_info"]["peak_mib"] = peaks[name, batch]
+        yield line
 
 
 def fit_seconds(arguments: argparse.Namespace, files: list[Path], **settings: Any) -> float:

@@ -312,7 +312,7 @@ def trimmed(run: Mapping[str, Any]) -> dict[str, Any]:
                 "group": bench["group"],
                 "name": bench["name"],
                 "stats": {
-                    name: float(f"{bench['stats'][name]:.4g}")
+                    name: float(f"{bench['stats'][name]:.6g}")
                     for name in ("min", "q1", "median", "q3", "max", "rounds")
                 },
                 "extra_info": bench["extra_info"],

@@ -1,6 +1,6 @@
 """Times anomalib's models on the task that end_to_end.py gives; runs in the peers' environment.
 
-    PEERS/bin/python benchmarks/peers/time_anomalib.py task.pt times.json
+    PYTHONPATH=benchmarks PEERS/bin/python benchmarks/peers/time_anomalib.py task.pt times.json
 
 The task holds the images as network input, the backbone's weights and what is to be timed. Nothing is
 downloaded: the models are built without weights and take the task's. Banks have the sizes that a fit on all
@@ -14,10 +14,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peak_memory import peak_mib
 from torch import Tensor, nn
 
 
@@ -128,17 +130,18 @@ def main() -> None:
     torchvision.models.get_model_weights = lambda name: SimpleNamespace(DEFAULT=None)
     from importlib.metadata import version
 
-    found: dict[str, Any] = {"versions": {"anomalib": version("anomalib")}, "times": {}}
+    found: dict[str, Any] = {"versions": {"anomalib": version("anomalib")}, "times": {}, "peak_mib": {}}
     if task["what"] == "score":
         for name, build in MODELS.items():
             model = build(task)
+            found["peak_mib"][name] = {}
             with torch.inference_mode():
-                found["times"][name] = {
-                    str(batch): times_of(
-                        lambda model=model, batch=batch: model(task["images"][:batch]), task["rounds"]
-                    )
-                    for batch in task["batches"]
-                }
+                found["times"][name] = {}
+                for batch in task["batches"]:
+                    images = task["images"][:batch]
+                    call = partial(model, images)
+                    found["peak_mib"][name][str(batch)] = peak_mib(call)
+                    found["times"][name][str(batch)] = times_of(call, task["rounds"])
     else:
         found["times"]["step"] = times_of(training_step(task), task["rounds"])
     with open(sys.argv[2], "w") as file:
