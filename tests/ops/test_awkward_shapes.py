@@ -161,7 +161,6 @@ OPERATORS: dict[str, Operator] = {
         },
         # A single point has no mean distance to be measured by.
         allowed=lambda sizes: sizes["N"] > 1,
-        composed=True,
         gradients=("z",),
     ),
     "project_levels": Operator(
@@ -329,7 +328,8 @@ def test_not_finite_values_have_a_defined_result(name, data):
 @given(data=st.data())
 def test_gradients_agree_with_the_twins(name, data):
     operator = OPERATORS[name]
-    problem = _draw(operator, data, "normal", layouts=True)
+    # Not expanded: where points coincide, ties and rounding decide what a gradient is.
+    problem = _draw(operator, data, "normal", layouts=False)
     gradients = []
     for implementation in (operator.call, operator.twin):
         tensors = {
