@@ -30,6 +30,11 @@ struct SimdBase {
   using type = __m512;
 
   static type load(const float* from) { return _mm512_loadu_ps(from); }
+  // The first `count` values, zero past them.
+  static type load_some(const float* from, int64_t count) {
+    const uint32_t mask = count >= lanes ? 0xffffu : (1u << count) - 1u;
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+  }
   static void store(float* to, type value) { _mm512_storeu_ps(to, value); }
   static type broadcast(float value) { return _mm512_set1_ps(value); }
   static type multiply_add(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
@@ -40,6 +45,34 @@ struct SimdBase {
   static type where_greater(type a, type b, type value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), value);
   }
+
+  // Rows become columns.
+  static void transpose(type (&rows)[lanes]) {
+    type quarters[4][4];  // [q][j]: in its 128-bit lane l, column 4 l + j of the rows 4 q to 4 q + 3
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const type* row = rows + 4 * q;
+      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1]));
+      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
+      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3]));
+      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
+      quarters[q][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+      quarters[q][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+      quarters[q][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+      quarters[q][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const type even_top = _mm512_shuffle_f32x4(quarters[0][j], quarters[1][j], 0x88);
+      const type odd_top = _mm512_shuffle_f32x4(quarters[0][j], quarters[1][j], 0xdd);
+      const type even_bottom = _mm512_shuffle_f32x4(quarters[2][j], quarters[3][j], 0x88);
+      const type odd_bottom = _mm512_shuffle_f32x4(quarters[2][j], quarters[3][j], 0xdd);
+      rows[j] = _mm512_shuffle_f32x4(even_top, even_bottom, 0x88);
+      rows[4 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88);
+      rows[8 + j] = _mm512_shuffle_f32x4(even_top, even_bottom, 0xdd);
+      rows[12 + j] = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xdd);
+    }
+  }
 };
 
 #elif defined(__AVX2__)
@@ -49,6 +82,12 @@ struct SimdBase {
   using type = __m256;
 
   static type load(const float* from) { return _mm256_loadu_ps(from); }
+  // The first `count` values, zero past them.
+  static type load_some(const float* from, int64_t count) {
+    if (count >= lanes) return load(from);
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), places));
+  }
   static void store(float* to, type value) { _mm256_storeu_ps(to, value); }
   static type broadcast(float value) { return _mm256_set1_ps(value); }
   static type multiply_add(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
@@ -61,6 +100,28 @@ struct SimdBase {
   static type where_greater(type a, type b, type value) {
     return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), value);
   }
+
+  // Rows become columns.
+  static void transpose(type (&rows)[lanes]) {
+    type halves[2][4];  // [h][j]: in its 128-bit lane l, column 4 l + j of the rows 4 h to 4 h + 3
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const type* row = rows + 4 * h;
+      const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(row[0], row[1]));
+      const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(row[0], row[1]));
+      const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(row[2], row[3]));
+      const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(row[2], row[3]));
+      halves[h][0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+      halves[h][1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+      halves[h][2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+      halves[h][3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      rows[j] = _mm256_permute2f128_ps(halves[0][j], halves[1][j], 0x20);
+      rows[4 + j] = _mm256_permute2f128_ps(halves[0][j], halves[1][j], 0x31);
+    }
+  }
 };
 
 #else  // any processor: GCC's generic vectors, which are SSE2 on x86-64 and NEON on 64-bit Arm
@@ -72,6 +133,12 @@ struct SimdBase {
   static type load(const float* from) {
     type value;
     std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  // The first `count` values, zero past them.
+  static type load_some(const float* from, int64_t count) {
+    type value = {};
+    for (int64_t i = 0; i < lanes && i < count; ++i) value[i] = from[i];
     return value;
   }
   static void store(float* to, type value) { std::memcpy(to, &value, sizeof(value)); }
@@ -87,6 +154,12 @@ struct SimdBase {
     return (larger[0] & 1u) | (larger[1] & 2u) | (larger[2] & 4u) | (larger[3] & 8u);
   }
   static type where_greater(type a, type b, type value) { return a > b ? value : type{}; }
+
+  // Rows become columns.
+  static void transpose(type (&rows)[lanes]) {
+    const type copies[lanes] = {rows[0], rows[1], rows[2], rows[3]};
+    for (int c = 0; c < lanes; ++c) rows[c] = type{copies[0][c], copies[1][c], copies[2][c], copies[3][c]};
+  }
 };
 
 #endif
