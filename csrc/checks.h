@@ -49,7 +49,7 @@ inline void check_float_matrix(const char* op, const char* name, const Tensor& t
 // Lets kernels count rows and columns, a tile past the end included, in 32 bits.
 constexpr int64_t kDimensionLimit = int64_t{1} << 30;
 
-inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k) {
+inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k, const std::string& precision) {
   check_float_matrix("knn", "queries", queries);
   check_float_matrix("knn", "bank", bank);
   check(queries.device() == bank.device(), "knn: queries and bank must be on one device");
@@ -61,6 +61,8 @@ inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k) {
         "knn: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ", bank.size(1));
   check(k >= 1 && k <= bank.size(0), "knn: k must be between 1 and the ", bank.size(0), " rows of bank, got ",
         k);
+  check(precision == "float32" || precision == "bf16", "knn: precision must be 'float32' or 'bf16', got '",
+        precision, "'");
 }
 
 inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, const Tensor& neighbors,

@@ -16,7 +16,9 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
   library.def(
       "kcenter_reduce(Tensor centres, Tensor added, int m, Tensor? distances) -> "
       "(Tensor chosen, Tensor squared_radius, Tensor chosen_distances)");
-  library.def("knn(Tensor queries, Tensor bank, int k) -> (Tensor distances, Tensor indices)");
+  library.def(
+      "knn(Tensor queries, Tensor bank, int k, *, str precision=\"float32\") -> "
+      "(Tensor distances, Tensor indices)");
   library.def(
       "relaxed_contrastive(Tensor z, Tensor z_target, Tensor neighbors, float alpha, float sigma, float "
       "margin, "

@@ -10,7 +10,11 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -27,18 +31,29 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The packed part of the bank stays this small, whatever the bank's size.
 constexpr int64_t kPackedBytes = int64_t{64} << 20;
 // Tiles of queries that share one pass over the bank: a panel is read from L2 once for all of them.
-constexpr int64_t kTilesPerPass = 8;
+constexpr int64_t kTilesPerGroup = 8;
+// Groups are made smaller where there would be fewer than this to share among threads.
+constexpr int64_t kFewGroups = 16;
 // With fewer queries than this, packing the bank costs more than it saves.
 constexpr int64_t kFewQueries = 16;
 // Sorted insertion is quick for short lists only.
 constexpr int64_t kLongestList = 1024;
+// Rows of the bank that its centre is the mean of, at most: any centre will do.
+constexpr int64_t kCentreRows = 1024;
+// Queries that try out the bf16 search, spread over all of them.
+constexpr int64_t kTrialQueries = 56;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 struct Matrix {
   const float* data;
   int64_t rows;
   int64_t width;
+  int64_t stride;  // from row to row
 
-  const float* row(int64_t index) const { return data + index * width; }
+  const float* row(int64_t index) const { return data + index * stride; }
 };
 
 struct Candidate {
@@ -46,150 +61,91 @@ struct Candidate {
   int32_t row;
 };
 
-// Every query's best rows so far, best score first.
-class CandidateLists {
+// For each query of a group: the k best scores so far, and every row whose score lies within a margin of the
+// k-th best, or did when it came.
+class Shortlists {
  public:
-  CandidateLists(int64_t queries, int64_t capacity)
-      : capacity_(capacity),
-        items_(static_cast<size_t>(queries * capacity)),
-        sizes_(static_cast<size_t>(queries), 0) {}
+  // The lists hold as many rows more than k as pay: measuring `bank_rows / 16` rows takes about a quarter of
+  // the time that scoring all of them takes.
+  Shortlists(int64_t queries, int64_t k, int64_t bank_rows)
+      : k_(k),
+        spare_(std::min(std::clamp<int64_t>(bank_rows / 16, 60, 252), bank_rows - k)),
+        capacity_(k + spare_),
+        thresholds_(queries),
+        best_(static_cast<size_t>(queries * k)),
+        items_(queries * capacity_),
+        margins_(static_cast<size_t>(queries)),
+        counts_(static_cast<size_t>(queries)),
+        sizes_(static_cast<size_t>(queries)) {}
 
-  const Candidate* begin(int64_t query) const { return items_.data() + query * capacity_; }
-  int64_t size(int64_t query) const { return sizes_[static_cast<size_t>(query)]; }
-  bool full(int64_t query) const { return size(query) == capacity_; }
-
-  // Only a larger score enters; NaN and -infinity never do.
-  float threshold(int64_t query) const {
-    return full(query) ? begin(query)[capacity_ - 1].score : -kInfinity;
+  void start(int64_t query, VectorSize size, double margin) {
+    sizes_[static_cast<size_t>(query)] = size;
+    margins_[static_cast<size_t>(query)] = static_cast<float>(margin);
+    counts_[static_cast<size_t>(query)] = 0;
+    thresholds_.data()[query] = -kInfinity;
+    std::fill_n(best_.data() + query * k_, k_, -kInfinity);
   }
+
+  // Nothing enters any more.
+  void close(int64_t query) { thresholds_.data()[query] = kInfinity; }
+
+  VectorSize size(int64_t query) const { return sizes_[static_cast<size_t>(query)]; }
+
+  // Only larger scores enter; NaN and -infinity never do. Never falls.
+  const float* thresholds() const { return thresholds_.data(); }
 
   void insert(int64_t query, Candidate candidate) {
-    if (!(candidate.score > threshold(query))) return;
-    int64_t& size = sizes_[static_cast<size_t>(query)];
-    if (size < capacity_) ++size;
-    Candidate* first = items_.data() + query * capacity_;
-    Candidate* last = first + size - 1;
-    Candidate* at = std::upper_bound(
-        first, last, candidate, [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
-    std::move_backward(at, last, last + 1);
-    *at = candidate;
-  }
-
- private:
-  int64_t capacity_;
-  std::vector<Candidate> items_;
-  std::vector<int64_t> sizes_;
-};
-
-double squared_norm(const float* row, int64_t width) {
-  double sum = 0.0;
-  for (int64_t d = 0; d < width; ++d) sum += static_cast<double>(row[d]) * row[d];
-  return sum;
-}
-
-// Infinity where there is a NaN: no query is certified then.
-double largest(const std::vector<double>& values) {
-  double result = 0.0;
-  for (const double value : values) {
-    if (std::isnan(value)) return std::numeric_limits<double>::infinity();
-    result = std::max(result, value);
-  }
-  return result;
-}
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-// A part of the bank as panels of `columns` rows: [panel][1 + width][columns], the first line of a panel
-// being the scores' start values -|y|^2 / 2. Columns past the last row start at -infinity and so never win.
-class PackedBank {
- public:
-  PackedBank(int columns, int64_t width, int64_t most_rows)
-      : columns_(columns), width_(width), panels_(divide_up(most_rows, columns) * panel_size()) {}
-
-  void pack(const Matrix& bank, const std::vector<double>& squared_norms, int64_t first, int64_t last) {
-    first_row_ = first;
-    panel_count_ = divide_up(last - first, columns_);
-    torch::stable::parallel_for(0, panel_count_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t panel = begin; panel < end; ++panel) pack_panel(bank, squared_norms, panel, last);
-    });
-  }
-
-  int64_t panel_count() const { return panel_count_; }
-  const float* panel(int64_t index) const { return panels_.data() + index * panel_size(); }
-  int64_t row_of(int64_t panel) const { return first_row_ + panel * columns_; }
-
- private:
-  int64_t panel_size() const { return (1 + width_) * columns_; }
-
-  void pack_panel(const Matrix& bank, const std::vector<double>& squared_norms, int64_t panel, int64_t last) {
-    float* to = panels_.data() + panel * panel_size();
-    const int64_t first = row_of(panel);
-    const int64_t filled = std::min<int64_t>(columns_, last - first);
-    std::fill(to, to + panel_size(), 0.0f);
-    std::fill(to + filled, to + columns_, -kInfinity);
-    for (int64_t c = 0; c < filled; ++c) {
-      const float* row = bank.row(first + c);
-      to[c] = static_cast<float>(-0.5 * squared_norms[static_cast<size_t>(first + c)]);
-      for (int64_t d = 0; d < width_; ++d) to[(1 + d) * columns_ + c] = row[d];
-    }
-  }
-
-  int64_t columns_;
-  int64_t width_;
-  int64_t first_row_ = 0;
-  int64_t panel_count_ = 0;
-  AlignedBuffer<float> panels_;
-};
-
-// Writes rows first.. of the queries as [width][rows of a tile]; missing rows are zero.
-void pack_queries(const Matrix& queries, int64_t first, int tile_rows, float* to) {
-  const int64_t filled = std::min<int64_t>(tile_rows, queries.rows - first);
-  for (int64_t d = 0; d < queries.width; ++d, to += tile_rows) {
-    for (int64_t r = 0; r < filled; ++r) to[r] = queries.row(first + r)[d];
-    std::fill(to + filled, to + tile_rows, 0.0f);
-  }
-}
-
-// Shows one panel to one tile of queries.
-void search_panel(const KnnKernel& kernel, const float* tile, const float* panel, int64_t width,
-                  int64_t first_query, int64_t filled, int64_t first_row, CandidateLists& lists) {
-  float thresholds[32];
-  float scores[32 * 32];
-  uint32_t hits[32];
-  for (int64_t r = 0; r < kernel.rows; ++r) {
-    thresholds[r] = r < filled ? lists.threshold(first_query + r) : kInfinity;
-  }
-  if (!kernel.score_tile(tile, panel, width, thresholds, scores, hits)) return;
-  for (int64_t r = 0; r < filled; ++r) {
-    for (uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
-      const int column = std::countr_zero(bits);
-      lists.insert(first_query + r,
-                   {scores[r * kernel.columns + column], static_cast<int32_t>(first_row + column)});
-    }
-  }
-}
-
-// Shows the packed part of the bank to the tiles begin..end of the queries.
-void search_tiles(const KnnKernel& kernel, const Matrix& queries, const PackedBank& packed, int64_t begin,
-                  int64_t end, CandidateLists& lists) {
-  const int64_t tile_size = kernel.rows * queries.width;
-  AlignedBuffer<float> tiles(std::min(kTilesPerPass, end - begin) * tile_size);
-  for (int64_t first = begin; first < end; first += kTilesPerPass) {
-    const int64_t last = std::min(first + kTilesPerPass, end);
-    for (int64_t t = first; t < last; ++t) {
-      pack_queries(queries, t * kernel.rows, kernel.rows, tiles.data() + (t - first) * tile_size);
-    }
-    for (int64_t p = 0; p < packed.panel_count(); ++p) {
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t query = t * kernel.rows;
-        search_panel(kernel, tiles.data() + (t - first) * tile_size, packed.panel(p), queries.width, query,
-                     std::min<int64_t>(kernel.rows, queries.rows - query), packed.row_of(p), lists);
+    float& threshold = thresholds_.data()[query];
+    if (!(candidate.score > threshold)) return;
+    int64_t& count = counts_[static_cast<size_t>(query)];
+    if (count == capacity_) {
+      keep_good(query);
+      // Making room again and again would cost more than it brings.
+      if (4 * (count - k_) > 3 * spare_) {
+        count = -1;
+        close(query);
+        return;
       }
     }
+    items_.data()[query * capacity_ + count] = candidate;
+    ++count;
+    float* const first = best_.data() + query * k_;
+    float* at = first + k_ - 1;
+    if (!(candidate.score > *at)) return;
+    if (k_ <= 8) {
+      for (; at > first && at[-1] < candidate.score; --at) *at = at[-1];
+    } else {
+      at = std::upper_bound(first, at, candidate.score, std::greater<>());
+      std::move_backward(at, first + k_ - 1, first + k_);
+    }
+    *at = candidate.score;
+    threshold = first[k_ - 1] - margins_[static_cast<size_t>(query)];
   }
-}
+
+  // Drops the rows that the k-th best has left behind; false where there were too many to keep.
+  bool keep_good(int64_t query) {
+    int64_t& count = counts_[static_cast<size_t>(query)];
+    if (count < 0) return false;
+    Candidate* const first = items_.data() + query * capacity_;
+    const float threshold = thresholds_.data()[query];
+    count = std::remove_if(first, first + count, [=](Candidate c) { return !(c.score > threshold); }) - first;
+    return true;
+  }
+
+  const Candidate* begin(int64_t query) const { return items_.data() + query * capacity_; }
+  int64_t count(int64_t query) const { return counts_[static_cast<size_t>(query)]; }
+
+ private:
+  int64_t k_;
+  int64_t spare_;
+  int64_t capacity_;
+  AlignedBuffer<float> thresholds_;
+  std::vector<float> best_;
+  AlignedBuffer<Candidate> items_;
+  std::vector<float> margins_;
+  std::vector<int64_t> counts_;  // -1: too many
+  std::vector<VectorSize> sizes_;
+};
 
 struct Answer {
   float* distances;
@@ -204,78 +160,258 @@ struct Answer {
   }
 };
 
+// What measuring a query's rows needs; one for each thread.
+struct Workspace {
+  std::vector<int32_t> rows;
+  std::vector<float> distances;
+  std::vector<RankingKey> keys;
+
+  void measure(const KnnKernel& kernel, const float* query, const Matrix& bank, int64_t best) {
+    const size_t count = rows.size();
+    distances.resize(count);
+    keys.resize(count);
+    kernel.squared_distances(query, bank.data, bank.width, rows.data(), static_cast<int64_t>(count),
+                             distances.data());
+    for (size_t i = 0; i < count; ++i) keys[i] = ranking_key(distances[i], rows[i]);
+    std::partial_sort(keys.begin(), keys.begin() + best, keys.end());
+  }
+};
+
 void search_exhaustively(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, int64_t query,
-                         std::vector<RankingKey>& keys, const Answer& answer) {
-  keys.resize(static_cast<size_t>(bank.rows));
-  for (int64_t row = 0; row < bank.rows; ++row) {
-    keys[static_cast<size_t>(row)] =
-        ranking_key(kernel.squared_distance(queries.row(query), bank.row(row), bank.width), row);
-  }
-  std::partial_sort(keys.begin(), keys.begin() + answer.k, keys.end());
-  answer.write(query, keys.data());
+                         Workspace& workspace, const Answer& answer) {
+  workspace.rows.resize(static_cast<size_t>(bank.rows));
+  std::iota(workspace.rows.begin(), workspace.rows.end(), 0);
+  workspace.measure(kernel, queries.row(query), bank, answer.k);
+  answer.write(query, workspace.keys.data());
 }
 
-// Measures the query's candidates directly. False where a row that is no candidate might belong in the
-// answer.
-bool rank_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, double bank_norm,
-                     const CandidateLists& lists, int64_t query, std::vector<RankingKey>& keys,
-                     const Answer& answer) {
-  const int64_t size = lists.size(query);
-  if (size < std::min(answer.k + kSpareCandidates, bank.rows)) return false;
-  keys.resize(static_cast<size_t>(size));
-  for (int64_t i = 0; i < size; ++i) {
-    const int32_t row = lists.begin(query)[i].row;
-    keys[static_cast<size_t>(i)] =
-        ranking_key(kernel.squared_distance(queries.row(query), bank.row(row), bank.width), row);
+// About the mean of the bank's rows.
+std::vector<float> centre_of(const Matrix& bank) {
+  const int64_t step = divide_up(bank.rows, kCentreRows);
+  std::vector<float> centre(static_cast<size_t>(bank.width), 0.0f);
+  for (int64_t row = 0; row < bank.rows; row += step) {
+    const float* from = bank.row(row);
+    for (int64_t d = 0; d < bank.width; ++d) centre[static_cast<size_t>(d)] += from[d];
   }
-  std::sort(keys.begin(), keys.end());
-  const double query_norm = std::sqrt(squared_norm(queries.row(query), queries.width));
-  const double kth = key_distance(keys[static_cast<size_t>(answer.k - 1)]);
-  if (size < bank.rows &&
-      !no_closer_row_outside(query_norm, bank_norm, lists.threshold(query), kth, bank.width)) {
-    return false;
-  }
-  answer.write(query, keys.data());
-  return true;
+  const float rows = static_cast<float>(divide_up(bank.rows, step));
+  for (float& value : centre) value /= rows;
+  return centre;
 }
 
-void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank,
-                          const Answer& answer) {
-  std::vector<double> squared_norms(static_cast<size_t>(bank.rows));
-  torch::stable::parallel_for(0, bank.rows, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      squared_norms[static_cast<size_t>(row)] = squared_norm(bank.row(row), bank.width);
+// The search by candidates, in float32 or in bf16.
+class Search {
+ public:
+  Search(const KnnKernel& kernel, const KnnScoring& scoring, const Matrix& bank, int64_t k)
+      : kernel_(kernel),
+        scoring_(scoring),
+        bank_(bank),
+        k_(k),
+        words_(divide_up(bank.width, scoring.elements)),
+        panel_size_((1 + words_) * kernel.columns),
+        centre_(centre_of(bank)),
+        squared_norms_(static_cast<size_t>(bank.rows)),
+        part_rows_(std::clamp<int64_t>(
+            kPackedBytes / static_cast<int64_t>(sizeof(float)) / panel_size_ * kernel.columns, kernel.columns,
+            divide_up(bank.rows, kernel.columns) * kernel.columns)),
+        panels_(part_rows_ / kernel.columns * panel_size_) {
+    measure_bank();
+    pack(0);
+  }
+
+  // Whether few enough candidates of queries like these are left to be measured.
+  bool pays(const Matrix& queries) const {
+    const int64_t step = divide_up(queries.rows, kTrialQueries);
+    const Matrix some{queries.data, queries.rows / step, queries.width, step * queries.stride};
+    Shortlists lists = lists_for(divide_up(some.rows, kernel_.rows));
+    start(some, 0, some.rows, lists);
+    show_panels(some, 0, some.rows, lists);
+    int64_t measured = 0;
+    for (int64_t query = 0; query < some.rows; ++query) {
+      measured += lists.keep_good(query) ? lists.count(query) : bank_.rows;
     }
-  });
-  const double bank_norm = std::sqrt(largest(squared_norms));
+    // Scoring in bf16 saves the time in which a sixth of the bank is measured; half of that must be left.
+    return measured <= some.rows * (k_ + bank_.rows / 12);
+  }
 
-  CandidateLists lists(queries.rows, std::min(answer.k + kSpareCandidates, bank.rows));
-  const int64_t most_rows = std::clamp<int64_t>(
-      kPackedBytes / static_cast<int64_t>(sizeof(float)) / (bank.width + 1) / kernel.columns * kernel.columns,
-      kernel.columns, divide_up(bank.rows, kernel.columns) * kernel.columns);
-  PackedBank packed(kernel.columns, bank.width, most_rows);
-  for (int64_t first = 0; first < bank.rows; first += most_rows) {
-    packed.pack(bank, squared_norms, first, std::min(first + most_rows, bank.rows));
-    torch::stable::parallel_for(0, divide_up(queries.rows, kernel.rows), 1, [&](int64_t begin, int64_t end) {
-      search_tiles(kernel, queries, packed, begin, end, lists);
+  void run(const Matrix& queries, const Answer& answer) {
+    const int64_t tiles = divide_up(queries.rows, kernel_.rows);
+    const int64_t group_tiles = std::clamp<int64_t>(tiles / kFewGroups, 1, kTilesPerGroup);
+    const int64_t group_queries = group_tiles * kernel_.rows;
+    const int64_t groups = divide_up(tiles, group_tiles);
+    const bool one_part = part_rows_ >= bank_.rows;
+    // Where the bank comes in parts, the lists of all queries wait for the last one.
+    std::vector<Shortlists> waiting;
+    if (!one_part) waiting.reserve(static_cast<size_t>(groups));
+    for (int64_t group = 0; !one_part && group < groups; ++group) waiting.push_back(lists_for(group_tiles));
+    for (int64_t first_row = 0; first_row < bank_.rows; first_row += part_rows_) {
+      if (first_row != packed_row_) pack(first_row);
+      const bool last_part = first_row + part_rows_ >= bank_.rows;
+      torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+        std::optional<Shortlists> own;
+        if (one_part) own.emplace(lists_for(group_tiles));
+        Workspace workspace;
+        for (int64_t group = begin; group < end; ++group) {
+          Shortlists& lists = one_part ? *own : waiting[static_cast<size_t>(group)];
+          const int64_t first = group * group_queries;
+          const int64_t last = std::min(first + group_queries, queries.rows);
+          if (first_row == 0) start(queries, first, last, lists);
+          show_panels(queries, first, last, lists);
+          for (int64_t query = first; last_part && query < last; ++query) {
+            if (!rank(queries, query, lists, query - first, workspace, answer)) {
+              search_exhaustively(kernel_, queries, bank_, query, workspace, answer);
+            }
+          }
+        }
+      });
+    }
+  }
+
+ private:
+  Shortlists lists_for(int64_t tiles) const { return {tiles * kernel_.rows, k_, bank_.rows}; }
+
+  VectorSize size_of(PackedSize measured) const {
+    if (scoring_.elements == 1) return {std::sqrt(measured.squared_norm)};
+    // The roundings' sum was made in float32 and may have underflowed.
+    const double rounding = measured.squared_rounding * (1.0 + rounding_growth(bank_.width)) +
+                            static_cast<double>(bank_.width) * std::numeric_limits<float>::min();
+    return {std::sqrt(measured.squared_norm), std::sqrt(rounding)};
+  }
+
+  void measure_bank() {
+    std::vector<double> roundings(static_cast<size_t>(bank_.rows));
+    torch::stable::parallel_for(0, bank_.rows, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const PackedSize size = scoring_.measure(bank_.row(row), bank_.width, centre_.data());
+        squared_norms_[static_cast<size_t>(row)] = size.squared_norm;
+        roundings[static_cast<size_t>(row)] = size.squared_rounding;
+      }
+    });
+    bank_size_ = size_of({largest(squared_norms_), largest(roundings)});
+  }
+
+  // Infinity where there is a NaN: no query is certified then.
+  static double largest(const std::vector<double>& values) {
+    double result = 0.0;
+    for (const double value : values) {
+      if (std::isnan(value)) return std::numeric_limits<double>::infinity();
+      result = std::max(result, value);
+    }
+    return result;
+  }
+
+  // Packs the part of the bank that begins at `first_row` as panels [1 + words][columns], the first line of a
+  // panel being the scores' start values -|y|^2 / 2. Columns past the last row start at -infinity: they never
+  // win.
+  void pack(int64_t first_row) {
+    packed_row_ = first_row;
+    packed_panels_ = divide_up(std::min(part_rows_, bank_.rows - first_row), kernel_.columns);
+    torch::stable::parallel_for(0, packed_panels_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) {
+        float* to = panels_.data() + panel * panel_size_;
+        const int64_t first = first_row + panel * kernel_.columns;
+        const int64_t filled = std::min<int64_t>(kernel_.columns, bank_.rows - first);
+        for (int64_t c = 0; c < kernel_.columns; ++c) {
+          to[c] = c < filled ? static_cast<float>(-0.5 * squared_norms_[static_cast<size_t>(first + c)])
+                             : -kInfinity;
+        }
+        scoring_.pack_bank(bank_.row(first), bank_.stride, filled, bank_.width, centre_.data(),
+                           to + kernel_.columns);
+      }
     });
   }
-  torch::stable::parallel_for(0, queries.rows, 16, [&](int64_t begin, int64_t end) {
-    std::vector<RankingKey> keys;
-    for (int64_t query = begin; query < end; ++query) {
-      if (!rank_candidates(kernel, queries, bank, bank_norm, lists, query, keys, answer)) {
-        search_exhaustively(kernel, queries, bank, query, keys, answer);
+
+  // Empty lists for the queries first..last.
+  void start(const Matrix& queries, int64_t first, int64_t last, Shortlists& lists) const {
+    for (int64_t query = first; query < last; ++query) {
+      const VectorSize size = size_of(scoring_.measure(queries.row(query), queries.width, centre_.data()));
+      lists.start(query - first, size, score_margin(size, bank_size_, bank_.width));
+    }
+    for (int64_t slot = last - first; slot % kernel_.rows != 0; ++slot) lists.close(slot);
+  }
+
+  // Shows the packed part of the bank to the queries first..last.
+  void show_panels(const Matrix& queries, int64_t first, int64_t last, Shortlists& lists) const {
+    const int64_t tile_size = kernel_.rows * words_;
+    const int64_t tiles = divide_up(last - first, kernel_.rows);
+    AlignedBuffer<float> packed(tiles * tile_size + 16);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t query = first + t * kernel_.rows;
+      scoring_.pack_queries(queries.row(query), queries.stride, std::min<int64_t>(kernel_.rows, last - query),
+                            queries.width, centre_.data(), packed.data() + t * tile_size);
+    }
+    float scores[32 * 32];
+    uint32_t hits[32];
+    for (int64_t p = 0; p < packed_panels_; ++p) {
+      const float* panel = panels_.data() + p * panel_size_;
+      const int64_t first_row = packed_row_ + p * kernel_.columns;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t slot = t * kernel_.rows;
+        if (!scoring_.score_tile(packed.data() + t * tile_size, panel, words_, lists.thresholds() + slot,
+                                 scores, hits)) {
+          continue;
+        }
+        for (int64_t r = 0; r < kernel_.rows; ++r) {
+          for (uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
+            const int column = std::countr_zero(bits);
+            lists.insert(slot + r,
+                         {scores[r * kernel_.columns + column], static_cast<int32_t>(first_row + column)});
+          }
+        }
       }
     }
-  });
+  }
+
+  // Measures the query's candidates directly. False where a row that is no candidate might belong in the
+  // answer.
+  bool rank(const Matrix& queries, int64_t query, Shortlists& lists, int64_t slot, Workspace& workspace,
+            const Answer& answer) const {
+    if (!lists.keep_good(slot)) return false;
+    const int64_t count = lists.count(slot);
+    if (count < k_) return false;
+    workspace.rows.resize(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) workspace.rows[static_cast<size_t>(i)] = lists.begin(slot)[i].row;
+    workspace.measure(kernel_, queries.row(query), bank_, k_);
+    const double kth = key_distance(workspace.keys[static_cast<size_t>(k_ - 1)]);
+    if (count < bank_.rows && !no_closer_row_outside(lists.size(slot), bank_size_, lists.thresholds()[slot],
+                                                     kth, bank_.width, true)) {
+      return false;
+    }
+    answer.write(query, workspace.keys.data());
+    return true;
+  }
+
+  const KnnKernel& kernel_;
+  const KnnScoring& scoring_;
+  const Matrix& bank_;
+  int64_t k_;
+  int64_t words_;  // of a packed row
+  int64_t panel_size_;
+  std::vector<float> centre_;
+  std::vector<double> squared_norms_;  // of the bank's rows less the centre
+  VectorSize bank_size_{};
+  int64_t part_rows_;  // of the bank that are packed at a time
+  AlignedBuffer<float> panels_;
+  int64_t packed_row_ = 0;
+  int64_t packed_panels_ = 0;
+};
+
+void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, bool bf16,
+                          const Answer& answer) {
+  if (bf16 && kernel.bf16.elements != 0) {
+    Search search(kernel, kernel.bf16, bank, answer.k);
+    if (search.pays(queries)) return search.run(queries, answer);
+  }
+  Search(kernel, kernel.float32, bank, answer.k).run(queries, answer);
 }
 
-std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k) {
-  check_knn(queries_given, bank_given, k);
+std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k,
+                               const std::string& precision) {
+  check_knn(queries_given, bank_given, k, precision);
   const Tensor queries = in_order("knn", "queries", queries_given);
   const Tensor bank = in_order("knn", "bank", bank_given);
-  const Matrix q{queries.const_data_ptr<float>(), queries.size(0), queries.size(1)};
-  const Matrix b{bank.const_data_ptr<float>(), bank.size(0), bank.size(1)};
+  const int64_t width = queries.size(1);
+  const Matrix q{queries.const_data_ptr<float>(), queries.size(0), width, width};
+  const Matrix b{bank.const_data_ptr<float>(), bank.size(0), width, width};
   Tensor distances = torch::stable::new_empty(queries, {q.rows, k});
   Tensor indices = torch::stable::new_empty(queries, {q.rows, k}, torch::headeronly::ScalarType::Long);
   if (q.rows == 0) return {distances, indices};
@@ -284,13 +420,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_g
   const KnnKernel& kernel = PYDEFECT_ACTIVE_KERNEL(knn_kernel);
   if (q.rows < kFewQueries || k > kLongestList) {
     torch::stable::parallel_for(0, q.rows, 1, [&](int64_t begin, int64_t end) {
-      std::vector<RankingKey> keys;
+      Workspace workspace;
       for (int64_t query = begin; query < end; ++query) {
-        search_exhaustively(kernel, q, b, query, keys, answer);
+        search_exhaustively(kernel, q, b, query, workspace, answer);
       }
     });
   } else {
-    search_by_candidates(kernel, q, b, answer);
+    search_by_candidates(kernel, q, b, precision == "bf16", answer);
   }
   return {distances, indices};
 }

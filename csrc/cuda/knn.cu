@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "../checks.h"
@@ -321,9 +322,10 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
   const double query_norm = sqrt(squared_norm(vector, problem.width, lane));
   if (lane == 0) {
     const double bank_norm = sqrt(__longlong_as_double(static_cast<long long>(*largest_squared_norm)));
-    const bool certain = winners >= problem.k && (winners == problem.bank_rows ||
-                                                  no_closer_row_outside(query_norm, bank_norm, worst,
-                                                                        key_distance(kth), problem.width));
+    const bool certain =
+        winners >= problem.k &&
+        (winners == problem.bank_rows ||
+         no_closer_row_outside({query_norm}, {bank_norm}, worst, key_distance(kth), problem.width, false));
     if (!certain) uncertain_queries[atomicAdd(uncertain_count, 1u)] = query;
   }
 }
@@ -422,8 +424,10 @@ void launch(const Problem& problem, const Tensor& like, int32_t device, cudaStre
   check_launch("knn: search_exhaustively");
 }
 
-std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k) {
-  check_knn(queries_given, bank_given, k);
+std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k,
+                               const std::string& precision) {
+  // The answer is the same for both precisions: "bf16" searches in float32 here.
+  check_knn(queries_given, bank_given, k, precision);
   check(k <= kMostNeighbours, "knn: on CUDA k must be at most ", kMostNeighbours, ", got ", k);
   const int32_t device = queries_given.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

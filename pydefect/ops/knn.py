@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,9 @@ load_cpu_library()
 load_cuda_library()
 
 
-def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def knn(
+    queries: Tensor, bank: Tensor, k: int, *, precision: Literal["float32", "bf16"] = "float32"
+) -> tuple[Tensor, Tensor]:
     """Find the `k` rows of `bank` that are nearest to each row of `queries`.
 
     The answer is that of measuring every pair directly as ``((query - row) ** 2).sum()`` in float32, although
@@ -62,12 +66,16 @@ def knn(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tensor([[0, 2]])
     """
     require_kernels(queries.device)
-    distances, indices = torch.ops.pydefect.knn(queries.detach(), bank.detach(), k)
+    distances, indices = torch.ops.pydefect.knn(
+        queries.detach(), bank.detach(), k, precision=precision
+    )
     return distances, indices
 
 
 @torch.library.register_fake("pydefect::knn")
-def _knn_fake(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _knn_fake(
+    queries: Tensor, bank: Tensor, k: int, *, precision: str = "float32"
+) -> tuple[Tensor, Tensor]:
     torch._check(
         queries.dim() == 2 and bank.dim() == 2, lambda: "knn: queries and bank must have 2 dimensions"
     )
