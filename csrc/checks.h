@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -273,6 +274,42 @@ inline void check_score_maps(const Tensor& distances, int64_t height, int64_t wi
         "score_maps: size must be between 1 and 2^30 pixels each way, got ", height, " and ", width);
   check(sigma >= 0.0 && sigma < kSigmaLimit, "score_maps: sigma must be between 0 and 2^20 pixels, got ",
         sigma);
+}
+
+inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
+                              int64_t distance_power) {
+  check_float_matrix("hypersphere", "features", features);
+  check_float_matrix("hypersphere", "bank", bank);
+  check(features.device() == bank.device(), "hypersphere: features and bank must be on one device");
+  check(features.size(1) >= 1, "hypersphere: features must have a width of at least 1, got 0");
+  check(features.size(1) == bank.size(1), "hypersphere: bank must have the width of features, ",
+        features.size(1), ", got ", bank.size(1));
+  check(bank.size(0) >= 1, "hypersphere: bank must have at least 1 row, got 0");
+  check(k >= 1 && k <= bank.size(0), "hypersphere: k must be between 1 and the ", bank.size(0),
+        " rows of bank, got ", k);
+  check(r >= 0.0 && std::isfinite(r), "hypersphere: r must be a finite number of at least 0, got ", r);
+  check(distance_power == 1 || distance_power == 2, "hypersphere: distance_power must be 1 or 2, got ",
+        distance_power);
+}
+
+// `distances` and `indices` are those that `hypersphere` returned.
+inline void check_hypersphere_backward(const Tensor& grad, const Tensor& features, const Tensor& bank,
+                                       const Tensor& distances, const Tensor& indices,
+                                       int64_t distance_power) {
+  check_float_matrix("hypersphere_backward", "distances", distances);
+  check_hypersphere(features, bank, distances.size(1), 0.0, distance_power);
+  check(grad.dim() == 0 && grad.scalar_type() == torch::headeronly::ScalarType::Float,
+        "hypersphere_backward: grad must be a float32 scalar");
+  check(indices.dim() == 2 && indices.scalar_type() == torch::headeronly::ScalarType::Long,
+        "hypersphere_backward: indices must be an int64 matrix");
+  check(distances.size(0) == features.size(0) && indices.size(0) == features.size(0) &&
+            indices.size(1) == distances.size(1),
+        "hypersphere_backward: distances and indices must have one row for each of features");
+  const int64_t* rows = indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    check(rows[i] >= 0 && rows[i] < bank.size(0), "hypersphere_backward: indices must be rows of bank, got ",
+          rows[i]);
+  }
 }
 
 }  // namespace pydefect

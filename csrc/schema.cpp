@@ -57,4 +57,10 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "score_maps(Tensor distances, SymInt height, SymInt width, float sigma, bool certainty) -> (Tensor "
       "scores, "
       "Tensor maps)");
+  library.def(
+      "hypersphere(Tensor features, Tensor bank, int k, float r, int distance_power) -> "
+      "(Tensor loss, Tensor distances, Tensor indices)");
+  library.def(
+      "hypersphere_backward(Tensor grad, Tensor features, Tensor bank, Tensor distances, Tensor indices, "
+      "float r, int distance_power) -> Tensor");
 }

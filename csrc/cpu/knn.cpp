@@ -1,7 +1,7 @@
 // k-NN on the CPU. Candidates come from the expanded form in register tiles over a packed bank; only winners
 // are measured directly. csrc/knn_certificate.h says why the answer is that of measuring everything directly,
 // so it depends on neither the thread count nor the blocking nor the instruction set.
-#include "kernels/knn.h"
+#include "knn.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,6 +23,7 @@
 #include "../ranking_key.h"
 #include "aligned.h"
 #include "dispatch.h"
+#include "kernels/knn.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -40,6 +41,8 @@ constexpr int64_t kFewQueries = 16;
 constexpr int64_t kLongestList = 1024;
 // Rows of the bank that its centre is the mean of, at most: any centre will do.
 constexpr int64_t kCentreRows = 1024;
+// KnnKernel's rows and columns are at most this.
+constexpr int64_t kMostColumns = 32;
 // Queries that try out the bf16 search, spread over all of them.
 constexpr int64_t kTrialQueries = 56;
 
@@ -73,7 +76,7 @@ class Shortlists {
         capacity_(k + spare_),
         thresholds_(queries),
         best_(static_cast<size_t>(queries * k)),
-        items_(queries * capacity_),
+        items_(queries * (capacity_ + kMostColumns)),
         margins_(static_cast<size_t>(queries)),
         counts_(static_cast<size_t>(queries)),
         sizes_(static_cast<size_t>(queries)) {}
@@ -94,48 +97,96 @@ class Shortlists {
   // Only larger scores enter; NaN and -infinity never do. Never falls.
   const float* thresholds() const { return thresholds_.data(); }
 
-  void insert(int64_t query, Candidate candidate) {
-    float& threshold = thresholds_.data()[query];
-    if (!(candidate.score > threshold)) return;
-    int64_t& count = counts_[static_cast<size_t>(query)];
-    if (count == capacity_) {
-      keep_good(query);
-      // Making room again and again would cost more than it brings.
-      if (4 * (count - k_) > 3 * spare_) {
-        count = -1;
-        close(query);
-        return;
-      }
+  // Offers the bank's row first_row + c, which scored scores[c], for each bit c.
+  void insert(int64_t query, const float* scores, uint32_t bits, int64_t first_row) {
+    switch (k_) {
+      case 1:
+        return insert_few<1>(query, scores, bits, first_row);
+      case 2:
+        return insert_few<2>(query, scores, bits, first_row);
+      case 3:
+        return insert_few<3>(query, scores, bits, first_row);
+      case 4:
+        return insert_few<4>(query, scores, bits, first_row);
+      case 5:
+        return insert_few<5>(query, scores, bits, first_row);
+      default:
+        return insert_many(query, scores, bits, first_row);
     }
-    items_.data()[query * capacity_ + count] = candidate;
-    ++count;
-    float* const first = best_.data() + query * k_;
-    float* at = first + k_ - 1;
-    if (!(candidate.score > *at)) return;
-    if (k_ <= 8) {
-      for (; at > first && at[-1] < candidate.score; --at) *at = at[-1];
-    } else {
-      at = std::upper_bound(first, at, candidate.score, std::greater<>());
-      std::move_backward(at, first + k_ - 1, first + k_);
-    }
-    *at = candidate.score;
-    threshold = first[k_ - 1] - margins_[static_cast<size_t>(query)];
   }
 
   // Drops the rows that the k-th best has left behind; false where there were too many to keep.
   bool keep_good(int64_t query) {
     int64_t& count = counts_[static_cast<size_t>(query)];
     if (count < 0) return false;
-    Candidate* const first = items_.data() + query * capacity_;
+    Candidate* const first = list(query);
     const float threshold = thresholds_.data()[query];
     count = std::remove_if(first, first + count, [=](Candidate c) { return !(c.score > threshold); }) - first;
     return true;
   }
 
-  const Candidate* begin(int64_t query) const { return items_.data() + query * capacity_; }
+  const Candidate* begin(int64_t query) const { return items_.data() + query * (capacity_ + kMostColumns); }
   int64_t count(int64_t query) const { return counts_[static_cast<size_t>(query)]; }
 
  private:
+  Candidate* list(int64_t query) { return items_.data() + query * (capacity_ + kMostColumns); }
+
+  // Without a branch on the scores: which of them are good enough is hard to predict.
+  template <int k>
+  void insert_few(int64_t query, const float* scores, uint32_t bits, int64_t first_row) {
+    int64_t& count = counts_[static_cast<size_t>(query)];
+    float* const kept = best_.data() + query * k;
+    const float margin = margins_[static_cast<size_t>(query)];
+    float threshold = thresholds_.data()[query];
+    Candidate* const first = list(query);
+    Candidate* next = first + count;
+    float best[k];
+    std::copy_n(kept, k, best);
+    for (; bits != 0; bits &= bits - 1) {
+      const int column = std::countr_zero(bits);
+      float score = scores[column];
+      *next = {score, static_cast<int32_t>(first_row + column)};
+      next += score > threshold;
+      for (float& other : best) {
+        const float better = score > other ? score : other;
+        score = score > other ? other : score;
+        other = better;
+      }
+      threshold = best[k - 1] - margin;
+    }
+    std::copy_n(best, k, kept);
+    thresholds_.data()[query] = threshold;
+    count = next - first;
+    if (count > capacity_) make_room(query);
+  }
+
+  void insert_many(int64_t query, const float* scores, uint32_t bits, int64_t first_row) {
+    int64_t& count = counts_[static_cast<size_t>(query)];
+    float& threshold = thresholds_.data()[query];
+    float* const best = best_.data() + query * k_;
+    float* const last = best + k_ - 1;
+    for (; bits != 0; bits &= bits - 1) {
+      const int column = std::countr_zero(bits);
+      const float score = scores[column];
+      if (!(score > threshold)) continue;
+      list(query)[count++] = {score, static_cast<int32_t>(first_row + column)};
+      if (!(score > *last)) continue;
+      float* const at = std::upper_bound(best, last, score, std::greater<>());
+      std::move_backward(at, last, last + 1);
+      *at = score;
+      threshold = *last - margins_[static_cast<size_t>(query)];
+    }
+    if (count > capacity_) make_room(query);
+  }
+
+  void make_room(int64_t query) {
+    keep_good(query);
+    // Making room again and again would cost more than it brings.
+    if (4 * (count(query) - k_) <= 3 * spare_) return;
+    counts_[static_cast<size_t>(query)] = -1;
+    close(query);
+  }
+
   int64_t k_;
   int64_t spare_;
   int64_t capacity_;
@@ -339,23 +390,18 @@ class Search {
       scoring_.pack_queries(queries.row(query), queries.stride, std::min<int64_t>(kernel_.rows, last - query),
                             queries.width, centre_.data(), packed.data() + t * tile_size);
     }
-    float scores[32 * 32];
-    uint32_t hits[32];
+    float scores[kMostColumns * kMostColumns];
+    uint32_t hits[kMostColumns];
     for (int64_t p = 0; p < packed_panels_; ++p) {
       const float* panel = panels_.data() + p * panel_size_;
       const int64_t first_row = packed_row_ + p * kernel_.columns;
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t slot = t * kernel_.rows;
-        if (!scoring_.score_tile(packed.data() + t * tile_size, panel, words_, lists.thresholds() + slot,
-                                 scores, hits)) {
-          continue;
-        }
-        for (int64_t r = 0; r < kernel_.rows; ++r) {
-          for (uint32_t bits = hits[r]; bits != 0; bits &= bits - 1) {
-            const int column = std::countr_zero(bits);
-            lists.insert(slot + r,
-                         {scores[r * kernel_.columns + column], static_cast<int32_t>(first_row + column)});
-          }
+        uint32_t hit_rows = scoring_.score_tile(packed.data() + t * tile_size, panel, words_,
+                                                lists.thresholds() + slot, scores, hits);
+        for (; hit_rows != 0; hit_rows &= hit_rows - 1) {
+          const int r = std::countr_zero(hit_rows);
+          lists.insert(slot + r, scores + r * kernel_.columns, hits[r], first_row);
         }
       }
     }
@@ -404,6 +450,8 @@ void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const 
   Search(kernel, kernel.float32, bank, answer.k).run(queries, answer);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k,
                                const std::string& precision) {
   check_knn(queries_given, bank_given, k, precision);
@@ -435,5 +483,4 @@ STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) {
   library.impl("knn", TORCH_BOX(&knn));
 }
 
-}  // namespace
 }  // namespace pydefect::cpu

@@ -66,16 +66,12 @@ def knn(
     tensor([[0, 2]])
     """
     require_kernels(queries.device)
-    distances, indices = torch.ops.pydefect.knn(
-        queries.detach(), bank.detach(), k, precision=precision
-    )
+    distances, indices = torch.ops.pydefect.knn(queries.detach(), bank.detach(), k, precision=precision)
     return distances, indices
 
 
 @torch.library.register_fake("pydefect::knn")
-def _knn_fake(
-    queries: Tensor, bank: Tensor, k: int, *, precision: str = "float32"
-) -> tuple[Tensor, Tensor]:
+def _knn_fake(queries: Tensor, bank: Tensor, k: int, *, precision: str = "float32") -> tuple[Tensor, Tensor]:
     torch._check(
         queries.dim() == 2 and bank.dim() == 2, lambda: "knn: queries and bank must have 2 dimensions"
     )

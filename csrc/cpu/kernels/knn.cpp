@@ -10,8 +10,8 @@ namespace pydefect::cpu::PYDEFECT_LEVEL {
 namespace {
 
 template <class V, int rows, int vectors>
-bool score_tile(const float* queries, const float* panel, int64_t words, const float* thresholds,
-                float* scores, uint32_t* hits) {
+uint32_t score_tile(const float* queries, const float* panel, int64_t words, const float* thresholds,
+                    float* scores, uint32_t* hits) {
   constexpr int columns = vectors * V::lanes;
   typename V::type sums[rows][vectors];
 #pragma GCC unroll 16
@@ -39,15 +39,15 @@ bool score_tile(const float* queries, const float* panel, int64_t words, const f
     hits[r] = 0;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) hits[r] |= V::greater(sums[r][v], threshold) << (v * V::lanes);
-    any |= hits[r];
+    any |= (hits[r] != 0 ? 1u : 0u) << r;
   }
-  if (any == 0) return false;
+  if (any == 0) return 0;
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) V::store(scores + r * columns + v * V::lanes, sums[r][v]);
   }
-  return true;
+  return any;
 }
 
 // Elements d.. of row - centre, zero past the end.

@@ -27,17 +27,18 @@ struct KnnScoring {
   PackedSize (*measure)(const float* row, int64_t width, const float* centre);
 
   // scores[r][c] = panel[0][c] + sum_w queries[w][r] . panel[1 + w][c], and bit c of hits[r] tells whether
-  // scores[r][c] > thresholds[r]. Where no bit is set the result is false and scores is left alone.
-  bool (*score_tile)(const float* queries,     // [words, rows]
-                     const float* panel,       // [1 + words, columns]
-                     int64_t words,            //
-                     const float* thresholds,  // [rows]
-                     float* scores,            // [rows, columns]
-                     uint32_t* hits);          // [rows]
+  // scores[r][c] > thresholds[r]. Bit r of the result tells whether hits[r] has any; where that is 0, scores
+  // is left alone.
+  uint32_t (*score_tile)(const float* queries,     // [words, rows]
+                         const float* panel,       // [1 + words, columns]
+                         int64_t words,            //
+                         const float* thresholds,  // [rows]
+                         float* scores,            // [rows, columns]
+                         uint32_t* hits);          // [rows]
 };
 
 struct KnnKernel {
-  int rows;     // queries in a tile
+  int rows;     // queries in a tile, at most 32
   int columns;  // bank rows in a panel, at most 32
   KnnScoring float32;
   KnnScoring bf16;  // `elements` is 0 where the level has no bf16 instructions

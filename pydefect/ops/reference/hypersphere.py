@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pydefect.ops.reference.knn import knn
 
-__all__ = ["hypersphere"]
+__all__ = ["check_arguments", "hypersphere"]
 
 
 def hypersphere(
@@ -39,6 +40,7 @@ def hypersphere(
     ----------
     Luo et al., Computer Science 52(1), 2025, equation (7).
     """
+    check_arguments(features, bank, k, r, distance_power)
     bank = bank.detach()
     # Which centres are the nearest is decided in float32, as the native search does, whatever the gradient's
     # precision.
@@ -47,3 +49,30 @@ def hypersphere(
     # The clamp stops the square root's gradient where a patch lies on its centre.
     distances = squared if distance_power == 2 else squared.clamp_min(1e-30).sqrt()
     return torch.relu(distances - r**2).mean()
+
+
+def check_arguments(features: Tensor, bank: Tensor, k: int, r: float, distance_power: int) -> None:
+    """What the native operator refuses, for the compositions in PyTorch's operators."""
+    for name, tensor in (("features", features), ("bank", bank)):
+        if tensor.dim() != 2:
+            raise RuntimeError(f"hypersphere: {name} must have 2 dimensions, got {tensor.dim()}")
+    if not features.is_floating_point():
+        raise RuntimeError(f"hypersphere: features must be floating point, got {features.dtype}")
+    if features.dtype != bank.dtype:
+        raise RuntimeError(f"hypersphere: bank must be {features.dtype} like features, got {bank.dtype}")
+    if features.device != bank.device:
+        raise RuntimeError("hypersphere: features and bank must be on one device")
+    if features.size(1) < 1:
+        raise RuntimeError("hypersphere: features must have a width of at least 1, got 0")
+    if features.size(1) != bank.size(1):
+        raise RuntimeError(
+            f"hypersphere: bank must have the width of features, {features.size(1)}, got {bank.size(1)}"
+        )
+    if bank.size(0) < 1:
+        raise RuntimeError("hypersphere: bank must have at least 1 row, got 0")
+    if not 1 <= k <= bank.size(0):
+        raise RuntimeError(f"hypersphere: k must be between 1 and the {bank.size(0)} rows of bank, got {k}")
+    if not (r >= 0 and math.isfinite(r)):
+        raise RuntimeError(f"hypersphere: r must be a finite number of at least 0, got {r}")
+    if distance_power not in (1, 2):
+        raise RuntimeError(f"hypersphere: distance_power must be 1 or 2, got {distance_power}")
