@@ -43,6 +43,10 @@ def faiss_flat(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(distances), torch.from_numpy(indices)
 
 
+def knn_bf16(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return knn(queries, bank, k, precision="bf16")
+
+
 def compare_with_twin(search: Search, queries: Tensor, bank: Tensor) -> None:
     some = queries[:100]
     distances, indices = search(some, bank, K)
@@ -54,8 +58,8 @@ def compare_with_twin(search: Search, queries: Tensor, bank: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "search",
-    [knn, cdist_topk, addmm_topk, faiss_flat, reference.knn],
-    ids=["pydefect", "cdist+topk", "addmm+topk", "faiss", "reference"],
+    [knn, knn_bf16, cdist_topk, addmm_topk, faiss_flat, reference.knn],
+    ids=["pydefect", "pydefect bf16", "cdist+topk", "addmm+topk", "faiss", "reference"],
 )
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
 def bench_knn(search: Search, n: int, m: int, d: int, device: str, measure: Callable[..., None]) -> None:

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -75,7 +76,8 @@ class Shortlists {
         spare_(std::min(std::clamp<int64_t>(bank_rows / 16, 60, 252), bank_rows - k)),
         capacity_(k + spare_),
         thresholds_(queries),
-        best_(static_cast<size_t>(queries * k)),
+        best_stride_(std::max<int64_t>(k, 4)),
+        best_(static_cast<size_t>(queries * best_stride_)),
         items_(queries * (capacity_ + kMostColumns)),
         margins_(static_cast<size_t>(queries)),
         counts_(static_cast<size_t>(queries)),
@@ -86,7 +88,7 @@ class Shortlists {
     margins_[static_cast<size_t>(query)] = static_cast<float>(margin);
     counts_[static_cast<size_t>(query)] = 0;
     thresholds_.data()[query] = -kInfinity;
-    std::fill_n(best_.data() + query * k_, k_, -kInfinity);
+    std::fill_n(best_.data() + query * best_stride_, best_stride_, -kInfinity);
   }
 
   // Nothing enters any more.
@@ -108,8 +110,6 @@ class Shortlists {
         return insert_few<3>(query, scores, bits, first_row);
       case 4:
         return insert_few<4>(query, scores, bits, first_row);
-      case 5:
-        return insert_few<5>(query, scores, bits, first_row);
       default:
         return insert_many(query, scores, bits, first_row);
     }
@@ -129,41 +129,64 @@ class Shortlists {
   int64_t count(int64_t query) const { return counts_[static_cast<size_t>(query)]; }
 
  private:
+  using Quad = float __attribute__((vector_size(16)));
+
   Candidate* list(int64_t query) { return items_.data() + query * (capacity_ + kMostColumns); }
 
-  // Without a branch on the scores: which of them are good enough is hard to predict.
+  // Without a branch on the scores, which would be hard to predict.
   template <int k>
   void insert_few(int64_t query, const float* scores, uint32_t bits, int64_t first_row) {
     int64_t& count = counts_[static_cast<size_t>(query)];
-    float* const kept = best_.data() + query * k;
     const float margin = margins_[static_cast<size_t>(query)];
+    Quad best;
+    std::memcpy(&best, best_.data() + query * best_stride_, sizeof(best));
     float threshold = thresholds_.data()[query];
+    if (bits == 0xffffffffu) {
+      threshold = std::max(threshold, lower_bound_of_best(scores)[k - 1] - margin);
+      bits = 0;
+      for (int c = 0; c < 32; ++c) bits |= static_cast<uint32_t>(scores[c] > threshold) << c;
+    }
     Candidate* const first = list(query);
     Candidate* next = first + count;
-    float best[k];
-    std::copy_n(kept, k, best);
     for (; bits != 0; bits &= bits - 1) {
       const int column = std::countr_zero(bits);
-      float score = scores[column];
-      *next = {score, static_cast<int32_t>(first_row + column)};
-      next += score > threshold;
-      for (float& other : best) {
-        const float better = score > other ? score : other;
-        score = score > other ? other : score;
-        other = better;
-      }
-      threshold = best[k - 1] - margin;
+      *next = {scores[column], static_cast<int32_t>(first_row + column)};
+      next += scores[column] > threshold;
+      best = with(best, scores[column]);
+      threshold = std::max(threshold, best[k - 1] - margin);
     }
-    std::copy_n(best, k, kept);
+    std::memcpy(best_.data() + query * best_stride_, &best, sizeof(best));
     thresholds_.data()[query] = threshold;
     count = next - first;
     if (count > capacity_) make_room(query);
   }
 
+  // The four best of `best`, which descends, and `score`.
+  static Quad with(Quad best, float score) {
+    using Places = int32_t __attribute__((vector_size(16)));
+    const Quad better = __builtin_shuffle(best, Quad{kInfinity}, Places{4, 0, 1, 2});
+    const Quad scores = {score, score, score, score};
+    const Quad from_above = better < scores ? better : scores;
+    return best > from_above ? best : from_above;
+  }
+
+  // The best of four groups of 32 scores: each is at most the score of its rank.
+  static Quad lower_bound_of_best(const float* scores) {
+    Quad groups = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+    Quad best = groups;
+    for (int c = 0; c < 32; c += 4) {
+      Quad some;
+      std::memcpy(&some, scores + c, sizeof(some));
+      groups = groups > some ? groups : some;
+    }
+    for (int g = 0; g < 4; ++g) best = with(best, groups[g]);
+    return best;
+  }
+
   void insert_many(int64_t query, const float* scores, uint32_t bits, int64_t first_row) {
     int64_t& count = counts_[static_cast<size_t>(query)];
     float& threshold = thresholds_.data()[query];
-    float* const best = best_.data() + query * k_;
+    float* const best = best_.data() + query * best_stride_;
     float* const last = best + k_ - 1;
     for (; bits != 0; bits &= bits - 1) {
       const int column = std::countr_zero(bits);
@@ -191,6 +214,7 @@ class Shortlists {
   int64_t spare_;
   int64_t capacity_;
   AlignedBuffer<float> thresholds_;
+  int64_t best_stride_;
   std::vector<float> best_;
   AlignedBuffer<Candidate> items_;
   std::vector<float> margins_;

@@ -193,6 +193,7 @@ def test_same_for_every_thread_count():
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             results.append(knn(queries, bank, 7))
+            results.append(knn(queries, bank, 7, precision="bf16"))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -214,15 +215,71 @@ from pydefect.ops import knn
 results = []
 for n, m, d in {shapes}:
     torch.manual_seed(n + m + d)
-    results.append(knn(torch.randn(n, d), torch.randn(m, d), 5))
+    queries, bank = torch.randn(n, d), torch.randn(m, d)
+    results.append(knn(queries, bank, 5))
+    results.append(knn(queries, bank, 5, precision="bf16"))
 torch.save(results, {str(file)!r})
 """
     # Not in the source folder, which Python would put in front of the installed package.
     environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    for (n, m, d), result in zip(shapes, torch.load(file), strict=True):
+    results = torch.load(file)
+    for (n, m, d), *both in zip(shapes, results[::2], results[1::2], strict=True):
         torch.manual_seed(n + m + d)
-        assert_same(result, expected_by_measuring(torch.randn(n, d), torch.randn(m, d), 5))
+        expected = expected_by_measuring(torch.randn(n, d), torch.randn(m, d), 5)
+        for result in both:
+            assert_same(result, expected)
+
+
+def clusters(n, m, d, spread, seed=0):
+    """Features that are not negative, in tight clusters far from the origin, as networks' features are."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(40, d, generator=generator).relu() * 3
+    parts = []
+    for rows in (n, m):
+        which = torch.randint(40, (rows,), generator=generator)
+        parts.append((means[which] + spread * torch.randn(rows, d, generator=generator)).relu())
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 40])
+@pytest.mark.parametrize("d", [1, 2, 15, 31, 32, 33, 65, 112])
+def test_bf16_gives_the_same_bits(d, k):
+    for n, m in ((16, 65), (57, 1025)):
+        queries, bank = random_pair(n, m, d)
+        assert_same(knn(queries, bank, k, precision="bf16"), expected_by_measuring(queries, bank, k))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("spread", [1e-3, 0.05, 0.5])
+def test_clustered_features(spread, precision):
+    # From clusters that bf16 cannot tell apart within (they are searched in float32) to ones that it can.
+    queries, bank = clusters(300, 1200, 72, spread)
+    assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_queries_unlike_those_tried(precision):
+    # Most queries are easy; those between are each equally far from hundreds of rows, more than a list holds.
+    queries, bank = random_pair(400, 900, 48)
+    bank[:500] = bank[0] + 1e-6 * bank[:500]
+    queries[3::40] = bank[0]
+    assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1e15, 1e18, 1e30, 3e38])
+def test_bf16_extreme_scales(scale):
+    queries, bank = random_pair(30, 100, 33)
+    queries, bank = queries * scale, bank * scale
+    assert_same(knn(queries, bank, 5, precision="bf16"), expected_by_measuring(queries, bank, 5))
+
+
+def test_bf16_not_finite_values():
+    queries, bank = random_pair(20, 60, 9)
+    queries[7, 2] = torch.nan
+    assert_same(knn(queries, bank, 3, precision="bf16"), expected_by_measuring(queries, bank, 3))
+    bank[5, 0] = torch.inf
+    assert_same(knn(queries, bank, 3, precision="bf16"), expected_by_measuring(queries, bank, 3))
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,7 +293,9 @@ def test_any_small_problem(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     queries = torch.randint(levels, (n, d), generator=generator) / 7
     bank = torch.randint(levels, (m, d), generator=generator) / 7
-    assert_same(knn(queries, bank, k), expected_by_measuring(queries, bank, k))
+    for precision in ("float32", "bf16"):
+        result = knn(queries, bank, k, precision=precision)
+        assert_same(result, expected_by_measuring(queries, bank, k))
 
 
 ERRORS = {
@@ -258,6 +317,12 @@ def test_wrong_arguments(case, find):
     queries, bank, k, message = ERRORS[case]
     with pytest.raises(RuntimeError, match=f"knn: {message}"):
         find(queries, bank, k)
+
+
+@pytest.mark.parametrize("find", [knn, reference.knn], ids=["native", "reference"])
+def test_wrong_precision(find):
+    with pytest.raises(RuntimeError, match="knn: precision must be 'float32' or 'bf16', got 'half'"):
+        find(torch.zeros(1, 3), torch.zeros(2, 3), 1, precision="half")
 
 
 @pytest.mark.gpu
@@ -304,7 +369,8 @@ def test_results_carry_no_gradient():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("n", "m", "d", "k"), [(5, 9, 4, 2), (0, 3, 1, 3), (97, 65, 33, 9)])
 def test_opcheck(n, m, d, k, device):
-    torch.library.opcheck(torch.ops.pydefect.knn.default, (*random_pair(n, m, d, device), k))
+    for options in ({}, {"precision": "bf16"}):
+        torch.library.opcheck(torch.ops.pydefect.knn.default, (*random_pair(n, m, d, device), k), options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
