@@ -1,7 +1,7 @@
 """The hypersphere loss, forward and backward: the operator, its pure-PyTorch twin and a plain composition.
 
-Run with ``pytest benchmarks/bench_hypersphere.py``; ``OMP_NUM_THREADS=1`` in front gives single-thread figures.
-Losses and gradients are compared on some of the patches before anything is timed.
+Run with ``pytest benchmarks/bench_hypersphere.py``; ``OMP_NUM_THREADS=1`` in front gives single-thread
+figures. Losses and gradients are compared on some of the patches before anything is timed.
 """
 
 from __future__ import annotations

@@ -18,9 +18,9 @@ def hypersphere(
 ) -> Tensor:
     """Pull every patch into the spheres of radius r^2 around its k nearest centres.
 
-    Float32 on the CPU takes native kernels: the loss comes out of the search's own distances, and the gradient
-    is made in one pass over the rows; both are the same for every number of threads. Other dtypes and devices
-    take PyTorch's operators around :func:`pydefect.ops.knn`.
+    Float32 on the CPU takes native kernels: the loss comes out of the search's own distances, and the
+    gradient is made in one pass over the rows; both are the same for every number of threads. Other dtypes
+    and devices take PyTorch's operators around :func:`pydefect.ops.knn`.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ def hypersphere(
 
     Notes
     -----
-    Which centres are the nearest is decided in float32 whatever the dtype. A patch within 1e-15 of a centre is
-    not pulled by it at `distance_power` 1, where the distance has no gradient. The native gradient cannot be
-    differentiated again; that of the other dtypes can.
+    Which centres are the nearest is decided in float32 whatever the dtype. A patch within 1e-15 of a centre
+    is not pulled by it at `distance_power` 1, where the distance has no gradient. The native gradient cannot
+    be differentiated again; that of the other dtypes can.
 
     References
     ----------

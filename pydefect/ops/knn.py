@@ -34,9 +34,9 @@ def knn(
         Number of neighbours, between 1 and ``M``; on CUDA at most 64.
     precision : {"float32", "bf16"}
         How candidates are found; the answer is the same bit for bit. "bf16" scores them by bfloat16 products,
-        at about twice the rate, and measures every row whose score the roundings leave in question (a rigorous
-        bound, ``csrc/knn_certificate.h``). Some of the queries are tried first: where too many rows stay in
-        question, which dense clusters bring about, the search is made in float32. So it is on processors
+        at about twice the rate, and measures every row whose score the roundings leave in question (by a
+        rigorous bound, ``csrc/knn_certificate.h``). Some of the queries are tried first: where too many rows
+        stay in question, which dense clusters bring about, the search is made in float32. So it is on processors
         without AVX512_BF16 and on CUDA.
 
     Returns
@@ -58,8 +58,8 @@ def knn(
     neighbours again: ``(queries[:, None] - bank[indices]).square().sum(-1)``.
 
     On CUDA, vectors whose common offset is large against their distances (a mean of 1000 with a spread of 1,
-    say) make the estimates useless and the search slow, though never wrong: subtract the offset from both sides
-    first. The CPU's kernels do that themselves.
+    say) make the estimates useless and the search slow, though never wrong: subtract the offset from both
+    sides first. The CPU's kernels do that themselves.
 
     Examples
     --------

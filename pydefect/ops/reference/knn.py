@@ -18,7 +18,8 @@ def knn(
 
     Every pair is measured in float64 and rounded to float32, so neighbours whose float32 distances differ by
     their last bits only may come in another order than from the native kernels. Memory beyond inputs and
-    outputs stays at a few times 64 MiB, or a few times the bank in float64 where that is more. `precision` changes nothing here.
+    outputs stays at a few times 64 MiB, or a few times the bank in float64 where that is more. `precision`
+    changes nothing here.
     """
     _check(queries, bank, k, precision)
     chunk = max(1, _CHUNK_BYTES // (8 * bank.numel()))
