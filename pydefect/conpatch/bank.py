@@ -64,7 +64,7 @@ _ITERATIONS = 20
 def _nearest_centres(patches: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance to the nearest centre and its index, [T] each: what every builder spends its time
     on."""
-    distances, indices = knn(patches, centres, 1)
+    distances, indices = knn(patches, centres, 1, precision="bf16")
     return distances[:, 0], indices[:, 0]
 
 

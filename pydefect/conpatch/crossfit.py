@@ -58,7 +58,7 @@ def blend_distance(
         patches = network.representation(cache.get([index], device))[0]
         first, second = (torch.randperm(len(patches), generator=generator)[:256].to(device) for _ in range(2))
         # F is affine: mixing representations is mixing features.
-        squared, _ = knn(torch.lerp(previous[first], patches[second], 0.5), bank.centres, 1)
+        squared, _ = knn(torch.lerp(previous[first], patches[second], 0.5), bank.centres, 1, precision="bf16")
         distances.append(float(squared.sqrt().mean()))
         previous = patches
     return sum(distances) / len(distances)

@@ -46,7 +46,7 @@ def score_levels(
     # search, and memory does not grow with the batch.
     together = 1 if levels[0].device.type == "cpu" else max(1, batch)
     squared = [
-        knn(network.representation(part).flatten(0, 1), bank.centres, neighbors)[0]
+        knn(network.representation(part).flatten(0, 1), bank.centres, neighbors, precision="bf16")[0]
         for part in zip(*(level.split(together) for level in levels), strict=True)
     ]
     distances = torch.cat(squared).sqrt_().reshape(batch, height, width, neighbors)

@@ -68,7 +68,7 @@ def assign_unique(bank: Tensor, patches: Tensor) -> Tensor:
         return compose(bank, patches)
     check_assign_unique(bank, patches)
     bank, patches = bank.detach(), patches.detach()
-    candidates = knn(bank, patches, min(_CANDIDATES, len(patches)))[1]
+    candidates = knn(bank, patches, min(_CANDIDATES, len(patches)), precision="bf16")[1]
     taken: Tensor = torch.ops.pydefect.assign_unique(bank, patches, candidates)
     return taken
 
