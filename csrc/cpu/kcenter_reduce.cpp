@@ -22,13 +22,14 @@ namespace {
 // Rows and columns of the centres' table that a thread measures at a time.
 constexpr int64_t kBlock = 64;
 
-void measure_all(const SquaredDistancesKernel& kernel, const std::vector<const float*>& points, int64_t width,
-                 float* table) {
-  const int64_t count = static_cast<int64_t>(points.size());
-  torch::stable::parallel_for(0, count, kBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t column = 0; column < count; column += kBlock) {
-      kernel.measure(points.data() + begin, end - begin, points.data() + column,
-                     std::min(kBlock, count - column), width, table + begin * count + column, count);
+// Every row's distances to every column, [rows, columns].
+void measure_all(const SquaredDistancesKernel& kernel, const std::vector<const float*>& rows,
+                 const std::vector<const float*>& columns, int64_t width, float* table) {
+  const int64_t stride = static_cast<int64_t>(columns.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(rows.size()), kBlock, [&](int64_t begin, int64_t end) {
+    for (int64_t column = 0; column < stride; column += kBlock) {
+      kernel.measure(rows.data() + begin, end - begin, columns.data() + column,
+                     std::min(kBlock, stride - column), width, table + begin * stride + column, stride);
     }
   });
 }
@@ -58,42 +59,52 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
     *squared_radius.mutable_data_ptr<float>() = search.squared_radius();
     std::vector<const float*> rows;
     for (int64_t i = 0; i < m; ++i) rows.push_back(points[static_cast<size_t>(picks[i])]);
-    measure_all(kernel, rows, width, distances.mutable_data_ptr<float>());
+    measure_all(kernel, rows, rows, width, distances.mutable_data_ptr<float>());
     return {chosen, squared_radius, distances};
   }
 
   Tensor known = distances_given ? torch::stable::contiguous(*distances_given)
                                  : torch::stable::new_empty(centres, {old, old});
-  if (!distances_given) measure_all(kernel, row_pointers(centres), width, known.mutable_data_ptr<float>());
+  if (!distances_given) {
+    const std::vector<const float*> old_points = row_pointers(centres);
+    measure_all(kernel, old_points, old_points, width, known.mutable_data_ptr<float>());
+  }
+  const float* const among_old = known.const_data_ptr<float>();
+  // [all points, new points]
+  const int64_t fresh = added.size(0);
+  std::vector<float> to_new(static_cast<size_t>(count * fresh));
+  measure_all(kernel, points, new_points, width, to_new.data());
 
-  // One line a chosen point: its distances to all points.
-  const Tensor lines = torch::stable::new_empty(centres, {m, count});
-  float* const line = lines.mutable_data_ptr<float>();
   std::vector<float> nearest(static_cast<size_t>(count), std::numeric_limits<float>::infinity());
-  const int64_t grain = std::max<int64_t>(1, kElementsAThread / width);
+  std::vector<float> line(static_cast<size_t>(old));
   int64_t point = 0;
   for (int64_t step = 0; step < m; ++step) {
     picks[step] = point;
-    float* const to = line + step * count;
-    int64_t first = 0;
-    if (point < old) {
-      const float* from = known.const_data_ptr<float>() + point * old;
-      std::copy(from, from + old, to);
-      first = old;
+    const float* to_old = among_old + point * old;
+    if (point >= old) {
+      for (int64_t i = 0; i < old; ++i) line[static_cast<size_t>(i)] = to_new[i * fresh + point - old];
+      to_old = line.data();
     }
-    torch::stable::parallel_for(first, count, grain, [&](int64_t begin, int64_t end) {
-      kernel.measure(points.data() + point, 1, points.data() + begin, end - begin, width, to + begin, count);
-    });
     // Below every distance: never lowered and never the farthest while another is left.
     nearest[static_cast<size_t>(point)] = -1.0f;
-    point = kernel.lower(nearest.data(), to, count);
+    const float* const to_fresh = to_new.data() + point * fresh;
+    point = kernel.lower(nearest.data(), to_old, old);
+    if (fresh == 0) continue;
+    const int64_t other = old + kernel.lower(nearest.data() + old, to_fresh, fresh);
+    if (nearest[static_cast<size_t>(other)] > nearest[static_cast<size_t>(point)]) point = other;
   }
   *squared_radius.mutable_data_ptr<float>() = std::max(0.0f, nearest[static_cast<size_t>(point)]);
 
   float* const table = distances.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, m, kBlock, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t j = 0; j < m; ++j) table[i * m + j] = line[i * count + picks[j]];
+      const int64_t from = picks[i];
+      for (int64_t j = 0; j < m; ++j) {
+        const int64_t to = picks[j];
+        table[i * m + j] = to >= old     ? to_new[from * fresh + to - old]
+                           : from >= old ? to_new[to * fresh + from - old]
+                                         : among_old[from * old + to];
+      }
     }
   });
   return {chosen, squared_radius, distances};

@@ -137,6 +137,9 @@ void measure(const float* const* a, int64_t rows, const float* const* b, int64_t
 }
 
 template <class V>
+constexpr uint32_t kAllLanes = (uint32_t{1} << V::lanes) - 1;
+
+template <class V>
 int64_t lower(float* nearest, const float* distances, int64_t count) {
   typename V::type largest = V::broadcast(-__builtin_inff());
   int64_t i = 0;
@@ -155,6 +158,10 @@ int64_t lower(float* nearest, const float* distances, int64_t count) {
     most = nearest[i] > most ? nearest[i] : most;
   }
   int64_t place = 0;
+  const typename V::type all = V::broadcast(most);
+  while (place + V::lanes <= count && V::greater(all, V::load(nearest + place)) == kAllLanes<V>) {
+    place += V::lanes;
+  }
   while (nearest[place] < most) ++place;
   return place;
 }
