@@ -34,7 +34,7 @@ constexpr int64_t kFewestPoints = 512;
 constexpr int64_t kPointsAtATime = 16;
 constexpr int64_t kChosenAtATime = 256;
 // Elements of vectors that are worth a thread of their own.
-constexpr int64_t kElementsAThread = 1 << 17;
+constexpr int64_t kElementsAThread = 1 << 18;
 
 inline std::vector<const float*> row_pointers(const torch::stable::Tensor& matrix) {
   std::vector<const float*> pointers;
