@@ -59,9 +59,15 @@ def bench_bank(builder: BankBuilder, device: str, measure: Callable[..., None]) 
     assert centres.shape == (784, 448)
     # What every builder needs at least: each patch against each centre.
     flops = 2 * 784 * 448 * sum(len(image) for image in images)
-    measure(GROUP, lambda: build_bank(images, builder), flops=flops, traffic=4 * 448 * 3136 * IMAGES)
+    measure(
+        GROUP,
+        lambda: build_bank(images, builder),
+        flops=flops,
+        traffic=4 * 448 * 3136 * IMAGES,
+        contender=builder,
+    )
 
 
 def bench_backbone(device: str, measure: Callable[..., None]) -> None:
     model, images = extractor().to(device), network_inputs().to(device)
-    measure(GROUP, lambda: [model(batch) for batch in images.split(BATCH)])
+    measure(GROUP, lambda: [model(batch) for batch in images.split(BATCH)], contender="backbone")
