@@ -6,7 +6,8 @@
 Every run fits on all training images, without a threshold, and measures the test images after every epoch; no
 test image takes part in fitting or stopping. Pixels are compared at the network's input size, inside the
 crop. ``run`` leaves out what the output file holds already, so that it can be interrupted; with
-``--checkpoints`` it also goes on in the middle of a run. ``render`` needs matplotlib.
+``--checkpoints`` it also goes on in the middle of a run. A seed other than 0 also shuffles the training images:
+a streaming bank depends on their order. ``render`` needs matplotlib.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pydefect.conpatch.trainer import Trainer
 from pydefect.data.images import open_images
 from pydefect.data.layouts import read_dataset, read_mask
 from pydefect.detector import batches
-from pydefect.features import FeatureCache, PatchFeatureExtractor
+from pydefect.features import FeatureCache, PatchFeatureExtractor, resolve_precision
 from pydefect.metrics import detection_metrics
 from pydefect.ops import knn, score_maps
 from pydefect.persistence import Checkpoint
@@ -81,6 +82,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "rebuild_bank": "never",
     },
+    "precision/float32": {"losses": "none"},
+    "precision/bfloat16": {"losses": "none", "backbone_precision": "bfloat16"},
     **{
         f"pairs/{patches or 'all'} patches": {
             **TRAINED,
@@ -112,7 +115,8 @@ def measure_features(root: Path, config: ConPatchConfig, weights: str) -> Measur
     """Run the backbone over all images of a data set."""
     dataset = read_dataset(root)
     preprocessing = Preprocessing.create(config.resize, config.crop)
-    extractor = PatchFeatureExtractor(build_backbone(config.backbone, weights))
+    precision = resolve_precision(config.backbone_precision, torch.device("cpu"))
+    extractor = PatchFeatureExtractor(build_backbone(config.backbone, weights), precision=precision)
     caches, masks = [], []
     samples = {"train": dataset.train, "test": dataset.test}
     for part, images in samples.items():
@@ -170,8 +174,8 @@ def held_out_separation(data: Measured, trainer: Trainer, held_out: list[int]) -
 
 
 def config_of(settings: dict[str, Any]) -> ConPatchConfig:
-    """Read a run's settings on top of its preset."""
-    chosen = dict(settings)
+    """Read a run's settings on top of its preset; float32 features unless it says otherwise."""
+    chosen = {"backbone_precision": "float32", **settings}
     return ConPatchConfig.from_preset(chosen.pop("preset", "default"), **chosen)
 
 
@@ -187,12 +191,14 @@ def run_once(
     epochs = epochs_of(config)
     began = time.perf_counter()
     everything = list(range(len(data.train)))
+    if seed:
+        everything = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed)).tolist()
     resumed = checkpoint is not None and checkpoint.load("final") is not None
     trainer = Trainer(data.train, everything, config, seed, torch.device("cpu"), checkpoint)
     watched = None
     held_out = everything[::_HELD_OUT_EVERY]
     if 0 < epochs <= 5 and watch:
-        seen = [index for index in everything if index % _HELD_OUT_EVERY]
+        seen = [index for index in everything if index not in held_out]
         watched = Trainer(data.train, seen, config, seed, torch.device("cpu"))
     fit_seconds = time.perf_counter() - began
     for epoch in range(trainer.epoch, epochs + 1):
@@ -214,7 +220,11 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure what the output file does not hold yet."""
     torch.set_num_threads(arguments.threads)
     out = Path(arguments.out)
-    done = {(row["data"], row["run"], row["epoch"]) for row in _rows(out)} if out.exists() else set()
+    done = (
+        {(row["data"], row["run"], row["epoch"]) for row in _rows(out) if row["seed"] == arguments.seed}
+        if out.exists()
+        else set()
+    )
     for entry in arguments.data:
         name, _, root = entry.partition("=")
         features: dict[Any, Measured] = {}
@@ -224,7 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
                 fnmatch.fnmatch(run_name, only) for only in arguments.only
             ):
                 continue
-            geometry = (config.resize, config.crop, config.levels)
+            geometry = (config.resize, config.crop, config.levels, config.backbone_precision)
             if geometry not in features:
                 features.clear()
                 features[geometry] = measure_features(Path(root), config, arguments.weights)
@@ -253,22 +263,43 @@ def render(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(row["data"] for row in rows))
-    last: dict[tuple[str, str], dict[str, Any]] = {}
+    runs = list(dict.fromkeys([*RUNS, *(row["run"] for row in rows)]))
+    last: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in rows:
-        last[row["run"], row["data"]] = row
+        last[row["run"], row["data"], row["seed"]] = row
     lines = ["| run | " + " | ".join(f"{name}: eq. 9 | nearest" for name in names) + " |"]
     lines.append("|---" * (1 + 2 * len(names)) + "|")
-    for run_name in dict.fromkeys([*RUNS, *(row["run"] for row in rows)]):
+    for run_name in runs:
         cells = []
         for name in names:
-            row = last.get((run_name, name))
+            row = last.get((run_name, name, 0))
             for score in ("certainty", "nearest"):
                 keys = (f"{score}_max_patch", f"{score}_max_map", f"{score}_pixel")
                 cells.append("/".join(f"{row[key]:.1f}" for key in keys) if row else "")
         if any(cells):
             lines.append(f"| {run_name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Several seeds (equation 9, maximum of the map; pixel): mean, smallest to largest, number.",
+        "",
+    ]
+    lines.append("| run | " + " | ".join(f"{name}: image | pixel" for name in names) + " |")
+    lines.append("|---" * (1 + 2 * len(names)) + "|")
+    for run_name in runs:
+        cells = []
+        for name in names:
+            found = [row for (run, data, _), row in last.items() if (run, data) == (run_name, name)]
+            for key in ("certainty_max_map", "certainty_pixel"):
+                values = [row[key] for row in found]
+                cells.append(
+                    f"{np.mean(values):.2f}, {min(values):.2f} to {max(values):.2f}, {len(values)}"
+                    if len(values) > 1
+                    else ""
+                )
+        if any(cells):
+            lines.append(f"| {run_name} | " + " | ".join(cells) + " |")
     (out / "study-table.md").write_text("\n".join(lines) + "\n")
-    _plot(rows, names, out / "study-training.png")
+    _plot([row for row in rows if row["seed"] == 0], names, out / "study-training.png")
 
 
 def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
