@@ -6,8 +6,8 @@
 Every run fits on all training images, without a threshold, and measures the test images after every epoch; no
 test image takes part in fitting or stopping. Pixels are compared at the network's input size, inside the
 crop. ``run`` leaves out what the output file holds already, so that it can be interrupted; with
-``--checkpoints`` it also goes on in the middle of a run. A seed other than 0 also shuffles the training images:
-a streaming bank depends on their order. ``render`` needs matplotlib.
+``--checkpoints`` it also goes on in the middle of a run. A seed other than 0 also shuffles the training
+images: a streaming bank depends on their order. ``render`` needs matplotlib.
 """
 
 from __future__ import annotations
