@@ -30,9 +30,10 @@ void check(bool condition, const Parts&... parts) {
 
 // The tensor with its elements in order, itself where they are. An expanded tensor can be larger than any
 // memory, and of PyTorch's own message only a macro's text comes through the stable ABI.
-inline Tensor in_order(const char* op, const char* name, const Tensor& tensor) {
+inline Tensor in_order(const char* op, const std::string& name, const Tensor& tensor,
+                       torch::headeronly::MemoryFormat format = torch::headeronly::MemoryFormat::Contiguous) {
   try {
-    return torch::stable::contiguous(tensor);
+    return torch::stable::contiguous(tensor, format);
   } catch (const std::exception&) {
     check(false, op, ": ", name, " is not contiguous and its copy, ", tensor.numel(),
           " elements, does not fit into memory");
@@ -285,6 +286,9 @@ inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_
   check(features.size(1) == bank.size(1), "hypersphere: bank must have the width of features, ",
         features.size(1), ", got ", bank.size(1));
   check(bank.size(0) >= 1, "hypersphere: bank must have at least 1 row, got 0");
+  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
+        "hypersphere: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ",
+        bank.size(1));
   check(k >= 1 && k <= bank.size(0), "hypersphere: k must be between 1 and the ", bank.size(0),
         " rows of bank, got ", k);
   check(r >= 0.0 && std::isfinite(r), "hypersphere: r must be a finite number of at least 0, got ", r);
@@ -292,7 +296,8 @@ inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_
         distance_power);
 }
 
-// `distances` and `indices` are those that `hypersphere` returned.
+// `distances` and `indices` are those that `hypersphere` returned. Whether the indices are rows of the bank
+// is for the backend to see: this reads no tensor's elements.
 inline void check_hypersphere_backward(const Tensor& grad, const Tensor& features, const Tensor& bank,
                                        const Tensor& distances, const Tensor& indices,
                                        int64_t distance_power) {
@@ -305,11 +310,6 @@ inline void check_hypersphere_backward(const Tensor& grad, const Tensor& feature
   check(distances.size(0) == features.size(0) && indices.size(0) == features.size(0) &&
             indices.size(1) == distances.size(1),
         "hypersphere_backward: distances and indices must have one row for each of features");
-  const int64_t* rows = indices.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < indices.numel(); ++i) {
-    check(rows[i] >= 0 && rows[i] < bank.size(0), "hypersphere_backward: indices must be rows of bank, got ",
-          rows[i]);
-  }
 }
 
 }  // namespace pydefect

@@ -118,9 +118,9 @@ class Walk {
 
 Tensor assign_unique(const Tensor& bank_given, const Tensor& patches_given, const Tensor& candidates_given) {
   check_assign_unique(bank_given, patches_given, candidates_given);
-  const Tensor bank = torch::stable::contiguous(bank_given);
-  const Tensor patches = torch::stable::contiguous(patches_given);
-  const Tensor candidates = torch::stable::contiguous(candidates_given);
+  const Tensor bank = in_order("assign_unique", "bank", bank_given);
+  const Tensor patches = in_order("assign_unique", "patches", patches_given);
+  const Tensor candidates = in_order("assign_unique", "candidates", candidates_given);
   const int64_t* given = candidates.const_data_ptr<int64_t>();
   const int64_t count = candidates.size(0) * candidates.size(1);
   for (int64_t i = 0; i < count; ++i) {

@@ -38,12 +38,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
   check_parameter(kName, "expand_weight", expand_weight_given, channels, reduced);
   check_parameter(kName, "expand_bias", expand_bias_given, channels);
 
-  const Tensor features = torch::stable::contiguous(features_given);
-  const Tensor direction = torch::stable::contiguous(direction_given);
-  const Tensor reduce_weight = torch::stable::contiguous(reduce_weight_given);
-  const Tensor reduce_bias = torch::stable::contiguous(reduce_bias_given);
-  const Tensor expand_weight = torch::stable::contiguous(expand_weight_given);
-  const Tensor expand_bias = torch::stable::contiguous(expand_bias_given);
+  const Tensor features = in_order(kName, "features", features_given);
+  const Tensor direction = in_order(kName, "direction", direction_given);
+  const Tensor reduce_weight = in_order(kName, "reduce_weight", reduce_weight_given);
+  const Tensor reduce_bias = in_order(kName, "reduce_bias", reduce_bias_given);
+  const Tensor expand_weight = in_order(kName, "expand_weight", expand_weight_given);
+  const Tensor expand_bias = in_order(kName, "expand_bias", expand_bias_given);
   Tensor output = new_map(features);
   Tensor weights = torch::stable::new_empty(features, {size.images, size.positions()});
   Tensor pooled = torch::stable::new_zeros(features, {size.images, channels});
@@ -98,15 +98,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
   check_parameter(kName, "hidden", hidden_given, size.images, reduced);
   check_parameter(kName, "gate", gate_given, size.images, channels);
 
-  const Tensor d_output = torch::stable::contiguous(d_output_given);
-  const Tensor features = torch::stable::contiguous(features_given);
-  const Tensor direction = torch::stable::contiguous(direction_given);
-  const Tensor reduce_weight = torch::stable::contiguous(reduce_weight_given);
-  const Tensor expand_weight = torch::stable::contiguous(expand_weight_given);
-  const Tensor weights = torch::stable::contiguous(weights_given);
-  const Tensor pooled = torch::stable::contiguous(pooled_given);
-  const Tensor hidden = torch::stable::contiguous(hidden_given);
-  const Tensor gate = torch::stable::contiguous(gate_given);
+  const Tensor d_output = in_order(kName, "d_output", d_output_given);
+  const Tensor features = in_order(kName, "features", features_given);
+  const Tensor direction = in_order(kName, "direction", direction_given);
+  const Tensor reduce_weight = in_order(kName, "reduce_weight", reduce_weight_given);
+  const Tensor expand_weight = in_order(kName, "expand_weight", expand_weight_given);
+  const Tensor weights = in_order(kName, "weights", weights_given);
+  const Tensor pooled = in_order(kName, "pooled", pooled_given);
+  const Tensor hidden = in_order(kName, "hidden", hidden_given);
+  const Tensor gate = in_order(kName, "gate", gate_given);
   Tensor d_features = new_map(features);
   Tensor d_direction = torch::stable::new_zeros(features, {channels});
   Tensor d_offset = torch::stable::new_zeros(features, {1});

@@ -42,9 +42,11 @@ struct Hinge {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> hypersphere(const Tensor& features, const Tensor& bank, int64_t k,
-                                               double r, int64_t distance_power) {
-  check_hypersphere(features, bank, k, r, distance_power);
+std::tuple<Tensor, Tensor, Tensor> hypersphere(const Tensor& features_given, const Tensor& bank_given,
+                                               int64_t k, double r, int64_t distance_power) {
+  check_hypersphere(features_given, bank_given, k, r, distance_power);
+  const Tensor features = in_order("hypersphere", "features", features_given);
+  const Tensor bank = in_order("hypersphere", "bank", bank_given);
   // The neighbours are the same in both precisions.
   auto [distances, indices] = knn(features, bank, k, "bf16");
   const Hinge hinge{static_cast<float>(r * r), distance_power == 2};
@@ -72,13 +74,20 @@ std::tuple<Tensor, Tensor, Tensor> hypersphere(const Tensor& features, const Ten
 Tensor hypersphere_backward(const Tensor& grad, const Tensor& features_given, const Tensor& bank_given,
                             const Tensor& distances_given, const Tensor& indices_given, double r,
                             int64_t distance_power) {
-  const Tensor features = torch::stable::contiguous(features_given);
-  const Tensor bank = torch::stable::contiguous(bank_given);
-  const Tensor distances = torch::stable::contiguous(distances_given);
-  const Tensor indices = torch::stable::contiguous(indices_given);
-  check_hypersphere_backward(grad, features, bank, distances, indices, distance_power);
+  check_hypersphere_backward(grad, features_given, bank_given, distances_given, indices_given,
+                             distance_power);
+  const Tensor features = in_order("hypersphere_backward", "features", features_given);
+  const Tensor bank = in_order("hypersphere_backward", "bank", bank_given);
+  const Tensor distances = in_order("hypersphere_backward", "distances", distances_given);
+  const Tensor indices = in_order("hypersphere_backward", "indices", indices_given);
   const int64_t width = features.size(1);
   const int64_t k = distances.size(1);
+  // No row outside of the bank is ever read, whoever calls the operator.
+  const int64_t* rows = indices.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    check(rows[i] >= 0 && rows[i] < bank.size(0), "hypersphere_backward: indices must be rows of bank, got ",
+          rows[i]);
+  }
   Tensor gradient = torch::stable::new_empty(features, {features.size(0), width});
   const Hinge hinge{static_cast<float>(r * r), distance_power == 2};
   const HypersphereKernel& kernel = PYDEFECT_ACTIVE_KERNEL(hypersphere_kernel);
@@ -87,7 +96,6 @@ Tensor hypersphere_backward(const Tensor& grad, const Tensor& features_given, co
   const float* from = features.const_data_ptr<float>();
   const float* centres = bank.const_data_ptr<float>();
   const float* squared = distances.const_data_ptr<float>();
-  const int64_t* rows = indices.const_data_ptr<int64_t>();
   float* to = gradient.mutable_data_ptr<float>();
   torch::stable::parallel_for(0, features.size(0), 64, [&](int64_t begin, int64_t end) {
     std::vector<float> weights(static_cast<size_t>(k));

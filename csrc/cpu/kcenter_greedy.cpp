@@ -12,7 +12,7 @@ namespace {
 
 Tensor kcenter_greedy(const Tensor& features_given, int64_t m) {
   check_kcenter_greedy(features_given, m);
-  const Tensor features = torch::stable::contiguous(features_given);
+  const Tensor features = in_order("kcenter_greedy", "features", features_given);
   Tensor chosen = torch::stable::new_empty(features, {m}, torch::headeronly::ScalarType::Long);
   FarthestFirst(row_pointers(features), features.size(1), m, chosen.mutable_data_ptr<int64_t>()).run();
   return chosen;

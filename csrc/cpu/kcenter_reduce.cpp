@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
                                                   int64_t m, const std::optional<Tensor>& distances_given) {
   check_kcenter_reduce(centres_given, added_given, m, distances_given);
   const SquaredDistancesKernel& kernel = PYDEFECT_ACTIVE_KERNEL(squared_distances_kernel);
-  const Tensor centres = torch::stable::contiguous(centres_given);
-  const Tensor added = torch::stable::contiguous(added_given);
+  const Tensor centres = in_order("kcenter_reduce", "centres", centres_given);
+  const Tensor added = in_order("kcenter_reduce", "added", added_given);
   const int64_t width = centres.size(1);
   const int64_t old = centres.size(0);
   const int64_t count = old + added.size(0);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
     return {chosen, squared_radius, distances};
   }
 
-  Tensor known = distances_given ? torch::stable::contiguous(*distances_given)
+  Tensor known = distances_given ? in_order("kcenter_reduce", "distances", *distances_given)
                                  : torch::stable::new_empty(centres, {old, old});
   if (!distances_given) {
     const std::vector<const float*> old_points = row_pointers(centres);

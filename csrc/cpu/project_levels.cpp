@@ -46,9 +46,15 @@ int64_t round_up(int64_t a, int64_t multiple) {
 }
 
 // Levels are taken as they lie in memory as long as a pixel's channels are neighbours.
-Tensor with_neighbouring_channels(const Tensor& level) {
-  if (level.size(1) == 1 || level.stride(1) == 1) return level;
-  return torch::stable::contiguous(level, torch::headeronly::MemoryFormat::ChannelsLast);
+Tensors with_neighbouring_channels(const char* op, const Tensors& given) {
+  Tensors levels;
+  for (size_t i = 0; i < given.size(); ++i) {
+    const bool neighbours = given[i].size(1) == 1 || given[i].stride(1) == 1;
+    levels.push_back(
+        neighbours ? given[i]
+                   : in_order(op, level_name(i), given[i], torch::headeronly::MemoryFormat::ChannelsLast));
+  }
+  return levels;
 }
 
 Element element_of(const Tensor& level) {
@@ -333,9 +339,8 @@ void project_rows(const Projection& p, int64_t begin, int64_t end) {
 Tensor project_levels(const Tensors& levels_given, const Tensor& weight_given,
                       const std::optional<Tensor>& bias_given, bool pool) {
   check_project_levels(levels_given, weight_given, bias_given);
-  Tensors levels;
-  for (const Tensor& level : levels_given) levels.push_back(with_neighbouring_channels(level));
-  const Tensor weight = torch::stable::contiguous(weight_given);
+  const Tensors levels = with_neighbouring_channels("project_levels", levels_given);
+  const Tensor weight = in_order("project_levels", "weight", weight_given);
   const int64_t batch = levels[0].size(0);
   const int64_t dimension = weight.size(0);
   const int64_t inputs = weight.size(1);
@@ -363,7 +368,7 @@ Tensor project_levels(const Tensors& levels_given, const Tensor& weight_given,
   }
   std::fill(p.constants.data(), p.constants.data() + 3 * p.columns(), 0.0f);
   std::optional<Tensor> bias;
-  if (bias_given) bias = torch::stable::contiguous(*bias_given);
+  if (bias_given) bias = in_order("project_levels", "bias", *bias_given);
   for (int64_t d = 0; d < dimension; ++d) {
     p.constants.data()[d] = bias ? bias->const_data_ptr<float>()[d] : 0.0f;
     p.constants.data()[p.columns() + d] = matrix.data[d * inputs + column];
@@ -546,9 +551,8 @@ void write_tile(const WeightGradient& g, int64_t tile, float* weight, int64_t in
 std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient_given,
                                                           const Tensors& levels_given, bool pool) {
   check_project_levels_weight_gradient(gradient_given, levels_given);
-  Tensors levels;
-  for (const Tensor& level : levels_given) levels.push_back(with_neighbouring_channels(level));
-  const Tensor gradient = torch::stable::contiguous(gradient_given);
+  const Tensors levels = with_neighbouring_channels("project_levels_weight_gradient", levels_given);
+  const Tensor gradient = in_order("project_levels_weight_gradient", "gradient", gradient_given);
   const int64_t batch = gradient.size(0);
   const int64_t dimension = gradient.size(2);
   int64_t inputs = 2;
@@ -602,9 +606,10 @@ std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient
 Tensor project_levels_level_gradient(const Tensor& gradient_given, const Tensor& weight_given, int64_t height,
                                      int64_t width, int64_t level_height, int64_t level_width) {
   check_project_levels_level_gradient(gradient_given, weight_given, height, width, level_height, level_width);
-  const Tensor gradient = torch::stable::contiguous(gradient_given);
+  const Tensor gradient = in_order("project_levels_level_gradient", "gradient", gradient_given);
   // The product takes the weight from the other side.
-  const Tensor weight = torch::stable::contiguous(torch::stable::transpose(weight_given, 0, 1));
+  const Tensor weight =
+      in_order("project_levels_level_gradient", "weight", torch::stable::transpose(weight_given, 0, 1));
   const int64_t batch = gradient.size(0);
   const int64_t dimension = gradient.size(2);
   const int64_t channels = weight.size(0);

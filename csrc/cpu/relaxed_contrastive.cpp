@@ -533,9 +533,9 @@ std::tuple<Tensor, Tensor, Tensor> relaxed_contrastive(const Tensor& z_given, co
                                                        double sigma, double margin, int64_t similarity_power,
                                                        bool cross, bool mean) {
   check_relaxed_contrastive(z_given, target_given, neighbors_given, alpha, sigma, margin, similarity_power);
-  const Tensor z = torch::stable::contiguous(z_given);
-  const Tensor target = torch::stable::contiguous(target_given);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_given);
+  const Tensor z = in_order("relaxed_contrastive", "z", z_given);
+  const Tensor target = in_order("relaxed_contrastive", "z_target", target_given);
+  const Tensor neighbors = in_order("relaxed_contrastive", "neighbors", neighbors_given);
   const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1),
                            static_cast<float>(alpha));
   Patches patches(z.const_data_ptr<float>(), target.const_data_ptr<float>(), z.size(0), z.size(1),
@@ -564,11 +564,11 @@ Tensor relaxed_contrastive_backward(const Tensor& grad_given, const Tensor& z_gi
   }
   check(grad_given.numel() == 1 && grad_given.scalar_type() == torch::headeronly::ScalarType::Float,
         "relaxed_contrastive_backward: grad must be one float32");
-  const Tensor z = torch::stable::contiguous(z_given);
-  const Tensor target = torch::stable::contiguous(target_given);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_given);
-  const Tensor inverse_means = torch::stable::contiguous(inverse_means_given);
-  const Tensor slopes = torch::stable::contiguous(slopes_given);
+  const Tensor z = in_order("relaxed_contrastive_backward", "z", z_given);
+  const Tensor target = in_order("relaxed_contrastive_backward", "z_target", target_given);
+  const Tensor neighbors = in_order("relaxed_contrastive_backward", "neighbors", neighbors_given);
+  const Tensor inverse_means = in_order("relaxed_contrastive_backward", "inverse_means", inverse_means_given);
+  const Tensor slopes = in_order("relaxed_contrastive_backward", "slopes", slopes_given);
   const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1),
                            static_cast<float>(alpha));
   Patches patches(z.const_data_ptr<float>(), target.const_data_ptr<float>(), z.size(0), z.size(1),

@@ -183,7 +183,7 @@ void write_rows(const Maps& m, int64_t image, int64_t begin, int64_t end, float*
 std::tuple<Tensor, Tensor> score_maps(const Tensor& distances_given, int64_t height, int64_t width,
                                       double sigma, bool certainty) {
   check_score_maps(distances_given, height, width, sigma);
-  const Tensor distances = torch::stable::contiguous(distances_given);
+  const Tensor distances = in_order("score_maps", "distances", distances_given);
   const int64_t batch = distances.size(0);
   Tensor scores = torch::stable::new_empty(distances, {batch, distances.size(1), distances.size(2)});
   Tensor maps = torch::stable::new_empty(distances, {batch, height, width});

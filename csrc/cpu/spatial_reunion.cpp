@@ -144,10 +144,10 @@ std::tuple<Tensor, Tensor> spatial_reunion(const Tensor& features_given, const T
   const int64_t line = size.width * channels;
   const int64_t coarse_line = coarse_size.width * channels;
 
-  const Tensor features = torch::stable::contiguous(features_given);
-  const Tensor local = torch::stable::contiguous(local_given);
-  const Tensor coarse = torch::stable::contiguous(coarse_given);
-  const Tensor weight = torch::stable::contiguous(weight_given);
+  const Tensor features = in_order(kName, "features", features_given);
+  const Tensor local = in_order(kName, "local", local_given);
+  const Tensor coarse = in_order(kName, "coarse", coarse_given);
+  const Tensor weight = in_order(kName, "weight", weight_given);
   Tensor output = new_map(features);
   Tensor attention = torch::stable::new_empty(features, {size.images, size.positions()});
 
@@ -202,12 +202,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spatial_reunion_backward(
   const int64_t line = size.width * channels;
   const int64_t coarse_line = coarse_size.width * channels;
 
-  const Tensor d_output = torch::stable::contiguous(d_output_given);
-  const Tensor features = torch::stable::contiguous(features_given);
-  const Tensor local = torch::stable::contiguous(local_given);
-  const Tensor coarse = torch::stable::contiguous(coarse_given);
-  const Tensor weight = torch::stable::contiguous(weight_given);
-  const Tensor attention = torch::stable::contiguous(attention_given);
+  const Tensor d_output = in_order(kName, "d_output", d_output_given);
+  const Tensor features = in_order(kName, "features", features_given);
+  const Tensor local = in_order(kName, "local", local_given);
+  const Tensor coarse = in_order(kName, "coarse", coarse_given);
+  const Tensor weight = in_order(kName, "weight", weight_given);
+  const Tensor attention = in_order(kName, "attention", attention_given);
   Tensor d_features = new_map(features);
   Tensor d_local = new_map(features);
   Tensor d_coarse =

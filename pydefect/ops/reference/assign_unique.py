@@ -45,6 +45,11 @@ def check_assign_unique(bank: Tensor, patches: Tensor) -> None:
         raise RuntimeError("assign_unique: patches must have at least 1 row, got 0")
     if patches.size(1) < 1:
         raise RuntimeError("assign_unique: patches must have a width of at least 1, got 0")
+    if max(patches.shape) >= 2**30:
+        raise RuntimeError(
+            f"assign_unique: patches must have fewer than 2^30 rows and columns, got {patches.size(0)} and "
+            f"{patches.size(1)}"
+        )
     if bank.size(1) != patches.size(1):
         raise RuntimeError(
             f"assign_unique: bank must have the width of patches, {patches.size(1)}, got {bank.size(1)}"

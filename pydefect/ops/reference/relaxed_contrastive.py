@@ -44,6 +44,11 @@ def check_settings(
             f"relaxed_contrastive: z and z_target have shapes {tuple(z.shape)} and {tuple(z_target.shape)}; "
             "allowed is one shape [N, D] with N, D >= 1"
         )
+    if max(z.shape) >= 2**30:
+        raise RuntimeError(
+            f"relaxed_contrastive: z has the shape {tuple(z.shape)}; "
+            "allowed are fewer than 2^30 rows and columns"
+        )
     if z.dtype != z_target.dtype or not z.is_floating_point():
         raise RuntimeError(
             f"relaxed_contrastive: z is {z.dtype}, z_target {z_target.dtype}; allowed is one floating dtype"
