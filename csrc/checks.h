@@ -51,45 +51,13 @@ inline void check_float_matrix(const char* op, const char* name, const Tensor& t
 // Lets kernels count rows and columns, a tile past the end included, in 32 bits.
 constexpr int64_t kDimensionLimit = int64_t{1} << 30;
 
-inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k, const std::string& precision) {
-  check_float_matrix("knn", "queries", queries);
-  check_float_matrix("knn", "bank", bank);
-  check(queries.device() == bank.device(), "knn: queries and bank must be on one device");
-  check(queries.size(1) >= 1, "knn: queries must have a width of at least 1, got 0");
-  check(queries.size(1) == bank.size(1), "knn: bank must have the width of queries, ", queries.size(1),
-        ", got ", bank.size(1));
-  check(bank.size(0) >= 1, "knn: bank must have at least 1 row, got 0");
-  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
-        "knn: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ", bank.size(1));
-  check(k >= 1 && k <= bank.size(0), "knn: k must be between 1 and the ", bank.size(0), " rows of bank, got ",
-        k);
-  check(precision == "float32" || precision == "bf16", "knn: precision must be 'float32' or 'bf16', got '",
-        precision, "'");
-}
-
-inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, const Tensor& neighbors,
-                                      double alpha, double sigma, double margin, int64_t similarity_power) {
-  const char* op = "relaxed_contrastive";
-  check_float_matrix(op, "z", z);
-  check_float_matrix(op, "z_target", z_target);
-  check(z.device() == z_target.device() && z.device() == neighbors.device(), op,
-        ": z, z_target and neighbors must be on one device");
-  check(z.size(0) >= 1 && z.size(1) >= 1, op, ": z must have at least 1 row and 1 column, got ", z.size(0),
-        " x ", z.size(1));
-  check(z_target.size(0) == z.size(0) && z_target.size(1) == z.size(1), op,
-        ": z_target must have the shape of z, ", z.size(0), " x ", z.size(1), ", got ", z_target.size(0),
-        " x ", z_target.size(1));
-  check(z.size(0) < kDimensionLimit && z.size(1) < kDimensionLimit, op,
-        ": z must have fewer than 2^30 rows and columns, got ", z.size(0), " x ", z.size(1));
-  check(neighbors.dim() == 2 && neighbors.size(0) == z.size(0), op,
-        ": neighbors must be a matrix with the rows of z");
-  check(neighbors.scalar_type() == torch::headeronly::ScalarType::Long, op, ": neighbors must be int64, got ",
-        torch::headeronly::toString(neighbors.scalar_type()));
-  check(alpha >= 0 && alpha <= 1, op, ": alpha must be between 0 and 1, got ", alpha);
-  check(sigma > 0, op, ": sigma must be over 0, got ", sigma);
-  check(margin >= 0, op, ": margin must be 0 or more, got ", margin);
-  check(similarity_power == 1 || similarity_power == 2, op, ": similarity_power must be 1 or 2, got ",
-        similarity_power);
+// At least one row of at least one element, few enough to count in 32 bits.
+inline void check_points(const char* op, const char* name, const Tensor& tensor) {
+  check_float_matrix(op, name, tensor);
+  check(tensor.size(0) >= 1, op, ": ", name, " must have at least 1 row, got 0");
+  check(tensor.size(1) >= 1, op, ": ", name, " must have a width of at least 1, got 0");
+  check(tensor.size(0) < kDimensionLimit && tensor.size(1) < kDimensionLimit, op, ": ", name,
+        " must have fewer than 2^30 rows and columns, got ", tensor.size(0), " and ", tensor.size(1));
 }
 
 // The maps of the reunion and fusion modules are [images, height, width, channels] here: channels_last.
@@ -125,15 +93,6 @@ inline void check_parameter(const char* op, const char* name, const Tensor& tens
   check(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " must have the shape [", length, "]");
 }
 
-// At least one row of at least one element, few enough to count in 32 bits.
-inline void check_points(const char* op, const char* name, const Tensor& tensor) {
-  check_float_matrix(op, name, tensor);
-  check(tensor.size(0) >= 1, op, ": ", name, " must have at least 1 row, got 0");
-  check(tensor.size(1) >= 1, op, ": ", name, " must have a width of at least 1, got 0");
-  check(tensor.size(0) < kDimensionLimit && tensor.size(1) < kDimensionLimit, op, ": ", name,
-        " must have fewer than 2^30 rows and columns, got ", tensor.size(0), " and ", tensor.size(1));
-}
-
 inline void check_assign_unique(const Tensor& bank, const Tensor& patches, const Tensor& candidates) {
   check_float_matrix("assign_unique", "bank", bank);
   check_points("assign_unique", "patches", patches);
@@ -146,6 +105,41 @@ inline void check_assign_unique(const Tensor& bank, const Tensor& patches, const
   check(candidates.scalar_type() == torch::headeronly::ScalarType::Long && candidates.dim() == 2 &&
             candidates.size(0) == bank.size(0),
         "assign_unique: candidates must be int64 with one row for each row of bank");
+}
+
+inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
+                              int64_t distance_power) {
+  check_float_matrix("hypersphere", "features", features);
+  check_float_matrix("hypersphere", "bank", bank);
+  check(features.device() == bank.device(), "hypersphere: features and bank must be on one device");
+  check(features.size(1) >= 1, "hypersphere: features must have a width of at least 1, got 0");
+  check(features.size(1) == bank.size(1), "hypersphere: bank must have the width of features, ",
+        features.size(1), ", got ", bank.size(1));
+  check(bank.size(0) >= 1, "hypersphere: bank must have at least 1 row, got 0");
+  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
+        "hypersphere: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ",
+        bank.size(1));
+  check(k >= 1 && k <= bank.size(0), "hypersphere: k must be between 1 and the ", bank.size(0),
+        " rows of bank, got ", k);
+  check(r >= 0.0 && std::isfinite(r), "hypersphere: r must be a finite number of at least 0, got ", r);
+  check(distance_power == 1 || distance_power == 2, "hypersphere: distance_power must be 1 or 2, got ",
+        distance_power);
+}
+
+// `distances` and `indices` are those that `hypersphere` returned. Whether the indices are rows of the bank
+// is for the backend to see: this reads no tensor's elements.
+inline void check_hypersphere_backward(const Tensor& grad, const Tensor& features, const Tensor& bank,
+                                       const Tensor& distances, const Tensor& indices,
+                                       int64_t distance_power) {
+  check_float_matrix("hypersphere_backward", "distances", distances);
+  check_hypersphere(features, bank, distances.size(1), 0.0, distance_power);
+  check(grad.dim() == 0 && grad.scalar_type() == torch::headeronly::ScalarType::Float,
+        "hypersphere_backward: grad must be a float32 scalar");
+  check(indices.dim() == 2 && indices.scalar_type() == torch::headeronly::ScalarType::Long,
+        "hypersphere_backward: indices must be an int64 matrix");
+  check(distances.size(0) == features.size(0) && indices.size(0) == features.size(0) &&
+            indices.size(1) == distances.size(1),
+        "hypersphere_backward: distances and indices must have one row for each of features");
 }
 
 inline void check_kcenter_greedy(const Tensor& features, int64_t m) {
@@ -173,6 +167,22 @@ inline void check_kcenter_reduce(const Tensor& centres, const Tensor& added, int
   check(distances->size(0) == centres.size(0) && distances->size(1) == centres.size(0),
         "kcenter_reduce: distances must be ", centres.size(0), " x ", centres.size(0), ", got ",
         distances->size(0), " x ", distances->size(1));
+}
+
+inline void check_knn(const Tensor& queries, const Tensor& bank, int64_t k, const std::string& precision) {
+  check_float_matrix("knn", "queries", queries);
+  check_float_matrix("knn", "bank", bank);
+  check(queries.device() == bank.device(), "knn: queries and bank must be on one device");
+  check(queries.size(1) >= 1, "knn: queries must have a width of at least 1, got 0");
+  check(queries.size(1) == bank.size(1), "knn: bank must have the width of queries, ", queries.size(1),
+        ", got ", bank.size(1));
+  check(bank.size(0) >= 1, "knn: bank must have at least 1 row, got 0");
+  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
+        "knn: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ", bank.size(1));
+  check(k >= 1 && k <= bank.size(0), "knn: k must be between 1 and the ", bank.size(0), " rows of bank, got ",
+        k);
+  check(precision == "float32" || precision == "bf16", "knn: precision must be 'float32' or 'bf16', got '",
+        precision, "'");
 }
 
 inline std::string level_name(size_t index) {
@@ -259,6 +269,31 @@ inline void check_project_levels_level_gradient(const Tensor& gradient, const Te
         height * width, ", got ", gradient.size(1));
 }
 
+inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, const Tensor& neighbors,
+                                      double alpha, double sigma, double margin, int64_t similarity_power) {
+  const char* op = "relaxed_contrastive";
+  check_float_matrix(op, "z", z);
+  check_float_matrix(op, "z_target", z_target);
+  check(z.device() == z_target.device() && z.device() == neighbors.device(), op,
+        ": z, z_target and neighbors must be on one device");
+  check(z.size(0) >= 1 && z.size(1) >= 1, op, ": z must have at least 1 row and 1 column, got ", z.size(0),
+        " x ", z.size(1));
+  check(z_target.size(0) == z.size(0) && z_target.size(1) == z.size(1), op,
+        ": z_target must have the shape of z, ", z.size(0), " x ", z.size(1), ", got ", z_target.size(0),
+        " x ", z_target.size(1));
+  check(z.size(0) < kDimensionLimit && z.size(1) < kDimensionLimit, op,
+        ": z must have fewer than 2^30 rows and columns, got ", z.size(0), " x ", z.size(1));
+  check(neighbors.dim() == 2 && neighbors.size(0) == z.size(0), op,
+        ": neighbors must be a matrix with the rows of z");
+  check(neighbors.scalar_type() == torch::headeronly::ScalarType::Long, op, ": neighbors must be int64, got ",
+        torch::headeronly::toString(neighbors.scalar_type()));
+  check(alpha >= 0 && alpha <= 1, op, ": alpha must be between 0 and 1, got ", alpha);
+  check(sigma > 0, op, ": sigma must be over 0, got ", sigma);
+  check(margin >= 0, op, ": margin must be 0 or more, got ", margin);
+  check(similarity_power == 1 || similarity_power == 2, op, ": similarity_power must be 1 or 2, got ",
+        similarity_power);
+}
+
 // A Gaussian of this many pixels flattens any image; its width still fits every integer.
 constexpr double kSigmaLimit = 1 << 20;
 
@@ -275,41 +310,6 @@ inline void check_score_maps(const Tensor& distances, int64_t height, int64_t wi
         "score_maps: size must be between 1 and 2^30 pixels each way, got ", height, " and ", width);
   check(sigma >= 0.0 && sigma < kSigmaLimit, "score_maps: sigma must be between 0 and 2^20 pixels, got ",
         sigma);
-}
-
-inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
-                              int64_t distance_power) {
-  check_float_matrix("hypersphere", "features", features);
-  check_float_matrix("hypersphere", "bank", bank);
-  check(features.device() == bank.device(), "hypersphere: features and bank must be on one device");
-  check(features.size(1) >= 1, "hypersphere: features must have a width of at least 1, got 0");
-  check(features.size(1) == bank.size(1), "hypersphere: bank must have the width of features, ",
-        features.size(1), ", got ", bank.size(1));
-  check(bank.size(0) >= 1, "hypersphere: bank must have at least 1 row, got 0");
-  check(bank.size(0) < kDimensionLimit && bank.size(1) < kDimensionLimit,
-        "hypersphere: bank must have fewer than 2^30 rows and columns, got ", bank.size(0), " and ",
-        bank.size(1));
-  check(k >= 1 && k <= bank.size(0), "hypersphere: k must be between 1 and the ", bank.size(0),
-        " rows of bank, got ", k);
-  check(r >= 0.0 && std::isfinite(r), "hypersphere: r must be a finite number of at least 0, got ", r);
-  check(distance_power == 1 || distance_power == 2, "hypersphere: distance_power must be 1 or 2, got ",
-        distance_power);
-}
-
-// `distances` and `indices` are those that `hypersphere` returned. Whether the indices are rows of the bank
-// is for the backend to see: this reads no tensor's elements.
-inline void check_hypersphere_backward(const Tensor& grad, const Tensor& features, const Tensor& bank,
-                                       const Tensor& distances, const Tensor& indices,
-                                       int64_t distance_power) {
-  check_float_matrix("hypersphere_backward", "distances", distances);
-  check_hypersphere(features, bank, distances.size(1), 0.0, distance_power);
-  check(grad.dim() == 0 && grad.scalar_type() == torch::headeronly::ScalarType::Float,
-        "hypersphere_backward: grad must be a float32 scalar");
-  check(indices.dim() == 2 && indices.scalar_type() == torch::headeronly::ScalarType::Long,
-        "hypersphere_backward: indices must be an int64 matrix");
-  check(distances.size(0) == features.size(0) && indices.size(0) == features.size(0) &&
-            indices.size(1) == distances.size(1),
-        "hypersphere_backward: distances and indices must have one row for each of features");
 }
 
 }  // namespace pydefect
