@@ -1,5 +1,7 @@
-// Argument checks that every backend of an operator shares. A failed check throws std::runtime_error, which
-// PyTorch turns into a RuntimeError; the message names the argument, what was given and what is allowed.
+// The argument checks of every operator, once: first what several share, then by operation in alphabetical
+// order. They read shapes and settings, never a tensor's elements, which may lie on another device. A failed
+// check throws std::runtime_error, which PyTorch turns into a RuntimeError; the message names the argument,
+// what was given and what is allowed.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -93,6 +95,12 @@ inline void check_parameter(const char* op, const char* name, const Tensor& tens
   check(tensor.dim() == 1 && tensor.size(0) == length, op, ": ", name, " must have the shape [", length, "]");
 }
 
+// The rows of the reducing layer of a channel attention.
+inline int64_t reduced_width(const char* op, const Tensor& reduce_weight) {
+  check(reduce_weight.dim() == 2, op, ": reduce_weight must have 2 dimensions, got ", reduce_weight.dim());
+  return reduce_weight.size(0);
+}
+
 inline void check_assign_unique(const Tensor& bank, const Tensor& patches, const Tensor& candidates) {
   check_float_matrix("assign_unique", "bank", bank);
   check_points("assign_unique", "patches", patches);
@@ -105,6 +113,40 @@ inline void check_assign_unique(const Tensor& bank, const Tensor& patches, const
   check(candidates.scalar_type() == torch::headeronly::ScalarType::Long && candidates.dim() == 2 &&
             candidates.size(0) == bank.size(0),
         "assign_unique: candidates must be int64 with one row for each row of bank");
+}
+
+inline void check_channel_reunion(const Tensor& features, const Tensor& direction, const Tensor& offset,
+                                  const Tensor& reduce_weight, const Tensor& reduce_bias,
+                                  const Tensor& expand_weight, const Tensor& expand_bias) {
+  const char* const op = "channel_reunion";
+  check_map(op, "features", features);
+  const int64_t channels = features.size(3);
+  const int64_t reduced = reduced_width(op, reduce_weight);
+  check_parameter(op, "direction", direction, channels);
+  check_parameter(op, "offset", offset, 1);
+  check_parameter(op, "reduce_weight", reduce_weight, reduced, channels);
+  check_parameter(op, "reduce_bias", reduce_bias, reduced);
+  check_parameter(op, "expand_weight", expand_weight, channels, reduced);
+  check_parameter(op, "expand_bias", expand_bias, channels);
+}
+
+inline void check_channel_reunion_backward(const Tensor& d_output, const Tensor& features,
+                                           const Tensor& direction, const Tensor& reduce_weight,
+                                           const Tensor& expand_weight, const Tensor& weights,
+                                           const Tensor& pooled, const Tensor& hidden, const Tensor& gate) {
+  const char* const op = "channel_reunion_backward";
+  check_map(op, "features", features);
+  check_same_map(op, "d_output", d_output, "features", features);
+  const int64_t images = features.size(0);
+  const int64_t channels = features.size(3);
+  const int64_t reduced = reduced_width(op, reduce_weight);
+  check_parameter(op, "direction", direction, channels);
+  check_parameter(op, "reduce_weight", reduce_weight, reduced, channels);
+  check_parameter(op, "expand_weight", expand_weight, channels, reduced);
+  check_parameter(op, "weights", weights, images, features.size(1) * features.size(2));
+  check_parameter(op, "pooled", pooled, images, channels);
+  check_parameter(op, "hidden", hidden, images, reduced);
+  check_parameter(op, "gate", gate, images, channels);
 }
 
 inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
@@ -310,6 +352,72 @@ inline void check_score_maps(const Tensor& distances, int64_t height, int64_t wi
         "score_maps: size must be between 1 and 2^30 pixels each way, got ", height, " and ", width);
   check(sigma >= 0.0 && sigma < kSigmaLimit, "score_maps: sigma must be between 0 and 2^20 pixels, got ",
         sigma);
+}
+
+inline void check_selective_fusion(const Tensor& first, const Tensor& second, const Tensor& reduce_weight,
+                                   const Tensor& reduce_bias, const Tensor& first_weight,
+                                   const Tensor& first_bias, const Tensor& second_weight,
+                                   const Tensor& second_bias) {
+  const char* const op = "selective_fusion";
+  check_map(op, "first", first);
+  check_same_map(op, "second", second, "first", first);
+  const int64_t channels = first.size(3);
+  const int64_t reduced = reduced_width(op, reduce_weight);
+  check_parameter(op, "reduce_weight", reduce_weight, reduced, channels);
+  check_parameter(op, "reduce_bias", reduce_bias, reduced);
+  check_parameter(op, "first_weight", first_weight, channels, reduced);
+  check_parameter(op, "first_bias", first_bias, channels);
+  check_parameter(op, "second_weight", second_weight, channels, reduced);
+  check_parameter(op, "second_bias", second_bias, channels);
+}
+
+inline void check_selective_fusion_backward(const Tensor& d_fused_first, const Tensor& d_fused_second,
+                                            const Tensor& first, const Tensor& second,
+                                            const Tensor& reduce_weight, const Tensor& first_weight,
+                                            const Tensor& second_weight, const Tensor& pooled,
+                                            const Tensor& hidden, const Tensor& share) {
+  const char* const op = "selective_fusion_backward";
+  check_map(op, "first", first);
+  check_same_map(op, "second", second, "first", first);
+  check_same_map(op, "d_fused_first", d_fused_first, "first", first);
+  check_same_map(op, "d_fused_second", d_fused_second, "first", first);
+  const int64_t images = first.size(0);
+  const int64_t channels = first.size(3);
+  const int64_t reduced = reduced_width(op, reduce_weight);
+  check_parameter(op, "reduce_weight", reduce_weight, reduced, channels);
+  check_parameter(op, "first_weight", first_weight, channels, reduced);
+  check_parameter(op, "second_weight", second_weight, channels, reduced);
+  check_parameter(op, "pooled", pooled, images, channels);
+  check_parameter(op, "hidden", hidden, images, reduced);
+  check_parameter(op, "share", share, images, channels);
+}
+
+inline void check_spatial_reunion_maps(const char* op, const Tensor& features, const Tensor& local,
+                                       const Tensor& coarse, const Tensor& weight, int64_t normalisation) {
+  check_map(op, "features", features);
+  check_same_map(op, "local", local, "features", features);
+  check_map(op, "coarse", coarse);
+  check(coarse.size(0) == features.size(0) && coarse.size(3) == features.size(3), op,
+        ": coarse must have the images and channels of features, ", features.size(0), " and ",
+        features.size(3), ", got ", coarse.size(0), " and ", coarse.size(3));
+  check_parameter(op, "weight", weight, 9, features.size(3));
+  check(normalisation >= 0 && normalisation <= 2, op,
+        ": normalisation must be 0 (none), 1 (mean) or 2 (softmax), got ", normalisation);
+}
+
+inline void check_spatial_reunion(const Tensor& features, const Tensor& local, const Tensor& coarse,
+                                  const Tensor& weight, const Tensor& bias, int64_t normalisation) {
+  check_spatial_reunion_maps("spatial_reunion", features, local, coarse, weight, normalisation);
+  check_parameter("spatial_reunion", "bias", bias, 1);
+}
+
+inline void check_spatial_reunion_backward(const Tensor& d_output, const Tensor& features,
+                                           const Tensor& local, const Tensor& coarse, const Tensor& weight,
+                                           const Tensor& attention, int64_t normalisation) {
+  const char* const op = "spatial_reunion_backward";
+  check_spatial_reunion_maps(op, features, local, coarse, weight, normalisation);
+  check_same_map(op, "d_output", d_output, "features", features);
+  check_parameter(op, "attention", attention, features.size(0), features.size(1) * features.size(2));
 }
 
 }  // namespace pydefect

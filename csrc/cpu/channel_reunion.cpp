@@ -25,19 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
     const Tensor& features_given, const Tensor& direction_given, const Tensor& offset_given,
     const Tensor& reduce_weight_given, const Tensor& reduce_bias_given, const Tensor& expand_weight_given,
     const Tensor& expand_bias_given) {
-  check_map(kName, "features", features_given);
+  check_channel_reunion(features_given, direction_given, offset_given, reduce_weight_given, reduce_bias_given,
+                        expand_weight_given, expand_bias_given);
   const MapSize size(features_given);
   const int64_t channels = size.channels;
-  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
-        reduce_weight_given.dim());
   const int64_t reduced = reduce_weight_given.size(0);
-  check_parameter(kName, "direction", direction_given, channels);
-  check_parameter(kName, "offset", offset_given, 1);
-  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
-  check_parameter(kName, "reduce_bias", reduce_bias_given, reduced);
-  check_parameter(kName, "expand_weight", expand_weight_given, channels, reduced);
-  check_parameter(kName, "expand_bias", expand_bias_given, channels);
-
   const Tensor features = in_order(kName, "features", features_given);
   const Tensor direction = in_order(kName, "direction", direction_given);
   const Tensor reduce_weight = in_order(kName, "reduce_weight", reduce_weight_given);
@@ -83,21 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
     const Tensor& d_output_given, const Tensor& features_given, const Tensor& direction_given,
     const Tensor& reduce_weight_given, const Tensor& expand_weight_given, const Tensor& weights_given,
     const Tensor& pooled_given, const Tensor& hidden_given, const Tensor& gate_given) {
-  check_map(kName, "features", features_given);
-  check_same_map(kName, "d_output", d_output_given, "features", features_given);
+  check_channel_reunion_backward(d_output_given, features_given, direction_given, reduce_weight_given,
+                                 expand_weight_given, weights_given, pooled_given, hidden_given, gate_given);
   const MapSize size(features_given);
   const int64_t channels = size.channels;
-  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
-        reduce_weight_given.dim());
   const int64_t reduced = reduce_weight_given.size(0);
-  check_parameter(kName, "direction", direction_given, channels);
-  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
-  check_parameter(kName, "expand_weight", expand_weight_given, channels, reduced);
-  check_parameter(kName, "weights", weights_given, size.images, size.positions());
-  check_parameter(kName, "pooled", pooled_given, size.images, channels);
-  check_parameter(kName, "hidden", hidden_given, size.images, reduced);
-  check_parameter(kName, "gate", gate_given, size.images, channels);
-
   const Tensor d_output = in_order(kName, "d_output", d_output_given);
   const Tensor features = in_order(kName, "features", features_given);
   const Tensor direction = in_order(kName, "direction", direction_given);

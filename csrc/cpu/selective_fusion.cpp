@@ -25,20 +25,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
     const Tensor& first_given, const Tensor& second_given, const Tensor& reduce_weight_given,
     const Tensor& reduce_bias_given, const Tensor& first_weight_given, const Tensor& first_bias_given,
     const Tensor& second_weight_given, const Tensor& second_bias_given) {
-  check_map(kName, "first", first_given);
-  check_same_map(kName, "second", second_given, "first", first_given);
+  check_selective_fusion(first_given, second_given, reduce_weight_given, reduce_bias_given,
+                         first_weight_given, first_bias_given, second_weight_given, second_bias_given);
   const MapSize size(first_given);
   const int64_t channels = size.channels;
-  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
-        reduce_weight_given.dim());
   const int64_t reduced = reduce_weight_given.size(0);
-  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
-  check_parameter(kName, "reduce_bias", reduce_bias_given, reduced);
-  check_parameter(kName, "first_weight", first_weight_given, channels, reduced);
-  check_parameter(kName, "first_bias", first_bias_given, channels);
-  check_parameter(kName, "second_weight", second_weight_given, channels, reduced);
-  check_parameter(kName, "second_bias", second_bias_given, channels);
-
   const Tensor first = in_order(kName, "first", first_given);
   const Tensor second = in_order(kName, "second", second_given);
   const Tensor reduce_weight = in_order(kName, "reduce_weight", reduce_weight_given);
@@ -100,22 +91,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     const Tensor& second_given, const Tensor& reduce_weight_given, const Tensor& first_weight_given,
     const Tensor& second_weight_given, const Tensor& pooled_given, const Tensor& hidden_given,
     const Tensor& share_given) {
-  check_map(kName, "first", first_given);
-  check_same_map(kName, "second", second_given, "first", first_given);
-  check_same_map(kName, "d_fused_first", d_fused_first_given, "first", first_given);
-  check_same_map(kName, "d_fused_second", d_fused_second_given, "first", first_given);
+  check_selective_fusion_backward(d_fused_first_given, d_fused_second_given, first_given, second_given,
+                                  reduce_weight_given, first_weight_given, second_weight_given, pooled_given,
+                                  hidden_given, share_given);
   const MapSize size(first_given);
   const int64_t channels = size.channels;
-  check(reduce_weight_given.dim() == 2, kName, ": reduce_weight must have 2 dimensions, got ",
-        reduce_weight_given.dim());
   const int64_t reduced = reduce_weight_given.size(0);
-  check_parameter(kName, "reduce_weight", reduce_weight_given, reduced, channels);
-  check_parameter(kName, "first_weight", first_weight_given, channels, reduced);
-  check_parameter(kName, "second_weight", second_weight_given, channels, reduced);
-  check_parameter(kName, "pooled", pooled_given, size.images, channels);
-  check_parameter(kName, "hidden", hidden_given, size.images, reduced);
-  check_parameter(kName, "share", share_given, size.images, channels);
-
   const Tensor d_fused_first = in_order(kName, "d_fused_first", d_fused_first_given);
   const Tensor d_fused_second = in_order(kName, "d_fused_second", d_fused_second_given);
   const Tensor first = in_order(kName, "first", first_given);

@@ -120,24 +120,10 @@ void taps_gradient(const float* gradient,  // [height, width]
   }
 }
 
-void check_arguments(const Tensor& features, const Tensor& local, const Tensor& coarse, const Tensor& weight,
-                     int64_t normalisation) {
-  check_map(kName, "features", features);
-  check_same_map(kName, "local", local, "features", features);
-  check_map(kName, "coarse", coarse);
-  check(coarse.size(0) == features.size(0) && coarse.size(3) == features.size(3), kName,
-        ": coarse must have the images and channels of features, ", features.size(0), " and ",
-        features.size(3), ", got ", coarse.size(0), " and ", coarse.size(3));
-  check_parameter(kName, "weight", weight, kTaps, features.size(3));
-  check(normalisation >= kNone && normalisation <= kSoftmax, kName,
-        ": normalisation must be 0 (none), 1 (mean) or 2 (softmax), got ", normalisation);
-}
-
 std::tuple<Tensor, Tensor> spatial_reunion(const Tensor& features_given, const Tensor& local_given,
                                            const Tensor& coarse_given, const Tensor& weight_given,
                                            const Tensor& bias_given, int64_t normalisation) {
-  check_arguments(features_given, local_given, coarse_given, weight_given, normalisation);
-  check_parameter(kName, "bias", bias_given, 1);
+  check_spatial_reunion(features_given, local_given, coarse_given, weight_given, bias_given, normalisation);
   const MapSize size(features_given);
   const MapSize coarse_size(coarse_given);
   const int64_t channels = size.channels;
@@ -193,10 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spatial_reunion_backward(
     const Tensor& d_output_given, const Tensor& features_given, const Tensor& local_given,
     const Tensor& coarse_given, const Tensor& weight_given, const Tensor& attention_given,
     int64_t normalisation) {
-  check_arguments(features_given, local_given, coarse_given, weight_given, normalisation);
-  check_same_map(kName, "d_output", d_output_given, "features", features_given);
+  check_spatial_reunion_backward(d_output_given, features_given, local_given, coarse_given, weight_given,
+                                 attention_given, normalisation);
   const MapSize size(features_given);
-  check_parameter(kName, "attention", attention_given, size.images, size.positions());
   const MapSize coarse_size(coarse_given);
   const int64_t channels = size.channels;
   const int64_t line = size.width * channels;
