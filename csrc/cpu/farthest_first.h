@@ -22,6 +22,7 @@
 
 #include "dispatch.h"
 #include "kernels/squared_distances.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -132,7 +133,7 @@ class FarthestFirst {
       const int32_t seen_b = seen_[static_cast<size_t>(b)];
       return seen_a != seen_b ? seen_a < seen_b : a < b;
     });
-    const int64_t groups = (static_cast<int64_t>(by_seen_.size()) + kPointsAtATime - 1) / kPointsAtATime;
+    const int64_t groups = divide_up(static_cast<int64_t>(by_seen_.size()), kPointsAtATime);
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> distances(static_cast<size_t>(kPointsAtATime * kChosenAtATime));
       for (int64_t group = begin; group < end; ++group) {

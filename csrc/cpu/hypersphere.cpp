@@ -14,6 +14,7 @@
 #include "../checks.h"
 #include "dispatch.h"
 #include "knn.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> hypersphere(const Tensor& features_given, con
   auto [distances, indices] = knn(features, bank, k, "bf16");
   const Hinge hinge{static_cast<float>(r * r), distance_power == 2};
   const int64_t count = features.size(0) * k;
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  const int64_t blocks = divide_up(count, kBlock);
   const float* squared = distances.const_data_ptr<float>();
   std::vector<double> sums(static_cast<size_t>(blocks));
   torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {

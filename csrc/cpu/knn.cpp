@@ -1,6 +1,7 @@
 // k-NN on the CPU. Candidates come from the expanded form in register tiles over a packed bank; only winners
 // are measured directly. csrc/knn_certificate.h says why the answer is that of measuring everything directly,
 // so it depends on neither the thread count nor the blocking nor the instruction set.
+
 #include "knn.h"
 
 #include <torch/csrc/stable/library.h>
@@ -25,6 +26,7 @@
 #include "aligned.h"
 #include "dispatch.h"
 #include "kernels/knn.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -46,10 +48,6 @@ constexpr int64_t kCentreRows = 1024;
 constexpr int64_t kMostColumns = 32;
 // Queries that try out the bf16 search, spread over all of them.
 constexpr int64_t kTrialQueries = 56;
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 struct Matrix {
   const float* data;

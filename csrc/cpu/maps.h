@@ -13,6 +13,7 @@
 #endif
 
 #include "aligned.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 
@@ -52,7 +53,7 @@ inline torch::stable::Tensor new_map(const torch::stable::Tensor& map) {
 // Fixed cuts of 0..length.
 class Blocks {
  public:
-  Blocks(int64_t length, int64_t size) : length_(length), size_(size), count_((length + size - 1) / size) {}
+  Blocks(int64_t length, int64_t size) : length_(length), size_(size), count_(divide_up(length, size)) {}
 
   int64_t count() const { return count_; }
 

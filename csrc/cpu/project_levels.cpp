@@ -24,6 +24,7 @@
 #include "aligned.h"
 #include "bilinear.h"
 #include "dispatch.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -36,14 +37,6 @@ constexpr int64_t kDepth = ProjectLevelsKernel::depth;
 constexpr int64_t kPixelsAtOnce = 56;
 // Pixels that are summed in registers before they join the weight's gradient.
 constexpr int64_t kPixelsPerSum = 256;
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-int64_t round_up(int64_t a, int64_t multiple) {
-  return divide_up(a, multiple) * multiple;
-}
 
 // Levels are taken as they lie in memory as long as a pixel's channels are neighbours.
 Tensors with_neighbouring_channels(const char* op, const Tensors& given) {

@@ -21,6 +21,7 @@
 #include "../checks.h"
 #include "aligned.h"
 #include "dispatch.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -36,19 +37,20 @@ struct Settings {
   bool mean;
 };
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Column means, added up in a fixed order.
 std::vector<float> column_means(const float* rows, int64_t count, int64_t width) {
-  std::vector<double> sums(static_cast<size_t>(width), 0.0);
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t d = 0; d < width; ++d) sums[static_cast<size_t>(d)] += rows[r * width + d];
-  }
   std::vector<float> means(static_cast<size_t>(width));
-  for (size_t d = 0; d < means.size(); ++d)
-    means[d] = static_cast<float>(sums[d] / static_cast<double>(count));
+  torch::stable::parallel_for(0, width, 64, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(static_cast<size_t>(end - begin), 0.0);
+    for (int64_t r = 0; r < count; ++r) {
+      const float* row = rows + r * width;
+      for (int64_t d = begin; d < end; ++d) sums[static_cast<size_t>(d - begin)] += row[d];
+    }
+    for (int64_t d = begin; d < end; ++d) {
+      means[static_cast<size_t>(d)] =
+          static_cast<float>(sums[static_cast<size_t>(d - begin)] / static_cast<double>(count));
+    }
+  });
   return means;
 }
 

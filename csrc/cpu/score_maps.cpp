@@ -21,6 +21,7 @@
 #include "aligned.h"
 #include "bilinear.h"
 #include "dispatch.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -153,7 +154,7 @@ struct Maps {
 // Writes rows begin..end of one image's map, and the scores of the patch rows that these stand for.
 void write_rows(const Maps& m, int64_t image, int64_t begin, int64_t end, float* patch_row, float* spread) {
   // Neighbouring shares both read the patch rows at their border; one of them writes their scores.
-  const auto owned_from = [&](int64_t row) { return (row * m.rows + m.height - 1) / m.height; };
+  const auto owned_from = [&](int64_t row) { return divide_up(row * m.rows, m.height); };
   const int64_t owned_first = owned_from(begin);
   const int64_t owned_end = owned_from(end);
   int64_t needed_first = m.rows;

@@ -16,6 +16,7 @@
 #include "../checks.h"
 #include "dispatch.h"
 #include "maps.h"
+#include "rounding.h"
 
 namespace pydefect::cpu {
 namespace {
@@ -41,7 +42,7 @@ std::vector<Blend> blends(int64_t fine, int64_t coarse) {
 
 // Blocks of rows, at most 32 of them: each block of the backward pass has a sum of the size of the weight.
 Blocks row_blocks(const MapSize& size) {
-  return {size.height, (size.height + 31) / 32};
+  return {size.height, divide_up(size.height, 32)};
 }
 
 // The offset, in rows or columns, from a position to the one that a tap of the convolution looks at.

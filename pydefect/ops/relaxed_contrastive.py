@@ -107,9 +107,7 @@ def _nearest_and_itself(points: Tensor, k: int) -> Tensor:
     """N_k(i) of equation (2), [N, k]: the nearest points of every point, itself always among them."""
     if k == 0:
         return torch.empty(len(points), 0, dtype=torch.int64, device=points.device)
-    # Without their common offset the search estimates better and measures less.
-    centred = points - points.mean(0)
-    nearest = knn(centred, centred, k, precision="bf16")[1]
+    nearest = knn(points, points, k, precision="bf16")[1]
     # Where k others coincide with a point, the search may not name the point itself.
     itself = torch.arange(len(points), device=points.device)
     nearest[:, -1] = torch.where((nearest == itself.unsqueeze(1)).any(1), nearest[:, -1], itself)

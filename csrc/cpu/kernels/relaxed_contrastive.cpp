@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "pack.h"
 #include "simd.h"
 
 namespace pydefect::cpu::PYDEFECT_LEVEL {
@@ -21,47 +22,12 @@ using Vector = Simd::type;
 // Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
 constexpr float kFloor = 1e-30f;
 
-using Quad = float __attribute__((vector_size(16)));
-using QuadIndex = int32_t __attribute__((vector_size(16)));
-
-inline Quad load_quad(const float* from) {
-  Quad value;
-  std::memcpy(&value, from, sizeof(value));
-  return value;
-}
-
 void pack(const float* rows, int64_t count, int64_t width, const float* centre, float* panel) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) {
-    const float* row = rows + r * width;
-    float* to = panel + r;
-    int64_t d = 0;
-    for (; d + 4 <= width; d += 4) {
-      const Quad shift = load_quad(centre + d);
-      const Quad a = load_quad(row + d) - shift;
-      const Quad b = load_quad(row + width + d) - shift;
-      const Quad c = load_quad(row + 2 * width + d) - shift;
-      const Quad e = load_quad(row + 3 * width + d) - shift;
-      const Quad ab_low = __builtin_shuffle(a, b, QuadIndex{0, 4, 1, 5});
-      const Quad ab_high = __builtin_shuffle(a, b, QuadIndex{2, 6, 3, 7});
-      const Quad ce_low = __builtin_shuffle(c, e, QuadIndex{0, 4, 1, 5});
-      const Quad ce_high = __builtin_shuffle(c, e, QuadIndex{2, 6, 3, 7});
-      const Quad columns[4] = {__builtin_shuffle(ab_low, ce_low, QuadIndex{0, 1, 4, 5}),
-                               __builtin_shuffle(ab_low, ce_low, QuadIndex{2, 3, 6, 7}),
-                               __builtin_shuffle(ab_high, ce_high, QuadIndex{0, 1, 4, 5}),
-                               __builtin_shuffle(ab_high, ce_high, QuadIndex{2, 3, 6, 7})};
-      for (int i = 0; i < 4; ++i) std::memcpy(to + (d + i) * kPanel, &columns[i], sizeof(Quad));
-    }
-    for (; d < width; ++d) {
-      for (int i = 0; i < 4; ++i) to[d * kPanel + i] = row[i * width + d] - centre[d];
-    }
-  }
-  for (; r < count; ++r) {
-    for (int64_t d = 0; d < width; ++d) panel[d * kPanel + r] = rows[r * width + d] - centre[d];
-  }
-  for (; r < kPanel; ++r) {
-    for (int64_t d = 0; d < width; ++d) panel[d * kPanel + r] = 0.0f;
-  }
+  pack_panel<Simd, kPanel>(
+      [=](int64_t r, int64_t d, int64_t some) {
+        return Simd::load_some(rows + r * width + d, some) - Simd::load_some(centre + d, some);
+      },
+      count, width, panel);
 }
 
 void norms(const float* panel, int64_t width, float* norms) {
