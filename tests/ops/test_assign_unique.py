@@ -9,9 +9,6 @@ D squares; random vectors do not.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -158,8 +155,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_same_on_every_instruction_set(level, tmp_path):
-    # The level is chosen once a process, so each runs in its own.
+def test_same_on_every_instruction_set(level, tmp_path, at_level):
     shapes = [(m, n, d) for m, n in ((5, 9), (37, 38), (97, 97)) for d in (1, 7, 16, 17, 33, 112)]
     file = tmp_path / "results.pt"
     code = f"""
@@ -172,8 +168,7 @@ for m, n, d in {shapes}:
     results.append(assign_unique(*pair))
 torch.save(results, {str(file)!r})
 """
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     for shape, result in zip(shapes, torch.load(file), strict=True):
         assert result.tolist() == by_measuring(*random_pair(*shape))
 

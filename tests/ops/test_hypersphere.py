@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -147,7 +144,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_same_on_every_instruction_set(level, tmp_path):
+def test_same_on_every_instruction_set(level, tmp_path, at_level):
     # Products and sums are rounded apart, so the levels agree bit for bit.
     file = tmp_path / "result.pt"
     code = f"""
@@ -159,8 +156,7 @@ value = hypersphere(features, bank)
 (2.5 * value).backward()
 torch.save((value.detach(), features.grad), {str(file)!r})
 """
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     torch.manual_seed(0)
     expected = value_and_gradient(torch.randn(40, 37), torch.randn(30, 37), 3, 1)
     for actual, wanted in zip(torch.load(file), expected, strict=True):

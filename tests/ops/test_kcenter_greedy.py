@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -174,8 +171,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_same_on_every_instruction_set(level, tmp_path):
-    # The level is chosen once a process, so each runs in its own.
+def test_same_on_every_instruction_set(level, tmp_path, at_level):
     shapes = [(n, d) for n in (30, 700) for d in (1, 7, 16, 17, 33, 112)]
     file = tmp_path / "results.pt"
     code = f"""
@@ -187,8 +183,7 @@ for n, d in {shapes}:
     results.append(kcenter_greedy(points, 29))
 torch.save(results, {str(file)!r})
 """
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     for (n, d), result in zip(shapes, torch.load(file), strict=True):
         assert result.tolist() == by_measuring(random_points(n, d), 29)
 

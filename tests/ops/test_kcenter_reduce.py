@@ -7,10 +7,6 @@ rounding of a float32 sum of D squares, and the choice is the same unless two po
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -121,8 +117,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_same_on_every_instruction_set(level, tmp_path):
-    # The level is chosen once a process, so each runs in its own.
+def test_same_on_every_instruction_set(level, tmp_path, at_level):
     file = tmp_path / "results.pt"
     code = f"""
 import torch
@@ -134,8 +129,7 @@ for m, n, d, size in {SHAPES}:
     results.append(kcenter_reduce(*pair, size))
 torch.save(results, {str(file)!r})
 """
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     for (m, n, d, size), result in zip(SHAPES, torch.load(file), strict=True):
         assert_same(result, ops.kcenter_reduce(*random_points(m, n, d), size))
 

@@ -9,10 +9,6 @@ float32 measurement in the kernels' documented order of summation: that is the c
 tolerance.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,8 +197,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_same_on_every_instruction_set(level, tmp_path):
-    # The level is chosen once a process, so each runs in its own.
+def test_same_on_every_instruction_set(level, tmp_path, at_level):
     shapes = [
         (n, m, d)
         for n, m in ((5, 9), (37, 65), (84, 96), (97, 130))
@@ -220,9 +215,7 @@ for n, m, d in {shapes}:
     results.append(knn(queries, bank, 5, precision="bf16"))
 torch.save(results, {str(file)!r})
 """
-    # Not in the source folder, which Python would put in front of the installed package.
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     results = torch.load(file)
     for (n, m, d), *both in zip(shapes, results[::2], results[1::2], strict=True):
         torch.manual_seed(n + m + d)

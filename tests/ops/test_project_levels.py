@@ -11,10 +11,6 @@ between two pixels, up to 64 here, carries a relative rounding of 3 * 2**-24, so
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -375,9 +371,8 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_every_instruction_set(level, tmp_path):
+def test_every_instruction_set(level, tmp_path, at_level):
     """Levels differ by fused multiply-adds and by nothing else, so the bounds are those of the reference."""
-    # The level is chosen once a process, so each runs in its own.
     cases = [case.values for case in NATIVE]
     file = tmp_path / "inputs.pt"
     inputs_of = [native_inputs(*case) for case in cases]
@@ -396,9 +391,7 @@ for (levels, weight, bias), gradient in zip(inputs_of, gradients):
     results.append([out.detach(), half, *(argument.grad for argument in arguments)])
 torch.save(results, {str(tmp_path / "results.pt")!r})
 """
-    # Not in the source folder, which Python would put in front of the installed package.
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     results = torch.load(tmp_path / "results.pt")
     for (levels, weight, bias), gradient, result in zip(inputs_of, gradients, results, strict=True):
         wide, w, b = in_double(levels), weight.double(), bias.double()

@@ -13,9 +13,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -354,7 +351,7 @@ def test_every_number_of_threads_gives_the_same(options):
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_every_level(level, tmp_path):
+def test_every_level(level, tmp_path, at_level):
     """Levels round differently (FMA, widths of sums): each agrees with the reference, not with the others."""
     file = tmp_path / "results.pt"
     shapes = [(13, 5), (49, 17), (300, 33)]
@@ -371,8 +368,7 @@ for n, d in {shapes}:
         results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
 torch.save(results, {str(file)!r})
 """
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     results = iter(torch.load(file))
     for n, d in shapes:
         generator = torch.Generator().manual_seed(n)

@@ -7,8 +7,6 @@ the twin's own error is sometimes zero by chance. Instruction set levels differ 
 channels and in fused multiply-adds, so they are held to the same bound. Thread counts leave no tolerance.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -217,8 +215,7 @@ LEVEL_SHAPES = [(1, c, 9, 11, 3, 4) for c in (1, 4, 7, 8, 9, 15, 16, 17, 33)] + 
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_every_instruction_set(level, tmp_path):
-    # The level is chosen once a process, so each runs in its own.
+def test_every_instruction_set(level, tmp_path, at_level):
     inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
     cases = [(name, arguments_of(name, shape)) for name in OPERATIONS for shape in LEVEL_SHAPES]
     torch.save(cases, inputs)
@@ -235,9 +232,7 @@ def run(operation, arguments):
 results = [run(getattr(pydefect.ops, name), arguments) for name, arguments in torch.load({str(inputs)!r})]
 torch.save(results, {str(outputs)!r})
 """
-    # Not in the source folder, which Python would put in front of the installed package.
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     for (name, arguments), actual in zip(cases, torch.load(outputs), strict=True):
         twin = getattr(reference, name)
         exact = with_gradients(twin, [a.double() for a in arguments])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -209,7 +206,7 @@ def test_same_for_every_thread_count():
 
 
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
-def test_every_instruction_set(level, tmp_path):
+def test_every_instruction_set(level, tmp_path, at_level):
     """Levels differ by fused multiply-adds and by nothing else, so the bounds are those of the reference."""
     inputs = [(random_distances(grid, k), size, sigma) for grid, size, k, sigma in NATIVE]
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -219,9 +216,7 @@ from pydefect.ops import score_maps
 inputs = torch.load({str(tmp_path / "inputs.pt")!r})
 torch.save([score_maps(*given) for given in inputs], {str(tmp_path / "results.pt")!r})
 """
-    # Not in the source folder, which Python would put in front of the installed package.
-    environment = {**os.environ, "PYDEFECT_CPU_LEVEL": level}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    at_level(level, code)
     for arguments, result in zip(inputs, torch.load(tmp_path / "results.pt"), strict=True):
         assert_as_accurate(result, in_double(*arguments), sum(arguments[0].shape[1:3]))
 
