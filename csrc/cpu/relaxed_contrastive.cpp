@@ -290,8 +290,10 @@ void find_inverse_means(Patches& patches) {
 // 1 - alpha: the sparse part of the label, equations (2) and (3).
 class SparseLabel {
  public:
-  SparseLabel(const int64_t* neighbors, int64_t count, int64_t k, float alpha)
-      : neighbors_(neighbors), k_(k), share_((1.0f - alpha) / static_cast<float>(std::max<int64_t>(k, 1))) {
+  SparseLabel(const int64_t* neighbors, int64_t count, int64_t k, double alpha)
+      : neighbors_(neighbors),
+        k_(k),
+        share_(static_cast<float>((1.0 - alpha) / static_cast<double>(std::max<int64_t>(k, 1)))) {
     for (int64_t e = 0; e < count * k; ++e) {
       check(neighbors[e] >= 0 && neighbors[e] < count,
             "relaxed_contrastive: neighbors must be between 0 and ", count - 1, ", got ", neighbors[e]);
@@ -538,8 +540,7 @@ std::tuple<Tensor, Tensor, Tensor> relaxed_contrastive(const Tensor& z_given, co
   const Tensor z = in_order("relaxed_contrastive", "z", z_given);
   const Tensor target = in_order("relaxed_contrastive", "z_target", target_given);
   const Tensor neighbors = in_order("relaxed_contrastive", "neighbors", neighbors_given);
-  const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1),
-                           static_cast<float>(alpha));
+  const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1), alpha);
   Patches patches(z.const_data_ptr<float>(), target.const_data_ptr<float>(), z.size(0), z.size(1),
                   settings_of(alpha, sigma, margin, similarity_power, cross, mean));
   Tensor loss = torch::stable::new_empty(z, {});
@@ -571,8 +572,7 @@ Tensor relaxed_contrastive_backward(const Tensor& grad_given, const Tensor& z_gi
   const Tensor neighbors = in_order("relaxed_contrastive_backward", "neighbors", neighbors_given);
   const Tensor inverse_means = in_order("relaxed_contrastive_backward", "inverse_means", inverse_means_given);
   const Tensor slopes = in_order("relaxed_contrastive_backward", "slopes", slopes_given);
-  const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1),
-                           static_cast<float>(alpha));
+  const SparseLabel sparse(neighbors.const_data_ptr<int64_t>(), z.size(0), neighbors.size(1), alpha);
   Patches patches(z.const_data_ptr<float>(), target.const_data_ptr<float>(), z.size(0), z.size(1),
                   settings_of(alpha, sigma, margin, similarity_power, cross, mean));
   std::copy_n(inverse_means.const_data_ptr<float>(), patches.count, patches.inverse_means());
