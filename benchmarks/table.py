@@ -174,6 +174,8 @@ def name_contenders(benchmarks: Iterable[dict[str, Any]]) -> None:
                 shared[side] += 1
         for member, part in zip(unnamed, parts, strict=True):
             own = part[shared[0] : len(part) - shared[1]]
+            if len(members) == 1:  # nobody to tell it from: it is pydefect where its name says so
+                own = [word for word in part if word.startswith(OURS)]
             member["extra_info"]["contender"] = "-".join(own or part)
 
 
