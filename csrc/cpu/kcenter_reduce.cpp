@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -72,7 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
   const float* const among_old = known.const_data_ptr<float>();
   // [all points, new points]
   const int64_t fresh = added.size(0);
-  std::vector<float> to_new(static_cast<size_t>(count * fresh));
+  std::vector<float> to_new;
+  // Blocks of few sizes are used again; of ever new sizes they would leave the heap full of holes.
+  to_new.reserve(std::bit_ceil(static_cast<size_t>(count * fresh)));
+  to_new.resize(static_cast<size_t>(count * fresh));
   measure_all(kernel, points, new_points, width, to_new.data());
 
   std::vector<float> nearest(static_cast<size_t>(count), std::numeric_limits<float>::infinity());
