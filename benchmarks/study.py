@@ -299,7 +299,8 @@ def render(arguments: argparse.Namespace) -> None:
         if any(cells):
             lines.append(f"| {run_name} | " + " | ".join(cells) + " |")
     (out / "study-table.md").write_text("\n".join(lines) + "\n")
-    _plot([row for row in rows if row["seed"] == 0], names, out / "study-training.png")
+    trained = [row for row in rows if row["seed"] == 0 and row["run"].startswith("training/")]
+    _plot(trained, list(dict.fromkeys(row["data"] for row in trained)), out / "study-training.png")
 
 
 def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:
