@@ -21,7 +21,7 @@ FLOORS = [
     ["ops", "data", "preprocessing", "backbones", "progress", "persistence", "metrics", "calibration"],
     ["buildinfo", "features", "scoring"],
     ["detector"],
-    ["conpatch", "evaluation"],
+    ["conpatch", "dual_ae", "evaluation"],
     ["api"],
     ["visualization"],
     ["report"],

@@ -1,0 +1,1 @@
+"""The spatial-channel dual autoencoder: structural and logical defects; with no additions, EfficientAD."""
