@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from pydefect import evaluation
 from pydefect.calibration import Calibration
-from pydefect.conpatch import ConPatchConfig, ConPatchDetector
 from pydefect.data.layouts import Dataset, read_dataset, training_images
 from pydefect.detector import Detector, OnError, resolve_device
 from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation
 from pydefect.persistence import load_tensors
+from pydefect.registry import METHODS, detector_type
 from pydefect.scoring import Result
 
 __all__ = ["calibrate", "evaluate", "fit", "load", "score"]
-
-Method = Literal["conpatch"]
-_DETECTORS: dict[str, type[ConPatchDetector]] = {"conpatch": ConPatchDetector}
 
 
 def fit(
     images: Any,
     *,
-    method: Method = "conpatch",
+    method: str = "conpatch",
     preset: str = "default",
-    backbone: str = "resnet18",
+    backbone: str | None = None,
     weights: str | os.PathLike[str] = "imagenet",
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -47,12 +44,13 @@ def fit(
         of paths, a uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes,
         torch tensors, or any iterable of these; see ``docs/data.md``.
     method
-        ``"conpatch"``.
+        A key of :data:`pydefect.registry.METHODS`, which ``pydefect fit --help`` lists.
     preset
-        ``"default"``: the settings that ``docs/study.md`` found; ``"paper"``: the printed method to the
-        letter.
+        ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``, where the method
+        has it: the printed method to the letter.
     backbone
-        ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``.
+        ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``;
+        None: the method's own, ``"resnet18"`` unless it says otherwise. For methods on a frozen backbone.
     weights
         ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``,
         ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``.
@@ -68,7 +66,8 @@ def fit(
     progress
         Show progress bars on standard error.
     settings
-        Fields of :class:`pydefect.conpatch.ConPatchConfig`.
+        Fields of the method's configuration, such as :class:`pydefect.conpatch.ConPatchConfig`; each
+        detector class names its own as ``config_type``.
 
     Returns
     -------
@@ -78,7 +77,8 @@ def fit(
     Raises
     ------
     InputError
-        An argument or a setting is not allowed, or an image cannot be read; the message names it.
+        An argument or a setting is not allowed or none of the method's, or an image cannot be read; the
+        message names it.
     WeightsNotFoundError
         The weights are not there and cannot be downloaded.
 
@@ -98,8 +98,7 @@ def fit(
     >>> result.image_scores.shape, result.anomaly_maps[0].shape
     ((4,), (64, 64))
     """
-    if not isinstance(method, str) or method not in _DETECTORS:
-        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(_DETECTORS)}")
+    detector = detector_type(method)
     if on_error not in ("raise", "skip"):
         raise InputError(f"on_error: {on_error!r} given; allowed are 'raise', 'skip'")
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -107,9 +106,11 @@ def fit(
     _check_path("weights", weights)
     if checkpoint is not None:
         _check_path("checkpoint", checkpoint)
-    config = ConPatchConfig.from_preset(preset, backbone=backbone, **settings)
+    if backbone is not None:
+        settings["backbone"] = backbone
+    config = detector.config_type.from_preset(preset, **settings)
     source = training_images(images) if isinstance(images, str | os.PathLike) else images
-    return _DETECTORS[method].fit(
+    return detector.fit(
         source,
         config,
         weights=os.fspath(weights),
@@ -294,14 +295,14 @@ def load(
     if weights is not None:
         _check_path("weights", weights)
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != 1 or metadata.get("method") not in _DETECTORS:
+    if metadata.get("format") != 1 or metadata.get("method") not in METHODS:
         raise ModelFileError(
             f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method "
             f"{metadata.get('method')!r}; "
-            "this version of pydefect reads format 1 of conpatch"
+            f"this version of pydefect reads format 1 of {', '.join(METHODS)}"
         )
     try:
-        return _DETECTORS[metadata["method"]].from_file(
+        return detector_type(metadata["method"]).from_file(
             tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
         )
     except (KeyError, TypeError, RuntimeError) as error:

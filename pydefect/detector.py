@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pydefect.calibration import Calibration, held_out_calibration
+from pydefect.config import MethodConfig
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
 from pydefect.errors import InputError
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
 from pydefect.scoring import Result, ScoredImage
+from pydefect.version import VERSION
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Detector", "OnError", "batches", "resolve_device"]
 
@@ -86,8 +91,21 @@ def known_length(images: ImageCollection) -> int | None:
 class Detector(ABC):
     """A fitted detector.
 
+    A method is a subclass: the abstract members here are all that :func:`pydefect.fit`, :func:`pydefect.load`
+    and the command line ask of it, and one line in ``pydefect/registry.py`` makes them know it. Methods on
+    patch features of a frozen backbone take most of it from
+    :class:`pydefect.feature_detector.FeatureDetector`.
+
     Attributes
     ----------
+    method
+        Name in the registry.
+    config_type
+        Type of the settings: its ``from_preset`` takes what a user gives to :func:`pydefect.fit`.
+    config
+        Settings.
+    seed
+        Of the fit.
     preprocessing
         From pixels to network input and back.
     calibration
@@ -100,15 +118,102 @@ class Detector(ABC):
     """
 
     method: ClassVar[str]
+    config_type: ClassVar[type[MethodConfig]]
+    config: MethodConfig
+    seed: int
     preprocessing: Preprocessing
     calibration: Calibration | None
     device: torch.device
     training: dict[str, Any]
 
-    @property
+    @classmethod
     @abstractmethod
+    def fit(
+        cls,
+        images: Any,
+        config: Any,
+        *,
+        weights: str = "imagenet",
+        seed: int = 0,
+        device: torch.device,
+        on_error: OnError = "raise",
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Fit on normal images.
+
+        Parameters
+        ----------
+        images
+            Whatever :func:`pydefect.data.images.open_images` takes.
+        config
+            Of :attr:`config_type`.
+        weights, seed, device, on_error, checkpoint, progress
+            See :func:`pydefect.fit`.
+
+        Returns
+        -------
+        Detector
+            Fitted, and calibrated unless the settings say otherwise.
+
+        Raises
+        ------
+        InputError
+            A setting does not fit the images, or an image cannot be read.
+        WeightsNotFoundError
+            The weights are not there and cannot be downloaded.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_file(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        *,
+        device: torch.device,
+        weights: str | None,
+    ) -> Self:
+        """Rebuild a detector from a model file's content.
+
+        Parameters
+        ----------
+        tensors, metadata
+            What :meth:`save` wrote; the metadata are :meth:`metadata` and what the method adds.
+        device
+            Where it will compute.
+        weights
+            Needed only when the file was saved without its backbone; see :func:`pydefect.fit`.
+
+        Returns
+        -------
+        Detector
+            Scores as the saved one did.
+
+        Raises
+        ------
+        ModelFileError
+            The weights are missing or not those of the fit.
+        KeyError, TypeError, RuntimeError
+            The content is not what it should be; :func:`pydefect.load` makes a ModelFileError of them.
+        """
+
+    @property
     def configuration(self) -> dict[str, Any]:
-        """Settings, method and seed as JSON values."""
+        """Method, seed and every setting as JSON values."""
+        return {"method": self.method, "seed": self.seed, **self.config.to_dict()}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what every model file says of itself, as JSON values."""
+        return {
+            "format": 1,
+            "method": self.method,
+            "version": VERSION,
+            "seed": self.seed,
+            "config": self.config.to_dict(),
+            "calibration": self.calibration.to_dict() if self.calibration else None,
+            "training": self.training,
+        }
 
     @abstractmethod
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:

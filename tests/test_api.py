@@ -150,7 +150,7 @@ def test_streaming_scores_one_after_the_other(good, detector):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "patchcore"}, "method: 'patchcore' is not known; allowed are conpatch"),
+        ({"method": "magic"}, "method: 'magic' is not known; allowed are conpatch"),
         ({"method": None}, "method: None is not known; allowed are conpatch"),
         ({"preset": "fast"}, "preset: 'fast' is not known; allowed are default, paper"),
         ({"preset": ["paper"]}, r"preset: \['paper'\] is not known; allowed are default, paper"),

@@ -40,6 +40,14 @@ class Brightness(Detector):
     def configuration(self):
         return {"method": self.method}
 
+    @classmethod
+    def fit(cls, images, config, **how):
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(cls, tensors, metadata, **how):
+        raise NotImplementedError
+
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images[:, 0].flatten(1).amax(1), images[:, 0]
 

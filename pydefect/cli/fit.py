@@ -19,6 +19,7 @@ from pydefect.cli._console import (
     parse_settings,
     say,
 )
+from pydefect.registry import METHODS
 
 if TYPE_CHECKING:
     from pydefect.detector import Detector
@@ -48,13 +49,16 @@ def fit(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model file to write.")],
-    method: Annotated[str, typer.Option(help="The detector.")] = "conpatch",
+    method: Annotated[str, typer.Option(help=f"The detector, one of {', '.join(METHODS)}.")] = "conpatch",
     preset: Annotated[
         str, typer.Option(help="default, or paper: the published method to the letter.")
     ] = "default",
     backbone: Annotated[
-        str, typer.Option(help="The frozen network: resnet18, wide_resnet50_2, ...")
-    ] = "resnet18",
+        str | None,
+        typer.Option(
+            help="The frozen network: resnet18, wide_resnet50_2, ...  [default: the method's, resnet18]"
+        ),
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="Its weights: imagenet, random, or a .pth, .safetensors or .npz file.")
     ] = "imagenet",
@@ -109,7 +113,7 @@ def fit(
     start = time.perf_counter()
     detector = pydefect.fit(
         data,
-        method=method,  # type: ignore[arg-type]  # checked there, for the same message as in Python
+        method=method,
         preset=preset,
         backbone=backbone,
         weights=weights,

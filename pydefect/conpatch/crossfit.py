@@ -1,4 +1,5 @@
-"""Cross-fitting: thresholds and the number of epochs from normal images that a detector has not seen."""
+"""Cross-fitting epoch by epoch: thresholds and the number of epochs from images that no fold's detector has
+seen."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from pydefect.conpatch.config import ConPatchConfig
 from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.scorer import score_levels
 from pydefect.conpatch.trainer import Trainer
+from pydefect.crossfit import Fold, split_folds
 from pydefect.features import FeatureCache
 from pydefect.ops import knn
 from pydefect.persistence import Checkpoint
@@ -139,26 +141,24 @@ class CrossFit:
     ) -> None:
         self._cache, self._size, self._config, self._seed, self._device = cache, size, config, seed, device
         self._checkpoint, self._bars = checkpoint, bars
-        folds = min(config.calibration_folds, len(cache))
-        order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(seed)).tolist()
-        self._held_out = [sorted(order[fold::folds]) for fold in range(folds)] if folds > 1 else []
+        self._folds = split_folds(len(cache), config.calibration_folds, seed)
         self._scores: dict[str, HeldOutScores] = {}
 
     def run(self) -> Verdict:
         """Train all folds, epoch by epoch."""
         config = self._config
         epochs = 0 if config.losses == "none" else config.epochs
-        if not self._held_out:
+        if not self._folds:
             return Verdict(epochs, None, [])
         self._load()
         trainers: list[Trainer] = []
         separations: list[float] = []
         best = 0
         for epoch in range(epochs + 1):
-            for fold, held_out in enumerate(self._held_out):
+            for fold in self._folds:
                 if epoch == 0:
-                    trainers.append(self._trainer(fold, held_out))
-                self._finish_epoch(trainers[fold], fold, epoch, held_out)
+                    trainers.append(self._trainer(fold))
+                self._finish_epoch(trainers[fold.number], fold.number, epoch, fold.held_out)
             of_folds = [self._scores[f"{fold}/{epoch}"].separation for fold in range(len(trainers))]
             separations.append(sum(of_folds) / len(of_folds))
             if separations[epoch] > separations[best]:
@@ -175,22 +175,20 @@ class CrossFit:
         )
         return Verdict(best, calibration, separations)
 
-    def _trainer(self, fold: int, held_out: Sequence[int]) -> Trainer:
-        hidden = set(held_out)
-        seen = [index for index in range(len(self._cache)) if index not in hidden]
+    def _trainer(self, fold: Fold) -> Trainer:
         bars = self._bars
 
         def report(description: str, done: int, total: int) -> None:
-            bars(f"fold {fold + 1}/{len(self._held_out)}: {description}", done, total)
+            bars(f"{fold.title}: {description}", done, total)
 
         return Trainer(
             self._cache,
-            seen,
+            fold.seen,
             self._config,
             self._seed,
             self._device,
             self._checkpoint,
-            f"fold-{fold}",
+            fold.stage,
             report,
         )
 

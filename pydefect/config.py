@@ -1,0 +1,140 @@
+"""Settings of a method: presets, checks before any work, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from pydefect.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["MethodConfig"]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The settings that every method has, and how settings are checked; a method adds its own fields.
+
+    A field that is a ``Literal``, a ``bool``, an ``int`` or a ``float`` (or None) is checked by its type, and
+    numbers by :attr:`RANGES`. What goes beyond that, a subclass checks in its own ``__post_init__``.
+    """
+
+    TITLE: ClassVar[str]
+    """The method's name in messages: "ConPatch"."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
+    """What each preset changes of the defaults."""
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "calibration_folds": (0, math.inf),
+        "false_alarm_rate": (0, 1),
+    }
+    """Smallest and largest value of every number."""
+
+    resize: tuple[int, int] | int | None = 256
+    """(height, width) in pixels, or one number for a square; None keeps the images' size."""
+    crop: tuple[int, int] | int | None = None
+    """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
+    calibration_folds: int = 3
+    """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen
+    it; 0: no threshold."""
+    false_alarm_rate: float = 0.01
+    """Share of normal images that may be called defective."""
+
+    def __post_init__(self) -> None:
+        """Check every setting before any work is done."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, field.name, value.item())
+        for name in ("resize", "crop"):
+            object.__setattr__(self, name, _size(name, getattr(self, name)))
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            self._check(field.name, hints[field.name])
+        if self.calibration_folds == 1:
+            raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
+
+    def _check(self, name: str, hint: Any) -> None:
+        value = getattr(self, name)
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            if value not in choices:
+                raise InputError(f"{name}: {value!r} given; allowed are {', '.join(map(repr, choices))}")
+        elif hint is bool:
+            if not isinstance(value, bool):
+                raise InputError(f"{name}: {value!r} given; allowed are True, False")
+        elif name in self.RANGES:
+            kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            if value is None and type(None) in kinds:
+                return
+            low, high = self.RANGES[name]
+            # Infinity is no JSON number: a detector with it could not be saved.
+            if not (isinstance(value, int | float) and low <= value <= high and math.isfinite(value)):
+                allowed = f"{low:g} and more" if high == math.inf else f"{low:g} to {high:g}"
+                raise InputError(f"{name}: {value!r} given; allowed are {allowed}")
+            if float not in kinds and (not isinstance(value, int) or isinstance(value, bool)):
+                raise InputError(f"{name}: {value!r} given; allowed are whole numbers")
+
+    @classmethod
+    def from_preset(cls, preset: str, **settings: Any) -> Self:
+        """Take a preset and change some of its settings.
+
+        Parameters
+        ----------
+        preset
+            A key of :attr:`PRESETS`.
+        settings
+            Fields of this class.
+
+        Raises
+        ------
+        InputError
+            Unknown preset or setting, or a value that is not allowed.
+        """
+        if not isinstance(preset, str) or preset not in cls.PRESETS:
+            raise InputError(f"preset: {preset!r} is not known; allowed are {', '.join(cls.PRESETS)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise InputError(
+                    f"{name}: not a setting of {cls.TITLE}; allowed are {', '.join(sorted(known))}"
+                )
+        return cls(**{**cls.PRESETS[preset], **settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read what :meth:`to_dict` wrote."""
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**settings)
+
+
+def _size(name: str, value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    pair = (
+        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    )
+    if len(pair) != 2 or any(
+        not isinstance(side, int) or isinstance(side, bool) or side < 16 for side in pair
+    ):
+        raise InputError(
+            f"{name}: {value!r} given; allowed are a side or (height, width) of 16 pixels or more, or None"
+        )
+    return pair[0], pair[1]

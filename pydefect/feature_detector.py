@@ -1,0 +1,332 @@
+"""What detectors have in common that score patch features of a frozen backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
+from pydefect.calibration import Calibration
+from pydefect.config import MethodConfig
+from pydefect.data.images import SkippedImage, open_images
+from pydefect.detector import Detector, OnError, batches, known_length
+from pydefect.errors import InputError, ModelFileError
+from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
+from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.preprocessing import Preprocessing
+from pydefect.progress import ProgressBars
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["EXTRACTION_BATCH", "FeatureConfig", "FeatureDetector", "TrainingFeatures", "tensors_under"]
+
+EXTRACTION_BATCH = 8
+
+
+@dataclass(frozen=True)
+class FeatureConfig(MethodConfig):
+    """Settings of every method that works on patch features."""
+
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **MethodConfig.RANGES,
+        "cache_memory_mb": (0, float("inf")),
+    }
+
+    backbone: str = "resnet18"
+    """A key of :data:`pydefect.backbones.ARCHITECTURES`."""
+    levels: tuple[int, ...] = (2, 3)
+    """Backbone levels, ascending out of 1, 2, 3; the first one gives the patch grid."""
+    backbone_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the backbone; see :func:`pydefect.features.resolve_precision`. A fitted detector keeps
+    what ``"auto"`` meant for it, and scores with that on every machine."""
+    cache_memory_mb: int = 2048
+    """Backbone features beyond this go to a temporary file."""
+
+    def __post_init__(self) -> None:
+        """Check every setting before any work is done."""
+        super().__post_init__()
+        if not isinstance(self.backbone, str) or self.backbone not in ARCHITECTURES:
+            raise InputError(
+                f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}"
+            )
+        object.__setattr__(self, "levels", check_levels(self.levels))
+
+
+@dataclass(frozen=True)
+class TrainingFeatures:
+    """The training images as patch features.
+
+    Attributes
+    ----------
+    cache
+        Their features.
+    size
+        (height, width) of the network's input.
+    digest
+        SHA-256 of their pixels, in order.
+    skipped
+        Files left out.
+    """
+
+    cache: FeatureCache
+    size: tuple[int, int]
+    digest: str
+    skipped: list[SkippedImage]
+
+    @classmethod
+    def extract(
+        cls,
+        images: Any,
+        preprocessing: Preprocessing,
+        extractor: PatchFeatureExtractor,
+        *,
+        memory_budget: int,
+        device: torch.device,
+        on_error: OnError,
+        bars: ProgressBars,
+    ) -> TrainingFeatures:
+        """Run the backbone over all images.
+
+        Raises
+        ------
+        InputError
+            There are none, or one cannot be read.
+        """
+        collection = open_images(images, on_error=on_error)
+        cache, digest, size = FeatureCache(memory_budget), hashlib.sha256(), (0, 0)
+        total = known_length(collection)
+        for group, tensors in batches(collection, preprocessing, EXTRACTION_BATCH):
+            size = (tensors.shape[2], tensors.shape[3])
+            cache.append(extractor(tensors.to(device)))
+            for image in group:
+                digest.update(str(image.pixels.shape).encode() + image.pixels.tobytes())
+            bars("backbone features", len(cache), total)
+        bars.close()
+        if not len(cache):
+            raise InputError("images: none could be read; at least one normal image is needed")
+        return cls(cache, size, digest.hexdigest(), list(collection.skipped))
+
+
+class FeatureDetector(Detector):
+    """A detector on patch features of a frozen backbone.
+
+    Attributes
+    ----------
+    config
+        Settings.
+    extractor
+        Frozen backbone.
+    """
+
+    config: FeatureConfig
+    config_type: ClassVar[type[FeatureConfig]]
+
+    def __init__(
+        self,
+        config: FeatureConfig,
+        extractor: PatchFeatureExtractor,
+        *,
+        device: torch.device,
+        seed: int,
+        calibration: Calibration | None,
+        training: Mapping[str, Any],
+    ) -> None:
+        self.config = config
+        self.preprocessing = Preprocessing.create(config.resize, config.crop)
+        self.extractor = extractor.to(device)
+        self.device = device
+        self.seed = seed
+        self.calibration = calibration
+        self.training = dict(training)
+
+    @classmethod
+    @abstractmethod
+    def fit_features(
+        cls,
+        features: TrainingFeatures,
+        extractor: PatchFeatureExtractor,
+        config: Any,
+        *,
+        seed: int,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        bars: ProgressBars,
+    ) -> Self:
+        """Fit and calibrate on the features of normal images.
+
+        Parameters
+        ----------
+        features, extractor
+            What to fit on, and where it came from.
+        config
+            Of :attr:`config_type`.
+        seed, device
+            See :func:`pydefect.fit`.
+        checkpoint
+            Keeps the state of every stage; None: nothing is kept.
+        bars
+            Shows progress.
+
+        Returns
+        -------
+        Detector
+            Its ``training`` holds what the method adds.
+        """
+
+    @abstractmethod
+    def score_features(self, levels: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Score the patch features of a batch.
+
+        Parameters
+        ----------
+        levels
+            [B, C_l, H_l, W_l] float32 each.
+        size
+            (height, width) of the network's input.
+
+        Returns
+        -------
+        image_scores, anomaly_maps
+            [B] and [B, height, width] float32, >= 0.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a model file needs besides the backbone."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        extractor: PatchFeatureExtractor,
+        config: Any,
+        *,
+        device: torch.device,
+        seed: int,
+        calibration: Calibration | None,
+        training: Mapping[str, Any],
+    ) -> Self:
+        """Rebuild a detector from what :meth:`tensors` returned (on the device) and the rest of its parts."""
+
+    @classmethod
+    def fit(
+        cls,
+        images: Any,
+        config: Any,
+        *,
+        weights: str = "imagenet",
+        seed: int = 0,
+        device: torch.device,
+        on_error: OnError = "raise",
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Fit on normal images; see :meth:`pydefect.detector.Detector.fit`."""
+        # Features of another precision are other features: the detector keeps to that of its fit.
+        precision = resolve_precision(config.backbone_precision, device)
+        config = dataclasses.replace(config, backbone_precision=precision)
+        preprocessing = Preprocessing.create(config.resize, config.crop)
+        backbone = build_backbone(config.backbone, weights, seed=seed, progress=progress)
+        extractor = PatchFeatureExtractor(backbone, config.levels, precision).to(device)
+        bars = ProgressBars(progress)
+        try:
+            features = TrainingFeatures.extract(
+                images,
+                preprocessing,
+                extractor,
+                memory_budget=config.cache_memory_mb << 20,
+                device=device,
+                on_error=on_error,
+                bars=bars,
+            )
+            run = {
+                **config.to_dict(),
+                "method": cls.method,
+                "seed": seed,
+                "images": features.digest,
+                "backbone_weights": weights_fingerprint(backbone.state_dict()),
+            }
+            kept = Checkpoint(checkpoint, run) if checkpoint is not None else None
+            detector = cls.fit_features(
+                features, extractor, config, seed=seed, device=device, checkpoint=kept, bars=bars
+            )
+        finally:
+            bars.close()
+        detector.training |= {
+            "images": len(features.cache),
+            # Without folders: a model file is handed on, and they are nobody's business.
+            "skipped": [Path(skipped.name).name for skipped in features.skipped],
+        }
+        return detector
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
+        return self.score_features(self.extractor(images), (images.shape[2], images.shape[3]))
+
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
+        """Write the model file; see :meth:`pydefect.detector.Detector.save`."""
+        backbone = self.extractor.backbone.state_dict()
+        tensors = self.tensors()
+        if include_backbone:
+            tensors |= {f"backbone.{name}": value for name, value in backbone.items()}
+        save_tensors(path, tensors, {**self.metadata(), "backbone_sha256": weights_fingerprint(backbone)})
+
+    @classmethod
+    def from_file(
+        cls,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        *,
+        device: torch.device,
+        weights: str | None,
+    ) -> Self:
+        """Rebuild a detector from a model file; see :meth:`pydefect.detector.Detector.from_file`."""
+        # Files from before there was a choice of precision.
+        config = cls.config_type.from_dict({"backbone_precision": "float32", **metadata["config"]})
+        backbone_state = tensors_under("backbone.", tensors, device)
+        if backbone_state:
+            backbone = build_backbone(config.backbone, backbone_state)
+        elif weights is None:
+            raise ModelFileError(
+                "weights: the model file has no backbone in it; "
+                f"give the weights of {config.backbone} that it was fitted with"
+            )
+        else:
+            backbone = build_backbone(config.backbone, weights, seed=metadata["seed"])
+            if weights_fingerprint(backbone.state_dict()) != metadata["backbone_sha256"]:
+                raise ModelFileError(
+                    f"weights: {weights!r} are not the weights that the model was fitted with"
+                )
+        precision = resolve_precision(config.backbone_precision, device)
+        return cls.from_tensors(
+            {name: value.to(device) for name, value in tensors.items() if not name.startswith("backbone.")},
+            PatchFeatureExtractor(backbone, config.levels, precision),
+            config,
+            device=device,
+            seed=metadata["seed"],
+            calibration=Calibration.from_dict(metadata["calibration"]) if metadata["calibration"] else None,
+            training=metadata["training"],
+        )
+
+
+def tensors_under(
+    prefix: str, tensors: Mapping[str, Tensor], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Take the tensors whose names begin with a prefix, named without it, to a device."""
+    return {
+        name.removeprefix(prefix): value.to(device)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }

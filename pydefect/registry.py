@@ -1,0 +1,53 @@
+"""The methods that :func:`pydefect.fit` knows: a name and a line each, imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydefect.errors import InputError
+
+if TYPE_CHECKING:
+    from pydefect.detector import Detector
+
+__all__ = ["METHODS", "Method", "detector_type"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a method is and what it does.
+
+    Attributes
+    ----------
+    module, name
+        Of its :class:`pydefect.detector.Detector`.
+    summary
+        For lists of methods.
+    """
+
+    module: str
+    name: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "conpatch": Method(
+        "pydefect.conpatch", "ConPatchDetector", "contrastive patch representations, compressed bank"
+    ),
+}
+
+
+def detector_type(method: Any) -> type[Detector]:
+    """Import a method's detector.
+
+    Raises
+    ------
+    InputError
+        No such method.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(METHODS)}")
+    entry = METHODS[method]
+    found: type[Detector] = getattr(importlib.import_module(entry.module), entry.name)
+    return found
