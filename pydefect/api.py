@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pydefect import evaluation
+from pydefect import evaluation, run
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import Dataset, read_dataset, training_images
 from pydefect.detector import Detector, OnError, resolve_device
@@ -194,6 +195,7 @@ def evaluate(
     detector: Detector | str | os.PathLike[str],
     dataset: Dataset | str | os.PathLike[str],
     *,
+    out: str | os.PathLike[str] | None = None,
     batch_size: int = 8,
     on_error: OnError = "raise",
     progress: bool = True,
@@ -206,6 +208,9 @@ def evaluate(
         A fitted detector, or the path of a saved one.
     dataset
         The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it.
+    out
+        A folder for all that was said about every image, for reports and later analysis: scores, decisions,
+        maps, times; see :mod:`pydefect.run`. An earlier run there is replaced.
     batch_size, on_error, progress
         See :func:`score`.
 
@@ -218,11 +223,18 @@ def evaluate(
     Raises
     ------
     InputError
-        The folder is no data set, or has no labelled test images of both kinds.
+        The folder is no data set, or has no labelled test images of both kinds; or `out` holds something
+        else than a run.
     """
-    return evaluation.evaluate(
-        _detector(detector), _dataset(dataset), batch_size=batch_size, on_error=on_error, progress=progress
-    )
+    if out is not None:
+        _check_path("out", out)
+        run.check_place(Path(out))
+    found, labelled = _detector(detector), _dataset(dataset)
+    if out is None:
+        return evaluation.evaluate(
+            found, labelled, batch_size=batch_size, on_error=on_error, progress=progress
+        )
+    return run.write_run(found, labelled, out, batch_size=batch_size, on_error=on_error, progress=progress)
 
 
 def calibrate(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 
+import cv2
 import torch
 
 from pydefect import _native
 from pydefect.ops._library import load_cuda_library
+from pydefect.version import VERSION
 
-__all__ = ["BuildInfo", "build_info"]
+__all__ = ["BuildInfo", "build_info", "versions"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,16 @@ def build_info() -> BuildInfo:
         cuda_architectures=tuple(facts["cuda_architectures"]),
         cuda_kernels_loaded=load_cuda_library(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of pydefect, Python, the platform, and the packages that figures depend on."""
+    return {
+        "pydefect": VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        # OpenCV is installed under several names.
+        "opencv": cv2.__version__,
+        **{package: version(package) for package in ("numpy", "safetensors", "scikit-learn", "typer")},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -232,6 +233,27 @@ class Detector(ABC):
             [B, h, w] float32, >= 0.
         """
 
+    def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score a batch, and say what its anomaly maps are made of.
+
+        A method whose anomaly map has parts that mean something on their own (such as a local and a global
+        one) overrides this; everything that streams, stores or shows maps then carries them along.
+
+        Parameters
+        ----------
+        images
+            [B, 3, h, w] float32, normalised.
+
+        Returns
+        -------
+        image_scores
+            [B] float32, >= 0.
+        maps
+            [B, h, w] float32, >= 0, each: ``"anomaly"``, the one that decides, and the parts by name.
+        """
+        image_scores, anomaly_maps = self.predict(images)
+        return image_scores, {"anomaly": anomaly_maps}
+
     @abstractmethod
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
         """Write the model file, atomically.
@@ -285,19 +307,29 @@ class Detector(ABC):
         bars = ProgressBars(progress)
         total, done = known_length(collection), 0
         try:
+            began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):
-                scores, maps = self.predict(tensors.to(self.device))
-                for image, score, one_map in zip(group, scores.tolist(), maps.cpu(), strict=True):
+                image_scores, maps = self.predict_maps(tensors.to(self.device))
+                scores = image_scores.tolist()
+                maps = {name: some.cpu() for name, some in maps.items()}
+                share = (time.perf_counter() - began) / len(group)
+                for index, (image, score) in enumerate(zip(group, scores, strict=True)):
+                    began = time.perf_counter()
                     size = (image.pixels.shape[0], image.pixels.shape[1])
+                    anomaly_map = self.preprocessing.to_original(maps["anomaly"][index], size).numpy()
+                    seconds = share + time.perf_counter() - began
                     done += 1
                     bars("scoring", done, total)
                     yield ScoredImage(
                         name=image.name,
                         path=image.path,
                         image_score=score,
-                        anomaly_map=self.preprocessing.to_original(one_map, size).numpy(),
+                        anomaly_map=anomaly_map,
                         scored_box=self.preprocessing.scored_box(size),
+                        network_maps={name: some[index].numpy() for name, some in maps.items()},
+                        seconds=seconds,
                     )
+                began = time.perf_counter()
         finally:
             bars.close()
             if skipped is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydefect.calibration import Calibration
+from pydefect.data.images import SkippedImage
 from pydefect.data.layouts import Dataset, Sample, read_mask
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError
@@ -44,6 +45,8 @@ class Evaluation:
         Largest resident set of this process so far.
     configuration
         Of the detector.
+    skipped
+        Test images that could not be read, with ``on_error="skip"``.
     """
 
     dataset: str
@@ -58,6 +61,7 @@ class Evaluation:
     seconds_per_image: float
     peak_rss_mb: float
     configuration: dict[str, Any]
+    skipped: list[SkippedImage] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ..."""
@@ -87,11 +91,13 @@ class _Scored:
     pixel_scores: list[NDArray[np.float32]] = field(default_factory=list)
     without_mask: int = 0
     seconds: float = 0.0
+    skipped: list[SkippedImage] = field(default_factory=list)
 
     def add(self, sample: Sample, scored: ScoredImage) -> None:
         self.labels.append(sample.label == 1)
         self.scores.append(scored.image_score)
         self.defects.append(sample.defect)
+        self.seconds += scored.seconds
         if sample.label == 1 and not sample.masks:
             self.without_mask += 1
             return
@@ -118,18 +124,28 @@ class _Scored:
 
 
 def _score(
-    detector: Detector, dataset: Dataset, batch_size: int, on_error: OnError, progress: bool
+    detector: Detector,
+    dataset: Dataset,
+    batch_size: int,
+    on_error: OnError,
+    progress: bool,
+    on_scored: Callable[[Sample, ScoredImage], None] | None = None,
 ) -> _Scored:
     samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
     if not samples:
         raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
     gathered = _Scored()
-    began = time.perf_counter()
-    for scored in detector.stream(list(samples), batch_size=batch_size, on_error=on_error, progress=progress):
-        gathered.seconds += time.perf_counter() - began
+    for scored in detector.stream(
+        list(samples),
+        batch_size=batch_size,
+        on_error=on_error,
+        progress=progress,
+        skipped=gathered.skipped,
+    ):
         assert scored.path is not None
         gathered.add(samples[scored.path], scored)
-        began = time.perf_counter()
+        if on_scored is not None:
+            on_scored(samples[scored.path], scored)
     return gathered
 
 
@@ -140,9 +156,13 @@ def evaluate(
     batch_size: int = 8,
     on_error: OnError = "raise",
     progress: bool = False,
+    on_scored: Callable[[Sample, ScoredImage], None] | None = None,
 ) -> Evaluation:
-    """Score a data set's labelled test images; see :func:`pydefect.evaluate`."""
-    scored = _score(detector, dataset, batch_size, on_error, progress)
+    """Score a data set's labelled test images; see :func:`pydefect.evaluate`.
+
+    `on_scored` gets every image while its maps are there.
+    """
+    scored = _score(detector, dataset, batch_size, on_error, progress, on_scored)
     false_alarms, misses = None, None
     if detector.calibration is not None:
         decided = np.array(scored.scores) > detector.calibration.image_threshold
@@ -161,6 +181,7 @@ def evaluate(
         seconds_per_image=scored.seconds / len(scored.labels),
         peak_rss_mb=peak_rss_mb(),
         configuration=detector.configuration,
+        skipped=scored.skipped,
     )
 
 

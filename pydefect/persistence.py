@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pydefect.errors import InputError, ModelFileError
 
-__all__ = ["Checkpoint", "load_tensors", "save_tensors", "write_atomically"]
+__all__ = ["Checkpoint", "folder_written_atomically", "load_tensors", "save_tensors", "write_atomically"]
 
 _METADATA_KEY = "pydefect"
 
@@ -40,13 +41,52 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files for the owner only; a model is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a folder so that readers see the old one or the new one, never a part.
+
+    A folder cannot replace another in one step, so for an instant between the two there is none.
+
+    Parameters
+    ----------
+    path
+        The folder above it is made when missing. An existing folder is replaced with all that is in it.
+
+    Yields
+    ------
+    pathlib.Path
+        An empty folder beside it, which takes its place when the block ends, and is removed if an exception
+        leaves the block.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
+    ) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def save_tensors(

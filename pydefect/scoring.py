@@ -28,6 +28,11 @@ class ScoredImage:
         [H, W] float32 at the original size, >= 0; 0 outside the scored box.
     scored_box
         (top, left, bottom, right) in original pixels, half open.
+    network_maps
+        [h, w] float32 each, at the network input's size: ``"anomaly"``, of which `anomaly_map` is made, and
+        the parts that the method has (:meth:`pydefect.detector.Detector.predict_maps`).
+    seconds
+        Reading, scoring and mapping back; of what a batch took together, an equal share.
     """
 
     name: str
@@ -35,6 +40,8 @@ class ScoredImage:
     image_score: float
     anomaly_map: NDArray[np.float32]
     scored_box: tuple[int, int, int, int]
+    network_maps: dict[str, NDArray[np.float32]]
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ FLOORS = [
     ["detector"],
     ["feature_detector"],
     ["conpatch", "dual_ae", "evaluation"],
-    ["registry"],
+    ["registry", "run"],
     ["api"],
     ["visualization"],
     ["report"],

@@ -17,6 +17,7 @@ from pydefect.cli._console import (
     Quiet,
     Weights,
     check_new_file,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +33,16 @@ def evaluate(
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the figures here too; replaced if it exists."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="RUN",
+            help="Keep scores, maps and times in this folder, for `pydefect report`; an earlier run there is "
+            "replaced.",
+        ),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
     weights: Weights = None,
@@ -43,6 +54,7 @@ def evaluate(
 
     \b
     pydefect evaluate bottle.safetensors mvtec_ad/bottle --json bottle.json
+    pydefect evaluate bottle.safetensors mvtec_ad/bottle --out runs/bottle
     """
     if json_file is not None:
         check_new_file(json_file, "--json", force=True)
@@ -52,8 +64,10 @@ def evaluate(
 
     detector = pydefect.load(model, device=device, weights=weights)
     evaluation = pydefect.evaluate(
-        detector, data, batch_size=batch_size, on_error=on_error.value, progress=not quiet
+        detector, data, out=out, batch_size=batch_size, on_error=on_error.value, progress=not quiet
     )
+    for skipped in evaluation.skipped:
+        say(f"skipped: {skipped.name}: {skipped.reason}")
     print_evaluation(evaluation)
     if json_file is not None:
         content = {"pydefect": pydefect.__version__, **evaluation.to_dict()}

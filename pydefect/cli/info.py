@@ -26,14 +26,10 @@ def info(
 
 
 def _facts() -> dict[str, dict[str, Any]]:
-    import platform
-    from importlib.metadata import version
-
-    import cv2
     import torch
 
     from pydefect.backbones import IMAGENET_WEIGHTS, cached_weights
-    from pydefect.buildinfo import build_info
+    from pydefect.buildinfo import build_info, versions
 
     build = build_info()
     cuda = torch.cuda.is_available()
@@ -41,15 +37,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else []
     )
     return {
-        "versions": {
-            "pydefect": build.version,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "torch": build.torch_running,
-            # OpenCV is installed under several names.
-            "opencv": cv2.__version__,
-            **{package: version(package) for package in ("numpy", "safetensors", "scikit-learn", "typer")},
-        },
+        "versions": versions(),
         "native code": {
             "compiler": build.compiler,
             "built against torch": build.torch_built_against,

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import pydefect
 from pydefect.cli import app
 from pydefect.data.procedural import DEFECTS, write_dataset
+from pydefect.run import read_run
 
 FAST = [
     *("--weights", "random", "--epochs", "0", "--quiet"),
@@ -96,6 +97,8 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         ),
         ("nothing to measure", ["evaluate", "{model}", "{data}/train"], "label"),
         ("json is a folder", ["evaluate", "{model}", "{data}", "--json", "{tmp}"], "--json"),
+        ("run is a file", ["evaluate", "{model}", "{data}", "--out", "{model}"], "is a file"),
+        ("run replaces images", ["evaluate", "{model}", "{data}", "--out", "{data}"], "something else"),
         ("demo into a file", ["demo", "--out", "{model}"], "is a file"),
     ]
 
@@ -221,6 +224,19 @@ def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp
     assert figures["configuration"]["representation_dim"] == 64
     assert f"{100 * figures['image_auroc']:8.2f}" in output
     assert all(defect in output for defect in DEFECTS)
+
+
+def test_evaluate_keeps_a_run(product: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "flange"
+    code, _, errors = call("evaluate", model, product, "--out", out, "--quiet")
+    assert code == 0, errors
+    run = read_run(out)
+    assert run.facts["method"] == "conpatch"
+    assert run.map_names == ("anomaly",)
+    result = pydefect.score(model, run.sample(0).image, progress=False)
+    assert run.images[0].image_score == pytest.approx(result.image_scores[0])
+    # The bound that pydefect.run promises.
+    assert run.map(0) == pytest.approx(result.anomaly_maps[0], rel=2**-10)
 
 
 def test_force_replaces_a_model(product: Path, model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""Run folders: nothing is lost between an evaluation and its reader but the last digits of the maps."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+import pydefect
+from pydefect.calibration import Calibration
+from pydefect.data.layouts import Sample, read_dataset, read_mask
+from pydefect.data.procedural import write_dataset
+from pydefect.detector import Detector
+from pydefect.errors import InputError
+from pydefect.preprocessing import Preprocessing
+from pydefect.run import _write_map, is_run, read_run
+from pydefect.scoring import ScoredImage
+
+SIZE = 64
+CROP = (36, 40)
+
+
+class Colours(Detector):
+    """Scores an image by its red channel, and says that it is made of red and green."""
+
+    method = "colours"
+
+    def __init__(self, crop: tuple[int, int] | None = None, scale: float = 1.0) -> None:
+        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1))
+        self.calibration = Calibration(0.75 * scale, 0.5 * scale, "held_out", 9, 0.1)
+        self.device = torch.device("cpu")
+        self.training = {"images": 2, "skipped": []}
+        self.scale = scale
+
+    @property
+    def configuration(self):
+        return {"method": self.method, "scale": self.scale}
+
+    @classmethod
+    def fit(cls, images, config, **how):
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(cls, tensors, metadata, **how):
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, maps = self.predict_maps(images)
+        return scores, maps["anomaly"]
+
+    def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        red, green = self.scale * images[:, 0], self.scale * images[:, 1]
+        return red.flatten(1).amax(1), {"anomaly": red, "local": red, "global": green}
+
+    def save(self, path, *, include_backbone=True):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "flange", 2, 3, 1, SIZE, seed=1)
+
+
+def streamed(detector: Detector, product: Path) -> list[tuple[Sample, ScoredImage]]:
+    """What the detector says, without a run between."""
+    samples = read_dataset(product).test
+    return list(zip(samples, detector.stream([sample.image for sample in samples]), strict=True))
+
+
+@pytest.mark.parametrize("crop", [None, CROP])
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e-20])
+def test_a_run_gives_back_what_the_detector_said(product, tmp_path, crop, scale):
+    detector = Colours(crop, scale)
+    evaluation = pydefect.evaluate(
+        detector, product, out=tmp_path / "runs" / "flange", batch_size=3, progress=False
+    )
+    run = read_run(tmp_path / "runs" / "flange")
+    expected = streamed(detector, product)
+    assert run.evaluation == json.loads(json.dumps(evaluation.to_dict()))
+    assert len(run.images) == len(expected) == evaluation.images
+    assert run.map_names == ("anomaly", "local", "global")
+    for index, (sample, scored) in enumerate(expected):
+        image = run.images[index]
+        assert product / image.name == sample.image
+        assert (image.defect, image.label) == (sample.defect, sample.label)
+        assert image.image_score == scored.image_score
+        assert image.is_defective == (scored.image_score > 0.75 * scale)
+        assert image.scored_box == scored.scored_box
+        assert image.seconds > 0
+        assert run.sample(index) == sample
+        assert read_mask(run.sample(index), image.size).any() == bool(sample.label)
+        for name in run.map_names:
+            # The bound that the module promises; these maps hold nothing below 2**-28 of their maximum but 0.
+            np.testing.assert_allclose(
+                run.network_map(index, name), scored.network_maps[name], rtol=2**-11, atol=0
+            )
+        # On top of it the rounding of one interpolation in float32.
+        np.testing.assert_allclose(run.map(index), scored.anomaly_map, rtol=2**-11 + 1e-6, atol=0)
+
+
+def test_the_facts_say_what_was_measured_with_what(product, tmp_path):
+    evaluation = pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.calibration == Colours().calibration
+    assert run.preprocessing == Colours().preprocessing
+    assert run.root == product
+    facts = run.facts
+    assert facts["method"] == "colours"
+    assert facts["training"] == {"images": 2, "skipped": []}
+    assert facts["versions"]["pydefect"] == pydefect.__version__
+    assert facts["machine"]["device"] == "cpu"
+    assert facts["times"]["evaluation_seconds"] > 0
+    assert facts["dataset"]["train"] == ["train/good/000.png", "train/good/001.png"]
+    # The mean of the rows is the figure of the evaluation.
+    seconds = np.mean([image.seconds for image in run.images])
+    assert seconds == pytest.approx(evaluation.seconds_per_image, rel=1e-9)
+
+
+def test_a_detector_without_thresholds_decides_nothing(product, tmp_path):
+    detector = Colours()
+    detector.calibration = None
+    pydefect.evaluate(detector, product, out=tmp_path / "run", progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.calibration is None
+    assert {image.is_defective for image in run.images} == {None}
+
+
+def test_data_that_moved_is_found_where_the_reader_says(product, tmp_path):
+    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    run = read_run(tmp_path / "run", data=tmp_path / "elsewhere")
+    assert run.sample(0).image == tmp_path / "elsewhere" / run.images[0].name
+
+
+def test_skipped_images_are_listed(product, tmp_path):
+    copy = write_dataset(tmp_path / "flange", 2, 3, 1, SIZE, seed=1)
+    broken = copy / "test/good/001.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    pydefect.evaluate(Colours(), copy, out=tmp_path / "run", on_error="skip", progress=False)
+    run = read_run(tmp_path / "run")
+    assert [Path(skipped["name"]) for skipped in run.evaluation["skipped"]] == [broken]
+    assert "test/good/001.png" not in [image.name for image in run.images]
+    assert "test/good/001.png" in run.facts["dataset"]["test"]
+
+
+def test_a_failure_leaves_the_earlier_run_and_nothing_else(product, tmp_path):
+    class Failing(Colours):
+        def predict_maps(self, images):
+            if self.scale > 1:
+                raise RuntimeError("out of luck")
+            self.scale += 1
+            return super().predict_maps(images)
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        pydefect.evaluate(Failing(), product, out=tmp_path / "run", batch_size=2, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(RuntimeError, match="out of luck"):
+        pydefect.evaluate(Failing(), product, out=tmp_path / "run", batch_size=2, progress=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    pydefect.evaluate(Colours(scale=2.0), product, out=tmp_path / "run", progress=False)
+    assert read_run(tmp_path / "run").evaluation["configuration"]["scale"] == 2.0
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_nothing_else_is_replaced(product, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "mine.txt").write_text("precious")
+    for out, message in (
+        (tmp_path / "letters", "holds something else than a run"),
+        (tmp_path / "letters" / "mine.txt", "is a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pydefect.evaluate(Colours(), product, out=out, progress=False)
+    assert (tmp_path / "letters" / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", b"{", "is damaged"),
+        ("evaluation.json", b'{"format": 99}', "format 99; this version of pydefect reads 1"),
+        ("images.jsonl", b'{"name": "a.png"}\n', "is damaged: ValueError: images.jsonl has the keys"),
+    ],
+)
+def test_damaged_runs_are_refused(product, tmp_path, name, content, message):
+    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_run(tmp_path / "run")
+
+
+def test_what_is_no_run_or_no_map_is_said(product, tmp_path):
+    assert not is_run(tmp_path)
+    with pytest.raises(InputError, match=r"holds no evaluation\.json"):
+        read_run(tmp_path)
+    with pytest.raises(InputError, match="is missing"):
+        read_run(tmp_path / "nowhere")
+    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    run = read_run(tmp_path / "run")
+    with pytest.raises(InputError, match="'depth' is no map of this run; it has anomaly, local, global"):
+        run.map(0, "depth")
+    maps = tmp_path / "run" / "maps.npz"
+    maps.write_bytes(maps.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"maps\.npz' is damaged"):
+        run.map(0)
+
+
+@given(
+    values=arrays(
+        np.float32,
+        (3, 4),
+        elements=st.floats(0, 2.0**127, width=32, allow_subnormal=False),
+    )
+)
+def test_every_map_keeps_the_promised_bound(values, tmp_path_factory):
+    path = tmp_path_factory.mktemp("maps") / "maps.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        exponent = _write_map(file, "anomaly/00000", values)
+    with np.load(path, allow_pickle=False) as maps:
+        stored = maps["anomaly/00000"]
+    assert stored.dtype == np.float16
+    back = np.ldexp(stored.astype(np.float64), exponent)
+    error = np.abs(back - values.astype(np.float64))
+    # Float32's own smallest numbers end above 2**-39 of a map whose maximum is itself near them.
+    largest = float(values.max())
+    assert (error <= np.maximum(2.0**-11 * values.astype(np.float64), 2.0**-39 * largest + 2.0**-149)).all()
