@@ -11,7 +11,7 @@ import torch
 
 from pydefect import evaluation, run
 from pydefect.calibration import Calibration
-from pydefect.data.layouts import Dataset, read_dataset, training_images
+from pydefect.data.layouts import Dataset, held_out_images, read_dataset, training_images
 from pydefect.detector import Detector, OnError, resolve_device
 from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation
@@ -239,16 +239,26 @@ def evaluate(
 
 def calibrate(
     detector: Detector,
-    dataset: Dataset | str | os.PathLike[str],
+    dataset: Dataset | str | os.PathLike[str] | None = None,
     *,
+    normal: Any = None,
+    defective: Any = None,
+    false_alarm_rate: float = 0.01,
+    confidence: float = 0.95,
+    guaranteed: bool = False,
     batch_size: int = 8,
     on_error: OnError = "raise",
     progress: bool = True,
 ) -> Calibration:
-    """Set the thresholds that maximise F1 over labelled images, image and pixel level apart, equations (10)
-    and (11).
+    """Set a detector's thresholds: by held-out normal images, or by labelled ones.
 
-    Metrics at these thresholds are then no longer those of unseen images.
+    - With ``normal``: for a false-alarm rate, by good images that the fit did not see.
+    - With neither ``normal`` nor ``dataset``: for another rate, by the held-out scores that the detector
+      keeps from its fit or from an earlier call.
+    - With ``dataset``: where F1 is largest over labelled test images, image and pixel level apart, equations
+      (10) and (11). Metrics at these thresholds are then no longer those of unseen images.
+
+    See ``docs/calibration.md``.
 
     Parameters
     ----------
@@ -257,21 +267,58 @@ def calibrate(
     dataset
         The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it; its test
         images are used.
+    normal
+        Whatever :func:`fit` takes; of a data set's folder only a validation part is taken. The images should
+        come from the same line as those to be judged later, and from more than one day.
+    defective
+        The same for defective images: they are scored and counted, and have no part in the thresholds.
+    false_alarm_rate
+        Share of normal images that may be called defective, and of those that may get a mask.
+    confidence
+        Of the interval in :attr:`Calibration.interval`, and of the guarantee.
+    guaranteed
+        False: the rate is kept on average; True: it is kept with ``confidence``, which takes more images.
     batch_size, on_error, progress
         See :func:`score`.
 
     Returns
     -------
     Calibration
-        Also set on the detector.
+        Also set on the detector; :func:`score` then gives a probability for every image. A warning is given
+        where the images are too few for the rate.
 
     Raises
     ------
     InputError
-        No labelled images of both kinds, or no masks.
+        Arguments of two ways at once; no labelled images of both kinds, or no masks; no normal images; no
+        scores are kept; or an argument is not allowed.
+
+    References
+    ----------
+    Vovk et al., Algorithmic learning in a random world, 2005 (conformal prediction); Clopper and Pearson,
+    Biometrika 26, 1934; Pickands, Annals of Statistics 3, 1975.
     """
-    return evaluation.calibrate(
-        detector, _dataset(dataset), batch_size=batch_size, on_error=on_error, progress=progress
+    if not isinstance(detector, Detector):
+        raise InputError(f"detector: {_shown(detector)} given; a fitted detector is needed")
+    if dataset is not None:
+        if normal is not None or defective is not None:
+            raise InputError("dataset: given together with normal or defective; choose one way to calibrate")
+        return evaluation.calibrate(
+            detector, _dataset(dataset), batch_size=batch_size, on_error=on_error, progress=progress
+        )
+    if normal is None:
+        if defective is not None:
+            raise InputError("defective: given without normal; thresholds need normal images")
+        return detector.set_false_alarm_rate(false_alarm_rate, confidence=confidence, guaranteed=guaranteed)
+    return detector.calibrate(
+        held_out_images(normal) if isinstance(normal, str | os.PathLike) else normal,
+        defective=defective,
+        false_alarm_rate=false_alarm_rate,
+        confidence=confidence,
+        guaranteed=guaranteed,
+        batch_size=batch_size,
+        on_error=on_error,
+        progress=progress,
     )
 
 

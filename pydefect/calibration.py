@@ -1,4 +1,4 @@
-"""Thresholds: from held-out normal images and a false-alarm rate, or from labelled images by F1."""
+"""Thresholds and probabilities from held-out normal images, or thresholds from labelled images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,104 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betainc, betaincinv
 
 from pydefect.errors import InputError
 
-__all__ = ["Calibration", "conformal_threshold", "held_out_calibration"]
+__all__ = [
+    "Calibration",
+    "ScoreTail",
+    "check_terms",
+    "clopper_pearson",
+    "conformal_threshold",
+    "held_out_calibration",
+    "images_needed",
+    "promised_confidence",
+]
+
+TAIL_SHARE = 0.1
+"""Share of the held-out images, the highest scores, to which the tail is fitted."""
+TAIL_IMAGES = 10
+"""But at least so many, as far as they are no more than half of all."""
+SMALLEST_TAIL = 5
+"""With fewer scores over the tail's start nothing is fitted."""
+
+
+@dataclass(frozen=True)
+class ScoreTail:
+    """A generalised Pareto distribution on the highest scores of normal images.
+
+    Attributes
+    ----------
+    start
+        The tail is what lies over this score.
+    share
+        Probability that a normal image's score does, 0..1.
+    shape, scale
+        Of the excesses over ``start``: P(excess > x) = (1 + shape x / scale)^(-1 / shape), for shape 0
+        exp(-x / scale). shape >= 0, scale > 0.
+
+    References
+    ----------
+    Pickands, Statistical inference using extreme order statistics, Annals of Statistics 3, 1975;
+    Hosking and Wallis, Parameter and quantile estimation for the generalized Pareto distribution,
+    Technometrics 29, 1987 (probability-weighted moments, equation 12).
+    """
+
+    start: float
+    share: float
+    shape: float
+    scale: float
+
+    @classmethod
+    def fit(cls, scores: Sequence[float]) -> ScoreTail | None:
+        """Fit the tail to normal images' scores, or return None where too few of them differ.
+
+        Parameters
+        ----------
+        scores
+            n scores, finite.
+
+        Notes
+        -----
+        A negative shape, a largest possible score, is taken for 0: a few dozen excesses cannot show that
+        no normal image will ever exceed some score, and the exponential tail that comes instead errs
+        on the side of larger probabilities.
+        """
+        ascending = np.sort(np.asarray(scores, dtype=np.float64))
+        n = len(ascending)
+        wanted = min(max(TAIL_IMAGES, math.ceil(TAIL_SHARE * n)), n // 2)
+        if wanted < SMALLEST_TAIL:
+            return None
+        start = float(ascending[n - wanted - 1])
+        excesses = ascending[ascending > start] - start
+        count = len(excesses)
+        if count < SMALLEST_TAIL:
+            return None
+        mean = float(excesses.mean())
+        # b of Hosking and Wallis, E[x (1 - F(x))], from the order statistics.
+        weighted = float((excesses * (count - 1 - np.arange(count))).mean() / (count - 1))
+        difference = mean - 2 * weighted
+        shape = 2 - mean / difference if difference > 0 else 0.0
+        shape = max(shape, 0.0)
+        return cls(start, (count + 1) / (n + 1), shape, mean * (1 - shape))
+
+    def survival(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Probability that a normal image scores higher, of scores over ``start``."""
+        excesses = (scores - self.start) / self.scale
+        if self.shape < 1e-9:
+            return np.asarray(self.share * np.exp(-excesses))
+        return np.asarray(self.share * np.exp(-np.log1p(self.shape * excesses) / self.shape))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where a detector draws the line.
+    """Where a detector draws the line, and how often normal images will pass over it.
 
     Attributes
     ----------
@@ -34,6 +122,14 @@ class Calibration:
     image_scores, map_maxima
         ``"held_out"``: ascending scores of the held-out images and ascending maxima of their maps, so that
         another rate can be chosen later.
+    confidence
+        Of the interval, 0..1.
+    interval
+        ``"held_out"``: (low, high) of the false-alarm rate that these thresholds will have on new normal
+        images; see :func:`clopper_pearson`. None for ``"labelled"``, whose threshold was chosen for its
+        effect on the very images that would be counted.
+    defective_scores
+        Ascending scores of defective images, where some were shown; no threshold was chosen by them.
     """
 
     image_threshold: float
@@ -43,6 +139,9 @@ class Calibration:
     false_alarm_rate: float
     image_scores: tuple[float, ...] = ()
     map_maxima: tuple[float, ...] = ()
+    confidence: float = 0.95
+    interval: tuple[float, float] | None = None
+    defective_scores: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -56,6 +155,145 @@ class Calibration:
         }
         return cls(**fields)
 
+    @cached_property
+    def tail(self) -> ScoreTail | None:
+        """The fitted tail of the held-out scores; None without, or with too few, of them."""
+        return ScoreTail.fit(self.image_scores)
+
+    def p_values(self, image_scores: ArrayLike) -> NDArray[np.float64] | None:
+        """Probability that a normal image scores as high, for each of some scores.
+
+        Where the held-out images have scores, it is counted: (1 + number of scores at least as high) / (n +
+        1), a conformal p-value. Over the start of the :attr:`tail` the fitted distribution takes over;
+        beyond the highest held-out score it is an extrapolation, good for an order of magnitude or two.
+        The same score always gives the same probability, whatever else is scored.
+
+        Parameters
+        ----------
+        image_scores
+            [m] scores of this detector.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            [m] float64, > 0 and <= 1, falling with the score; None without held-out scores.
+
+        References
+        ----------
+        Vovk et al., Algorithmic learning in a random world, 2005 (conformal p-values).
+        """
+        if not self.image_scores:
+            return None
+        scores = np.asarray(image_scores, dtype=np.float64)
+        seen = np.asarray(self.image_scores, dtype=np.float64)
+        at_least = len(seen) - np.searchsorted(seen, scores, side="left")
+        counted = (1 + at_least) / (len(seen) + 1)
+        if self.tail is None:
+            return np.asarray(counted)
+        beyond = scores > self.tail.start
+        fitted = self.tail.survival(np.where(beyond, scores, self.tail.start))
+        return np.asarray(np.maximum(np.where(beyond, fitted, counted), np.finfo(np.float64).tiny))
+
+
+def clopper_pearson(count: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a rate of which ``count`` cases were seen among ``images``.
+
+    For a threshold that is itself the (count + 1)-th largest of the scores, the upper end is exact as well
+    (Wilks' tolerance limit: the rate beyond it is Beta(count + 1, images - count) distributed), and the
+    lower end errs to the low side.
+
+    Parameters
+    ----------
+    count
+        0..images.
+    images
+        >= 1.
+    confidence
+        The rate lies in the interval with at least this probability, and over or under it with at most
+        half of the rest each; over 0, under 1.
+
+    Returns
+    -------
+    low, high
+        0..1.
+
+    Raises
+    ------
+    InputError
+        An argument is out of its range.
+
+    References
+    ----------
+    Clopper and Pearson, The use of confidence or fiducial limits, Biometrika 26, 1934;
+    Wilks, Determination of sample sizes for setting tolerance limits, Annals of Mathematical Statistics 12,
+    1941.
+    """
+    _check_confidence(confidence)
+    if images < 1 or not 0 <= count <= images:
+        raise InputError(f"count: {count!r} of {images!r} images given; allowed are 0 to all of 1 or more")
+    outside = (1 - confidence) / 2
+    low = float(betaincinv(count, images - count + 1, outside)) if count else 0.0
+    high = float(betaincinv(count + 1, images - count, 1 - outside)) if count < images else 1.0
+    return low, high
+
+
+def promised_confidence(images: int, over: int, false_alarm_rate: float) -> float:
+    """How surely a threshold keeps to a false-alarm rate.
+
+    Parameters
+    ----------
+    images
+        Held-out normal images from which it was chosen.
+    over
+        How many of them score higher, 0..images - 1.
+    false_alarm_rate
+        The rate asked for.
+
+    Returns
+    -------
+    float
+        Probability, over the choice of the held-out images, that at most this share of normal images lies
+        over the threshold: P(Beta(over + 1, images - over) <= rate).
+    """
+    return float(betainc(over + 1, images - over, false_alarm_rate))
+
+
+def images_needed(false_alarm_rate: float, confidence: float | None = 0.95) -> int | None:
+    """Count the held-out normal images with which a false-alarm rate can be promised.
+
+    Parameters
+    ----------
+    false_alarm_rate
+        0..1.
+    confidence
+        With which it is to be kept; None: on average only.
+
+    Returns
+    -------
+    int or None
+        The smallest n for which the largest of n scores is such a threshold: 1 / rate - 1 on average,
+        log(1 - confidence) / log(1 - rate) with confidence (Wilks), rounded up. None for a rate of 0, which
+        no number of images can promise.
+
+    Raises
+    ------
+    InputError
+        An argument is out of its range.
+    """
+    _check_rate(false_alarm_rate)
+    if confidence is not None:
+        _check_confidence(confidence)
+    if false_alarm_rate == 0:
+        return None
+    if false_alarm_rate == 1:
+        return 1
+    if confidence is None:
+        needed = 1 / false_alarm_rate - 1
+    else:
+        needed = math.log1p(-confidence) / math.log1p(-false_alarm_rate)
+    # Rounding first: 1 / 0.01 - 1 must not become 100 through the last bit.
+    return max(1, math.ceil(round(needed, 9)))
+
 
 def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tuple[float, float]:
     """Choose a threshold that a new normal image passes over with at most a given probability.
@@ -63,7 +301,7 @@ def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tup
     Parameters
     ----------
     scores
-        n >= 1 scores of normal images that the detector has not seen.
+        n >= 1 scores of normal images that the detector has not seen, finite.
     false_alarm_rate
         0..1.
 
@@ -78,25 +316,27 @@ def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tup
     Raises
     ------
     InputError
-        No scores, or a rate outside 0..1.
+        No scores, one that is not finite, or a rate outside 0..1.
 
     References
     ----------
     Vovk et al., Algorithmic learning in a random world, 2005 (split conformal prediction).
     """
-    if not scores:
-        raise InputError("scores: none given; a threshold needs at least one held-out normal image")
-    if not isinstance(false_alarm_rate, int | float) or not 0 <= false_alarm_rate <= 1:
-        raise InputError(f"false_alarm_rate: {false_alarm_rate!r} given; allowed are 0 to 1")
+    _check_scores(scores)
+    _check_rate(false_alarm_rate)
     n = len(scores)
-    # Rounding first: (n + 1) * (1 - 0.1) must not become one more through the last bit.
-    k = max(1, math.ceil(round((n + 1) * (1 - false_alarm_rate), 9)))
-    k = min(k, n)
+    k = _rank_on_average(n, false_alarm_rate)
     return sorted(scores)[k - 1], (n + 1 - k) / (n + 1)
 
 
 def held_out_calibration(
-    image_scores: Sequence[float], map_maxima: Sequence[float], false_alarm_rate: float
+    image_scores: Sequence[float],
+    map_maxima: Sequence[float],
+    false_alarm_rate: float,
+    *,
+    confidence: float = 0.95,
+    guaranteed: bool = False,
+    defective_scores: Sequence[float] = (),
 ) -> Calibration:
     """Calibrate on normal images that the scoring detectors had not seen.
 
@@ -106,31 +346,94 @@ def held_out_calibration(
         Of the same n >= 1 images: image scores, and maxima of the anomaly maps.
     false_alarm_rate
         Share of normal images that may be called defective, and of those that may get a mask.
+    confidence
+        Of the interval, and of the guarantee.
+    guaranteed
+        False: the rate is kept on average over all choices of held-out images. True: it is kept with
+        ``confidence``, which needs higher thresholds and more images (:func:`images_needed`).
+    defective_scores
+        Scores of defective images to keep beside; they have no part in the thresholds.
 
     Returns
     -------
     Calibration
-        A warning is given where n images cannot support the rate.
+        A warning is given where n images cannot support the rate; the thresholds are then the largest
+        score and maximum.
 
     Raises
     ------
     InputError
-        See :func:`conformal_threshold`.
+        See :func:`conformal_threshold`; or the confidence is not between 0 and 1.
     """
-    image_threshold, implied = conformal_threshold(image_scores, false_alarm_rate)
-    pixel_threshold, _ = conformal_threshold(map_maxima, false_alarm_rate)
-    if implied > false_alarm_rate + 1e-9:
-        warnings.warn(
-            f"{len(image_scores)} held-out images support a false-alarm rate of {implied:.3g} at the lowest, "
-            f"not {false_alarm_rate:g}; the threshold is their largest score",
-            stacklevel=2,
-        )
+    for values in (image_scores, map_maxima):
+        _check_scores(values)
+    check_terms(false_alarm_rate, confidence)
+    n = len(image_scores)
+    k = (
+        _rank_guaranteed(n, false_alarm_rate, confidence)
+        if guaranteed
+        else _rank_on_average(n, false_alarm_rate)
+    )
+    implied = (n + 1 - k) / (n + 1)
+    _warn_of_few(n, false_alarm_rate, confidence if guaranteed else None)
     return Calibration(
-        image_threshold=image_threshold,
-        pixel_threshold=pixel_threshold,
+        image_threshold=sorted(image_scores)[k - 1],
+        pixel_threshold=sorted(map_maxima)[k - 1],
         source="held_out",
-        images=len(image_scores),
+        images=n,
         false_alarm_rate=implied,
         image_scores=tuple(sorted(image_scores)),
         map_maxima=tuple(sorted(map_maxima)),
+        confidence=confidence,
+        interval=clopper_pearson(n - k, n, confidence),
+        defective_scores=tuple(sorted(defective_scores)),
     )
+
+
+def _rank_on_average(n: int, rate: float) -> int:
+    # Rounding first: (n + 1) * (1 - 0.1) must not become one more through the last bit.
+    k = max(1, math.ceil(round((n + 1) * (1 - rate), 9)))
+    return min(k, n)
+
+
+def _rank_guaranteed(n: int, rate: float, confidence: float) -> int:
+    ranks = np.arange(1, n + 1)
+    kept = betainc(n - ranks + 1, ranks, rate) >= confidence
+    return int(ranks[kept][0]) if kept.any() else n
+
+
+def _warn_of_few(n: int, rate: float, confidence: float | None) -> None:
+    needed = images_needed(rate, confidence)
+    if needed is not None and n >= needed:
+        return
+    surely = "" if confidence is None else f" with {confidence:.0%} confidence"
+    lowest = 1 / (n + 1) if confidence is None else 1 - (1 - confidence) ** (1 / n)
+    warnings.warn(
+        f"{n} held-out images support a false-alarm rate of {lowest:.3g} at the lowest{surely}, not {rate:g} "
+        f"({'no number of images does' if needed is None else f'that takes {needed}'}); the threshold is "
+        "their largest score",
+        stacklevel=3,
+    )
+
+
+def check_terms(false_alarm_rate: Any, confidence: Any) -> None:
+    """Raise InputError unless a rate is in 0..1 and a confidence over 0 and under 1."""
+    _check_rate(false_alarm_rate)
+    _check_confidence(confidence)
+
+
+def _check_scores(scores: Sequence[float]) -> None:
+    if not len(scores):
+        raise InputError("scores: none given; a threshold needs at least one held-out normal image")
+    if not np.isfinite(np.asarray(scores, dtype=np.float64)).all():
+        raise InputError("scores: some are not finite")
+
+
+def _check_rate(rate: Any) -> None:
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+        raise InputError(f"false_alarm_rate: {rate!r} given; allowed are 0 to 1")
+
+
+def _check_confidence(confidence: Any) -> None:
+    if not isinstance(confidence, int | float) or isinstance(confidence, bool) or not 0 < confidence < 1:
+        raise InputError(f"confidence: {confidence!r} given; allowed are numbers over 0 and under 1")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pydefect.calibration import Calibration, held_out_calibration
+from pydefect.calibration import Calibration, check_terms, held_out_calibration
 from pydefect.config import MethodConfig
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
 from pydefect.errors import InputError
@@ -351,20 +351,74 @@ class Detector(ABC):
         )
         result = Result.collect(stream)
         if self.calibration is not None:
-            result = replace(
-                result,
-                image_threshold=self.calibration.image_threshold,
-                pixel_threshold=self.calibration.pixel_threshold,
-            )
+            result = result.calibrated(self.calibration)
         return replace(result, skipped=skipped)
 
-    def set_false_alarm_rate(self, false_alarm_rate: float) -> Calibration:
+    def calibrate(
+        self,
+        normal: Any,
+        *,
+        defective: Any = None,
+        false_alarm_rate: float = 0.01,
+        confidence: float = 0.95,
+        guaranteed: bool = False,
+        batch_size: int = 8,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> Calibration:
+        """Set the thresholds by normal images that the fit did not see.
+
+        Parameters
+        ----------
+        normal, defective
+            Whatever :func:`pydefect.data.images.open_images` takes. Defective images are scored and counted;
+            they have no part in the thresholds.
+        false_alarm_rate, confidence, guaranteed
+            See :func:`pydefect.calibration.held_out_calibration`.
+        batch_size, on_error, progress
+            See :meth:`stream`.
+
+        Returns
+        -------
+        Calibration
+            Also set on the detector.
+
+        Raises
+        ------
+        InputError
+            An argument is not allowed, an image cannot be read, or there is no normal one; the detector's
+            calibration is then as it was.
+        """
+        check_terms(false_alarm_rate, confidence)
+        how: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "progress": progress}
+        scores, maxima = [], []
+        for scored in self.stream(normal, **how):
+            scores.append(scored.image_score)
+            maxima.append(float(scored.anomaly_map.max()))
+        if not scores:
+            raise InputError(
+                "normal: there are no images in it; at least one held-out normal image is needed"
+            )
+        found = [] if defective is None else [one.image_score for one in self.stream(defective, **how)]
+        self.calibration = held_out_calibration(
+            scores,
+            maxima,
+            false_alarm_rate,
+            confidence=confidence,
+            guaranteed=guaranteed,
+            defective_scores=found,
+        )
+        return self.calibration
+
+    def set_false_alarm_rate(
+        self, false_alarm_rate: float, *, confidence: float = 0.95, guaranteed: bool = False
+    ) -> Calibration:
         """Choose another false-alarm rate from the held-out scores that the detector keeps.
 
         Parameters
         ----------
-        false_alarm_rate
-            0..1.
+        false_alarm_rate, confidence, guaranteed
+            See :func:`pydefect.calibration.held_out_calibration`.
 
         Returns
         -------
@@ -381,6 +435,11 @@ class Detector(ABC):
                 "false_alarm_rate: the detector keeps no scores of held-out normal images to choose it from"
             )
         self.calibration = held_out_calibration(
-            self.calibration.image_scores, self.calibration.map_maxima, false_alarm_rate
+            self.calibration.image_scores,
+            self.calibration.map_maxima,
+            false_alarm_rate,
+            confidence=confidence,
+            guaranteed=guaranteed,
+            defective_scores=self.calibration.defective_scores,
         )
         return self.calibration

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from pydefect.errors import InputError, ModelFileError
 
-__all__ = ["Checkpoint", "folder_written_atomically", "load_tensors", "save_tensors", "write_atomically"]
+__all__ = [
+    "Checkpoint",
+    "folder_written_atomically",
+    "load_tensors",
+    "replace_metadata",
+    "save_tensors",
+    "write_atomically",
+]
 
 _METADATA_KEY = "pydefect"
 
@@ -135,6 +142,32 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ModelFileError(
             f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}"
         ) from error
+
+
+def replace_metadata(
+    path: str | os.PathLike[str],
+    changes: Mapping[str, Any],
+    *,
+    out: str | os.PathLike[str] | None = None,
+) -> None:
+    """Change entries of a file's metadata and leave its tensors as they are, atomically.
+
+    Parameters
+    ----------
+    path
+        What :func:`save_tensors` wrote.
+    changes
+        JSON values.
+    out
+        The file to write; None: ``path`` itself.
+
+    Raises
+    ------
+    ModelFileError
+        See :func:`load_tensors`.
+    """
+    tensors, metadata = load_tensors(path)
+    save_tensors(path if out is None else out, tensors, {**metadata, **changes})
 
 
 class Checkpoint:

@@ -42,6 +42,7 @@ _COLUMNS = (
     "score",
     "image_threshold",
     "defective",
+    "p_value",
     "peak_row",
     "peak_column",
     "picture",
@@ -67,8 +68,8 @@ def write_report(
 
     ::
 
-        out/scores.csv             name, path, score, image_threshold, defective, peak_row, peak_column,
-                                   picture
+        out/scores.csv             name, path, score, image_threshold, defective, p_value,
+                                   peak_row, peak_column, picture
         out/scores.json            the same, with thresholds, skipped files, version and configuration
         out/overlays/<picture>     the heat map over the image
         out/contours/<picture>     a red curve round every defective region (with a pixel threshold)
@@ -275,6 +276,7 @@ class ReportWriter:
                 "score": float(f"{result.image_scores[index]:.9g}"),
                 "image_threshold": result.image_threshold,
                 "defective": None if defective is None else bool(defective[index]),
+                "p_value": None if result.p_values is None else float(f"{result.p_values[index]:.6g}"),
                 "peak_row": int(peak_row),
                 "peak_column": int(peak_column),
                 "picture": picture_name if self._pictures else None,

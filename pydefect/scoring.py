@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pydefect.calibration import Calibration
 from pydefect.data.images import SkippedImage
 
 __all__ = ["Result", "ScoredImage"]
@@ -63,6 +64,10 @@ class Result:
         Without a crop the whole image.
     image_threshold, pixel_threshold
         From the detector's calibration; None without one.
+    p_values
+        [n] float64: the probability that a normal image scores as high, > 0 and <= 1, from the held-out
+        normal images of the detector's calibration and from nothing else; None without them. See
+        :meth:`pydefect.Calibration.p_values`.
     skipped
         Files that could not be read, with ``on_error="skip"``; they have no other entry.
     """
@@ -74,6 +79,7 @@ class Result:
     scored_boxes: list[tuple[int, int, int, int]]
     image_threshold: float | None = None
     pixel_threshold: float | None = None
+    p_values: NDArray[np.float64] | None = None
     skipped: list[SkippedImage] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -91,6 +97,15 @@ class Result:
         if self.pixel_threshold is None:
             return None
         return [anomaly_map > self.pixel_threshold for anomaly_map in self.anomaly_maps]
+
+    def calibrated(self, calibration: Calibration) -> Result:
+        """Return the same scores with a calibration's thresholds and probabilities."""
+        return replace(
+            self,
+            image_threshold=calibration.image_threshold,
+            pixel_threshold=calibration.pixel_threshold,
+            p_values=calibration.p_values(self.image_scores),
+        )
 
     @classmethod
     def collect(

@@ -201,6 +201,48 @@ def test_images_that_are_none(detector, images, message):
         pydefect.score(detector, images, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": "{data}", "normal": "{data}/test/good"}, "dataset: given together with normal"),
+        ({"defective": "{data}/test"}, "defective: given without normal"),
+        ({"normal": []}, "at least one"),
+        ({"normal": "{data}"}, "without a validation part"),
+        ({"normal": "{data}/test/good", "false_alarm_rate": 2}, "false_alarm_rate: 2 given"),
+        ({"normal": "{data}/test/good", "confidence": 1}, "confidence: 1 given"),
+        ({"false_alarm_rate": -1}, "false_alarm_rate: -1 given"),
+    ],
+)
+def test_calibrate_refuses_and_leaves_the_detector_as_it_was(detector, dataset, arguments, message):
+    before = detector.calibration
+    filled = {
+        name: value.format(data=dataset) if isinstance(value, str) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(InputError, match=message):
+        pydefect.calibrate(detector, progress=False, **filled)
+    assert detector.calibration is before
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_calibration_by_new_images(good):
+    """By hand from the scores: the third of four, ceil(5 * 0.6)."""
+    detector = pydefect.fit(good, **SMALL)
+    new = [render_product(np.random.default_rng(seed), 64)[0] for seed in range(10, 14)]
+    bare = pydefect.score(detector, new, progress=False)
+    calibration = pydefect.calibrate(
+        detector, normal=iter(new), defective=good, false_alarm_rate=0.4, progress=False
+    )
+    assert calibration is detector.calibration
+    assert calibration.image_scores == tuple(sorted(bare.image_scores.tolist()))
+    assert calibration.image_threshold == sorted(bare.image_scores)[2]
+    assert calibration.pixel_threshold == sorted(one.max() for one in bare.anomaly_maps)[2]
+    assert len(calibration.defective_scores) == len(good)
+    again = pydefect.calibrate(detector, false_alarm_rate=0.2)
+    assert again.image_threshold == max(bare.image_scores)
+    assert again.defective_scores == calibration.defective_scores
+
+
 def test_a_generator_that_gives_nothing():
     with pytest.raises(InputError, match="images: none could be read; at least one normal image is needed"):
         pydefect.fit(iter(()), **SMALL)

@@ -28,7 +28,7 @@ FLOORS = [
     ["conpatch", "dual_ae", "evaluation"],
     ["registry", "run"],
     ["api"],
-    ["visualization"],
+    ["visualization", "charts"],
     ["report"],
     ["cli"],
     ["__main__"],

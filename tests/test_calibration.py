@@ -1,14 +1,28 @@
-"""Thresholds from held-out normal images: the conformal quantile by hand and by simulation."""
+"""Thresholds and probabilities from held-out normal images: by hand, by simulation, and against SciPy."""
 
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
+import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
-from pydefect.calibration import Calibration, conformal_threshold, held_out_calibration
+from pydefect.calibration import (
+    Calibration,
+    ScoreTail,
+    clopper_pearson,
+    conformal_threshold,
+    held_out_calibration,
+    images_needed,
+    promised_confidence,
+)
+from pydefect.charts import score_histogram
 from pydefect.errors import InputError
 
 
@@ -60,9 +74,9 @@ def test_images_and_pixels_apart():
         warnings.simplefilter("error")
         calibration = held_out_calibration([3.0, 1.0, 2.0, 4.0], [30.0, 40.0, 20.0, 10.0], 0.4)
     # k = ceil(5 * 0.6) = 3.
-    assert calibration == Calibration(
-        3.0, 30.0, "held_out", 4, 0.4, (1.0, 2.0, 3.0, 4.0), (10.0, 20.0, 30.0, 40.0)
-    )
+    ascending = (1.0, 2.0, 3.0, 4.0), (10.0, 20.0, 30.0, 40.0)
+    interval = clopper_pearson(1, 4)
+    assert calibration == Calibration(3.0, 30.0, "held_out", 4, 0.4, *ascending, interval=interval)
 
 
 def test_too_few_images_give_a_warning():
@@ -82,6 +96,8 @@ def test_too_few_images_give_a_warning():
         ([1.0], 1.5, "false_alarm_rate: 1.5 given; allowed are 0 to 1"),
         ([1.0], float("nan"), "false_alarm_rate: nan given"),
         ([1.0], "1 %", "false_alarm_rate: '1 %' given"),
+        ([1.0, float("nan")], 0.1, "scores: some are not finite"),
+        ([float("inf")], 0.1, "scores: some are not finite"),
     ],
 )
 def test_bad_input(scores, rate, message):
@@ -90,5 +106,243 @@ def test_bad_input(scores, rate, message):
 
 
 def test_json_round_trip():
-    calibration = Calibration(1.5, 2.5, "held_out", 2, 0.1, (0.1, 1.5), (0.2, 2.5))
+    calibration = Calibration(1.5, 2.5, "held_out", 2, 0.1, (0.1, 1.5), (0.2, 2.5), 0.9, (0.0, 0.5), (3.0,))
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+def test_files_from_before_there_were_intervals():
+    old = {
+        "image_threshold": 1.5,
+        "pixel_threshold": 2.5,
+        "source": "held_out",
+        "images": 2,
+        "false_alarm_rate": 1 / 3,
+        "image_scores": [0.1, 1.5],
+        "map_maxima": [0.2, 2.5],
+    }
+    calibration = Calibration.from_dict(old)
+    assert calibration.interval is None
+    assert calibration.p_values([0.0, 1.0, 2.0]) == pytest.approx([1.0, 2 / 3, 1 / 3], abs=1e-12)
+
+
+# -- intervals and promises
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize(("count", "images"), [(0, 1), (1, 1), (0, 50), (3, 50), (50, 50), (7, 1000)])
+def test_the_interval_is_that_of_scipy(count, images, confidence):
+    theirs = stats.binomtest(count, images).proportion_ci(confidence, method="exact")
+    # SciPy searches for the root of the binomial distribution; its tolerance is 2e-12.
+    assert clopper_pearson(count, images, confidence) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 0), "count: 1 of 0 images"),
+        ((3, 2), "count: 3 of 2 images"),
+        ((-1, 2), "count: -1 of 2 images"),
+        ((1, 2, 1.0), "confidence: 1.0 given"),
+        ((1, 2, 0), "confidence: 0 given"),
+        ((1, 2, "95 %"), "confidence: '95 %' given"),
+    ],
+)
+def test_the_interval_refuses(arguments, message):
+    with pytest.raises(InputError, match=message):
+        clopper_pearson(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("rate", "confidence", "needed"),
+    [
+        (0.01, None, 99),
+        (0.1, None, 9),
+        (0.01, 0.95, 299),  # Wilks: 0.99**298 is 0.05003, 0.99**299 is 0.0495
+        (0.05, 0.95, 59),
+        (0.001, 0.99, 4603),
+        (1.0, 0.95, 1),
+        (0.9, 0.5, 1),
+        (0.0, 0.95, None),
+        (0.0, None, None),
+    ],
+)
+def test_how_many_images_a_promise_takes(rate, confidence, needed):
+    assert images_needed(rate, confidence) == needed
+
+
+@given(st.floats(0.002, 0.9), st.floats(0.05, 0.99))
+def test_so_many_keep_the_promise_and_one_less_does_not(rate, confidence):
+    needed = images_needed(rate, confidence)
+    assert promised_confidence(needed, 0, rate) >= confidence - 1e-9
+    if needed > 1:
+        assert promised_confidence(needed - 1, 0, rate) < confidence
+
+
+def test_a_guaranteed_rate_is_kept_as_often_as_promised():
+    """Of 4,000 choices of held-out images 90 % or more keep the rate: less than 4 standard deviations,
+    sqrt(0.9 * 0.1 / 4000) = 0.0047, may be missing. On average a rate is kept about every other time."""
+    rng = np.random.default_rng(0)
+    kept = {True: 0, False: 0}
+    for _ in range(4_000):
+        scores = rng.exponential(size=60).tolist()
+        for guaranteed in kept:
+            calibration = held_out_calibration(scores, scores, 0.1, confidence=0.9, guaranteed=guaranteed)
+            kept[guaranteed] += math.exp(-calibration.image_threshold) <= 0.1
+    # The rank is a whole number: the promise is kept a little more often than asked for.
+    assert 0.9 - 4 * 0.0047 <= kept[True] / 4_000 <= 0.96
+    assert 0.4 < kept[False] / 4_000 < 0.7
+
+
+def test_the_interval_holds_for_a_threshold_chosen_on_the_same_images():
+    """Of 4,000 choices at least 95 % cover the rate, less 4 standard deviations of 0.0034."""
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(4_000):
+        scores = rng.exponential(size=80).tolist()
+        calibration = held_out_calibration(scores, scores, 0.05)
+        low, high = calibration.interval
+        covered += low <= math.exp(-calibration.image_threshold) <= high
+    assert covered / 4_000 >= 0.95 - 4 * 0.0034
+
+
+def test_too_few_images_for_a_guarantee_give_a_warning():
+    scores = np.arange(1.0, 101.0).tolist()
+    message = (
+        r"100 held-out images support .* 0\.0295 at the lowest with 95% confidence, not 0\.01 .*takes 299"
+    )
+    with pytest.warns(UserWarning, match=message):
+        calibration = held_out_calibration(scores, scores, 0.01, guaranteed=True)
+    assert calibration.image_threshold == 100.0
+    assert calibration.interval[0] == 0
+
+
+def test_no_number_of_images_promises_no_false_alarms():
+    with pytest.warns(UserWarning, match="no number of images does"):
+        held_out_calibration([1.0, 2.0], [1.0, 2.0], 0.0)
+
+
+def test_one_image():
+    with pytest.warns(UserWarning, match="1 held-out images support"):
+        calibration = held_out_calibration([2.0], [3.0], 0.01)
+    assert (calibration.image_threshold, calibration.pixel_threshold) == (2.0, 3.0)
+    assert calibration.interval == pytest.approx((0.0, 0.975))
+    assert calibration.tail is None
+    assert calibration.p_values([1.0, 2.0, 3.0]).tolist() == [1.0, 1.0, 0.5]
+    assert score_histogram(calibration).startswith(b"\x89PNG")
+
+
+def test_equal_scores():
+    calibration = held_out_calibration([2.0] * 200, [2.0] * 200, 0.01)
+    assert calibration.image_threshold == 2.0
+    assert calibration.tail is None
+    assert calibration.p_values([1.0, 2.0, 2.1]) == pytest.approx([1.0, 1.0, 1 / 201], abs=1e-12)
+    assert score_histogram(calibration).startswith(b"\x89PNG")
+
+
+# -- probabilities
+# --------------------------------------------------------------------------------------------------
+
+
+def calibrated(scores) -> Calibration:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return held_out_calibration(list(scores), list(scores), 0.01)
+
+
+def test_the_counted_part_by_hand():
+    calibration = calibrated([1.0, 2.0, 2.0, 3.0])
+    assert calibration.tail is None  # four are too few
+    expected = [1.0, 1.0, 4 / 5, 4 / 5, 2 / 5, 2 / 5, 1 / 5]
+    given = [0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 9.0]
+    assert calibration.p_values(given) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [0.0, 0.2, 0.4])
+def test_the_tail_is_found_again(shape):
+    """40,000 excesses: the estimate of the shape has a standard deviation of about 0.01 (Hosking and Wallis,
+    table 1), and more for heavy tails; of the scale 1 %."""
+    scores = 1 + stats.genpareto.rvs(shape, scale=2, size=400_000, random_state=0)
+    tail = ScoreTail.fit(scores.tolist())
+    # Over a higher start it is the same shape, and its scale has grown with the start.
+    assert tail.share == pytest.approx(0.1, abs=1e-4)
+    assert tail.shape == pytest.approx(shape, abs=0.05)
+    assert tail.scale == pytest.approx(2 + shape * (tail.start - 1), rel=0.05)
+    beyond = np.quantile(scores, [0.99, 0.999])
+    assert tail.survival(beyond) == pytest.approx([0.01, 0.001], rel=0.1)
+
+
+@pytest.mark.parametrize("shape", [0.0, 1e-12, 0.3])
+def test_the_survival_is_that_of_scipy(shape):
+    tail = ScoreTail(start=1.0, share=0.25, shape=shape, scale=0.5)
+    scores = np.array([1.0, 1.1, 2.0, 30.0])
+    # Equal up to rounding; below a shape of 1e-9 the exponential stands in, x / scale <= 58 makes that 2e-6.
+    expected = 0.25 * stats.genpareto.sf(scores - 1, shape, scale=0.5)
+    assert tail.survival(scores) == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [stats.gamma(2), stats.lognorm(0.5), stats.norm(10, 1)],
+    ids=["gamma", "lognormal", "normal"],
+)
+def test_new_normal_images_have_the_probabilities_promised(distribution):
+    """Over 300 calibrations with 200 images the mean probability that a new image's p-value is at most p
+    stays near p. Inside the sample (0.05, 0.01) within a third; at 0.002, the edge of the extrapolation,
+    within a factor of three: 20 excesses do not know their shape any better."""
+    rng = np.random.default_rng(0)
+    grid = distribution.isf(np.geomspace(0.5, 1e-7, 400))
+    observed = {0.05: [], 0.01: [], 0.002: []}
+    for _ in range(300):
+        p_values = calibrated(distribution.rvs(200, random_state=rng)).p_values(grid)
+        for level, rates in observed.items():
+            first = np.argmax(p_values <= level) if (p_values <= level).any() else -1
+            rates.append(float(distribution.sf(grid[first])))
+    for level, factor in ((0.05, 4 / 3), (0.01, 4 / 3), (0.002, 3)):
+        assert level / factor < np.mean(observed[level]) < level * factor
+
+
+@given(
+    st.lists(st.floats(0, 100, width=32), min_size=1, max_size=80),
+    st.lists(st.floats(0, 1e6, width=32), min_size=2, max_size=20),
+)
+def test_probabilities_fall_with_the_score_and_depend_on_nothing_else(held_out, scores):
+    calibration = calibrated(held_out)
+    ascending = sorted(scores)
+    p_values = calibration.p_values(ascending)
+    assert (p_values > 0).all()
+    assert (p_values <= 1).all()
+    assert (np.diff(p_values) <= 1e-12).all()
+    one_by_one = [float(calibration.p_values([score])[0]) for score in ascending]
+    # Vectorised exponentials may differ from single ones in the last bit.
+    assert p_values == pytest.approx(one_by_one, rel=1e-14)
+
+
+def test_no_excess_over_the_start_means_no_tail():
+    # The upper half is one value: nothing lies over the tail's start.
+    assert ScoreTail.fit([1.0] * 10 + [2.0] * 20) is None
+
+
+def test_equal_excesses_give_an_exponential_tail():
+    tail = ScoreTail.fit([*np.linspace(0, 1, 90).tolist(), *[1.5] * 10])
+    assert tail.shape == 0
+    assert tail.scale == pytest.approx(0.5)
+
+
+def test_without_held_out_scores_there_are_no_probabilities():
+    calibration = Calibration(1.0, 2.0, "labelled", 10, 0.1)
+    assert calibration.p_values([1.0]) is None
+    with pytest.raises(InputError, match="it keeps no scores"):
+        score_histogram(calibration)
+
+
+def test_the_histogram_is_a_picture():
+    rng = np.random.default_rng(0)
+    normal, defective = rng.gamma(9, 1, 200).tolist(), rng.gamma(40, 1, 30).tolist()
+    calibration = held_out_calibration(normal, normal, 0.01, defective_scores=defective)
+    picture = cv2.imdecode(np.frombuffer(score_histogram(calibration), np.uint8), cv2.IMREAD_COLOR)
+    assert picture.shape == (648, 840, 3)
+    # Bars in two colours on white, lines in black.
+    colours = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
+    assert len(colours) > 10
+    assert (0, 0, 0) in colours

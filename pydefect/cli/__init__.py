@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pydefect.cli._console import OneLineErrors, say
+from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
 from pydefect.cli.fit import fit
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
+app.command()(calibrate)
 app.command()(info)
 app.command()(demo)
 
@@ -53,6 +55,7 @@ def _pydefect(
     pydefect fit GOOD_IMAGES --out MODEL             learn what good looks like
     pydefect score MODEL NEW_IMAGES --out REPORT     find what does not
     pydefect evaluate MODEL DATASET                  measure, where labels are known
+    pydefect calibrate MODEL --normal GOOD_IMAGES    set how often good images may raise an alarm
 
     Exit codes: 0; 2 for a wrong call or bad input; 1 for any other failure; 130 when interrupted.
     """

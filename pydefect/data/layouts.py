@@ -15,7 +15,15 @@ import numpy as np
 from pydefect.data.images import decode_file, is_image_file, list_image_files, natural_order
 from pydefect.errors import InputError
 
-__all__ = ["LAYOUTS", "Dataset", "Sample", "read_dataset", "read_mask", "training_images"]
+__all__ = [
+    "LAYOUTS",
+    "Dataset",
+    "Sample",
+    "held_out_images",
+    "read_dataset",
+    "read_mask",
+    "training_images",
+]
 
 GOOD = "good"
 UNKNOWN = "unknown"
@@ -170,6 +178,40 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     dataset = read_dataset(path, seed=seed)
     if not dataset.train:
         raise InputError(f"{path} holds no training images (read as {dataset.layout})")
+    return [sample.image for sample in dataset.train]
+
+
+def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
+    """The normal images in a folder by which a fitted detector may be calibrated.
+
+    Parameters
+    ----------
+    path
+        A plain folder of good images (all images in it, recursively), a category's folder with a validation
+        part (MVTec LOCO AD; that part is taken), or one image file.
+
+    Returns
+    -------
+    list of Path
+        In natural order.
+
+    Raises
+    ------
+    InputError
+        If there is nothing at `path`, or it holds a data set without a validation part: its training images
+        were seen by the fit, and its test images are for measuring.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    dataset = read_dataset(path)
+    if dataset.validation:
+        return [sample.image for sample in dataset.validation]
+    if dataset.test:
+        raise InputError(
+            f"normal: {path} is a data set ({dataset.layout}) without a validation part; name a folder of "
+            "good images that the fit did not see"
+        )
     return [sample.image for sample in dataset.train]
 
 

@@ -10,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pydefect
 from pydefect.cli import app
 from pydefect.data.procedural import DEFECTS, write_dataset
+from pydefect.persistence import load_tensors
 from pydefect.run import read_run
 
 FAST = [
@@ -45,7 +48,9 @@ def call(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["fit"], ["score"], ["evaluate"], ["info"], ["demo"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["fit"], ["score"], ["evaluate"], ["calibrate"], ["info"], ["demo"]]
+)
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     code, output, _ = call(*arguments, "--help")
     assert code == 0
@@ -99,6 +104,16 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         ("json is a folder", ["evaluate", "{model}", "{data}", "--json", "{tmp}"], "--json"),
         ("run is a file", ["evaluate", "{model}", "{data}", "--out", "{model}"], "is a file"),
         ("run replaces images", ["evaluate", "{model}", "{data}", "--out", "{data}"], "something else"),
+        ("calibrate by a data set", ["calibrate", "{model}", "--normal", "{data}"], "without a validation"),
+        ("calibrate by nothing", ["calibrate", "{model}", "--normal", "{tmp}"], "image"),
+        (
+            "defective alone",
+            ["calibrate", "{model}", "--defective", "{data}/test"],
+            "thresholds need normal images",
+        ),
+        ("calibrated model exists", ["calibrate", "{model}", "--out", "{model}"], "--force"),
+        ("no confidence", ["calibrate", "{model}", "--confidence", "1"], "confidence"),
+        ("histogram of another kind", ["calibrate", "{model}", "--histogram", "{tmp}/h.svg"], ".png"),
         ("demo into a file", ["demo", "--out", "{model}"], "is a file"),
     ]
 
@@ -292,6 +307,42 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_calibrate_rewrites_the_thresholds_and_nothing_else(
+    model: Path, product: Path, tmp_path: Path
+) -> None:
+    copy, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    copy.write_bytes(model.read_bytes())
+    good = product / "test" / "good"
+    defective = product / "test" / DEFECTS[0]
+    code, output, _ = call(
+        *("calibrate", copy, "--normal", good, "--defective", defective, "--false-alarm-rate", "0.5"),
+        *("--histogram", tmp_path / "histogram.png", "--quiet"),
+    )
+    assert code == 0
+    assert "1 of 3 held-out good images; 50.00% expected, 0.84% to 90.57% with 95% confidence" in output
+    assert "defects found: " in output
+    assert "with 95% by 5 good images (--guaranteed), on average by 1" in output
+    assert (tmp_path / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    before, after = load_tensors(model), load_tensors(copy)
+    assert all(torch.equal(before[0][name], after[0][name]) for name in (before[0] | after[0]))
+    assert {key for key in before[1] if before[1][key] != after[1][key]} == {"calibration"}
+
+    result = pydefect.score(copy, good, progress=False)
+    assert result.image_threshold == pytest.approx(float(np.median(result.image_scores)))
+    # 1 + the number of at least as high ones of three, over four.
+    assert sorted(result.p_values.tolist()) == [0.5, 0.75, 1.0]
+
+    # Another rate from the scores just kept, into another file.
+    assert call("calibrate", copy, "--false-alarm-rate", "0.25", "--out", other)[0] == 0
+    assert pydefect.load(other).calibration.image_threshold == pytest.approx(result.image_scores.max())
+    assert pydefect.load(copy).calibration.image_threshold == result.image_threshold
+
+    assert call("score", copy, good, "--out", tmp_path / "report", "--no-pictures", "--quiet")[0] == 0
+    with (tmp_path / "report" / "scores.csv").open(newline="") as file:
+        assert [float(row["p_value"]) for row in csv.DictReader(file)] == result.p_values.tolist()
 
 
 @pytest.mark.slow

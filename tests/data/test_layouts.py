@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from pydefect.data.images import read_image
-from pydefect.data.layouts import Dataset, Sample, read_dataset, read_mask, training_images
+from pydefect.data.layouts import (
+    Dataset,
+    Sample,
+    held_out_images,
+    read_dataset,
+    read_mask,
+    training_images,
+)
 from pydefect.errors import InputError
 
 
@@ -273,6 +280,24 @@ class TestMask:
         sample.masks[0].write_bytes(b"")
         with pytest.raises(InputError, match=r"0\.png: the file is empty"):
             read_mask(sample, (2, 2))
+
+
+class TestHeldOutImages:
+    def test_a_plain_folder_and_a_file(self, tmp_path: Path) -> None:
+        touch(tmp_path, "a.png", "sub/b.png")
+        assert names(held_out_images(tmp_path), tmp_path) == ["a.png", "sub/b.png"]
+        assert held_out_images(tmp_path / "a.png") == [tmp_path / "a.png"]
+
+    def test_the_validation_part(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path / "bottle")
+        touch(root, "validation/good/0.png", "validation/good/1.png")
+        assert names(held_out_images(root), root) == ["validation/good/0.png", "validation/good/1.png"]
+
+    def test_neither_training_nor_test_images(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path / "bottle")
+        for folder in (root, root / "test"):
+            with pytest.raises(InputError, match="without a validation part"):
+                held_out_images(folder)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
