@@ -23,8 +23,10 @@ __all__ = [
     "draw_contours",
     "fade_unscored",
     "heat_map",
+    "outlines",
     "overlay",
     "shared_scale",
+    "shrink",
     "to_rgb8",
 ]
 
@@ -227,10 +229,68 @@ def draw_contours(
     _check_size("mask", mask, picture)
     if width is None:
         width = max(_THINNEST_LINE, round(min(picture.shape[:2]) * _LINE_PER_EDGE))
+    cv2.polylines(picture, outlines(mask), isClosed=True, color=colour, thickness=width, lineType=cv2.LINE_AA)
+    return picture
+
+
+def outlines(mask: NDArray[Any]) -> list[NDArray[np.int32]]:
+    """The curves round every region of a mask, holes included.
+
+    Parameters
+    ----------
+    mask
+        [H, W]; true or non-zero is defective.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        [n, 2] int32 each: (x, y) of pixels on the border, of a closed curve.
+    """
     regions = (np.asarray(mask) != 0).astype(np.uint8)
     contours, _ = cv2.findContours(regions, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.polylines(picture, contours, isClosed=True, color=colour, thickness=width, lineType=cv2.LINE_AA)
-    return picture
+    return [np.asarray(contour[:, 0], dtype=np.int32) for contour in contours]
+
+
+def shrink(
+    picture: Picture, anomaly_map: NDArray[Any], scored_box: Box, edge: int
+) -> tuple[Picture, NDArray[np.float32], Box]:
+    """Make an image and its map smaller for a sheet or a page, without losing small defects.
+
+    Parameters
+    ----------
+    picture
+        [H, W, 3] uint8.
+    anomaly_map
+        [H, W].
+    scored_box
+        (top, left, bottom, right) in pixels, half open.
+    edge
+        What the longer edge is made of; an image that is no larger stays as it is.
+
+    Returns
+    -------
+    picture, anomaly_map, scored_box
+        Pixels are averaged. Of the map's scores the highest one of each block stays: an average would lose
+        small defects.
+    """
+    height, width = picture.shape[:2]
+    factor = edge / max(height, width)
+    scores = np.asarray(anomaly_map, dtype=np.float32)
+    if factor >= 1:
+        return picture, scores, scored_box
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    block = np.ones((int(np.ceil(1 / factor)),) * 2, dtype=np.uint8)
+    top, left, bottom, right = scored_box
+    return (
+        _as_picture(cv2.resize(picture, size, interpolation=cv2.INTER_AREA)),
+        cv2.resize(cv2.dilate(scores, block), size, interpolation=cv2.INTER_NEAREST).astype(np.float32),
+        (
+            round(top * size[1] / height),
+            round(left * size[0] / width),
+            round(bottom * size[1] / height),
+            round(right * size[0] / width),
+        ),
+    )
 
 
 def fade_unscored(image: NDArray[Any], scored_box: Box) -> Picture:

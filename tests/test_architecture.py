@@ -29,7 +29,7 @@ FLOORS = [
     ["registry", "run"],
     ["api"],
     ["visualization", "charts"],
-    ["report"],
+    ["score_folder"],
     ["cli"],
     ["__main__"],
 ]

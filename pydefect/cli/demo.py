@@ -50,7 +50,8 @@ def demo(
 ) -> None:
     """Try everything on a drawn product: fit, score, measure, pictures. Offline, two minutes.
 
-    DIR gets the images, the model, a report and sheet.png. Running it again replaces all but the images.
+    DIR gets the images, the model, a folder of scores and sheet.png. Running it again replaces all but the
+    images.
     """
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
@@ -59,7 +60,7 @@ def demo(
     from pydefect.backbones import cached_weights
     from pydefect.data.layouts import read_dataset
     from pydefect.data.procedural import write_dataset
-    from pydefect.report import ReportWriter
+    from pydefect.score_folder import ScoreFolderWriter
 
     root = out / f"flange-{seed}"
     if not root.exists():
@@ -87,13 +88,13 @@ def demo(
     print_evaluation(pydefect.evaluate(detector, dataset, progress=not quiet))
 
     result = detector.score(root / "test", progress=not quiet)
-    with ReportWriter(out / "report", configuration=detector.configuration) as report:
-        report.add(result)
+    with ScoreFolderWriter(out / "scores", configuration=detector.configuration) as folder:
+        folder.add(result)
     _write_sheet(detector, dataset, out / "sheet.png")
-    typer.echo(f"pictures: {out / 'sheet.png'}, {out / 'report'}")
+    typer.echo(f"pictures: {out / 'sheet.png'}, {out / 'scores'}")
     typer.echo(f"model: {model}")
     typer.echo(
-        f"next: pydefect score {shlex.quote(str(model))} {shlex.quote(str(root / 'test'))} --out my-report"
+        f"next: pydefect score {shlex.quote(str(model))} {shlex.quote(str(root / 'test'))} --out my-scores"
     )
     typer.echo("      pydefect fit FOLDER_OF_YOUR_GOOD_IMAGES --out my-model.safetensors")
 
@@ -102,7 +103,7 @@ def _write_sheet(detector: Detector, dataset: Dataset, path: Path) -> None:
     """One image of every kind, good ones too, beside what is known about it."""
     from pydefect.data.images import read_image
     from pydefect.data.layouts import read_mask
-    from pydefect.report import write_picture
+    from pydefect.score_folder import write_picture
     from pydefect.visualization import comparison_sheet
 
     first = {sample.defect: sample for sample in reversed(dataset.test)}

@@ -14,7 +14,7 @@ from pydefect.cli._console import BatchSize, Debug, Device, OnError, OnErrorOpti
 if TYPE_CHECKING:
     from pydefect.data.images import Image, ImageCollection
     from pydefect.detector import Detector
-    from pydefect.report import ReportWriter
+    from pydefect.score_folder import ScoreFolderWriter
 
 _SHOWN = 10
 
@@ -45,7 +45,7 @@ def score(
     and sheet.png with the highest scores. Files of the same names are replaced, others stay.
 
     \b
-    pydefect score bottle.safetensors bottle/test --out bottle-report
+    pydefect score bottle.safetensors bottle/test --out bottle-scores
     """
     for path in images:
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
@@ -53,20 +53,20 @@ def score(
             raise typer.BadParameter(f"{out} lies inside the folder of images {path}", param_hint="--out")
 
     import pydefect
-    from pydefect.report import ReportWriter
+    from pydefect.score_folder import ScoreFolderWriter
 
     source = _open(images, on_error)
     detector = pydefect.load(model, device=device, weights=weights)
-    with ReportWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as report:
-        score_in_parts(detector, source, report, batch_size=batch_size, progress=not quiet)
+    with ScoreFolderWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as folder:
+        score_in_parts(detector, source, folder, batch_size=batch_size, progress=not quiet)
     for skipped in source.skipped:
         say(f"skipped: {skipped.name}: {skipped.reason}")
-    print_scores(report.rows, len(source.skipped))
-    typer.echo(f"report: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
+    print_scores(folder.rows, len(source.skipped))
+    typer.echo(f"scores: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
 
 
 def score_in_parts(
-    detector: Detector, source: ImageCollection, report: ReportWriter, *, batch_size: int, progress: bool
+    detector: Detector, source: ImageCollection, folder: ScoreFolderWriter, *, batch_size: int, progress: bool
 ) -> None:
     """Score batch by batch, so that neither images nor maps of a large folder are ever in memory together."""
     from pydefect.progress import ProgressBars
@@ -74,12 +74,12 @@ def score_in_parts(
     bars, done = ProgressBars(progress), 0
     try:
         for batch in _batches(source, batch_size):
-            report.add(detector.score(batch, batch_size=batch_size), images=batch)
+            folder.add(detector.score(batch, batch_size=batch_size), images=batch)
             done += len(batch)
             bars("score", done, len(source))
     finally:
         bars.close()
-    report.add_skipped(source.skipped)
+    folder.add_skipped(source.skipped)
 
 
 def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:

@@ -31,10 +31,11 @@ from pydefect.visualization import (
     fade_unscored,
     overlay,
     shared_scale,
+    shrink,
     to_rgb8,
 )
 
-__all__ = ["ReportWriter", "write_picture", "write_report"]
+__all__ = ["ScoreFolderWriter", "write_picture", "write_score_folder"]
 
 _COLUMNS = (
     "name",
@@ -53,7 +54,7 @@ _SHEET_EDGE = 1024
 _LONGEST_NAME = 180
 
 
-def write_report(
+def write_score_folder(
     result: Result,
     out: str | os.PathLike[str],
     *,
@@ -82,7 +83,7 @@ def write_report(
     ``/``) are left out. (peak_row, peak_column) is the pixel with the highest score.
 
     Every file is complete or absent, even if the program is killed. Files of the same names are replaced, all
-    others in the folder stay; ``scores.csv`` lists the pictures of the latest report and is written last.
+    others in the folder stay; ``scores.csv`` lists the pictures of the latest call and is written last.
 
     Parameters
     ----------
@@ -116,19 +117,19 @@ def write_report(
 
     See Also
     --------
-    ReportWriter : the same in parts, for more images than fit into memory.
+    ScoreFolderWriter : the same in parts, for more images than fit into memory.
 
     Examples
     --------
     >>> result = pydefect.score(detector, "bottle/test")       # doctest: +SKIP
-    >>> write_report(result, "bottle-report")                  # doctest: +SKIP
+    >>> write_score_folder(result, "bottle-scores")                  # doctest: +SKIP
     """
     scale = None
     if len(result) and pictures:
         scale = shared_scale(
             result.anomaly_maps, pixel_threshold=result.pixel_threshold, scored_boxes=result.scored_boxes
         )
-    with ReportWriter(
+    with ScoreFolderWriter(
         out,
         pictures=pictures,
         maps=maps,
@@ -153,8 +154,8 @@ def write_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> N
     write_atomically(path, _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1]))
 
 
-class ReportWriter:
-    """Writes the folder of :func:`write_report` from results that come in parts, none of which is kept.
+class ScoreFolderWriter:
+    """Writes the folder of :func:`write_score_folder` from results that come in parts, none of which is kept.
 
     Use it as a context manager: the lists of scores and the sheet are written at its end, and not at all if
     an exception leaves it, since an incomplete list would pass for a complete one.
@@ -162,7 +163,7 @@ class ReportWriter:
     Parameters
     ----------
     out, pictures, maps, sheet_images, configuration
-        As for :func:`write_report`.
+        As for :func:`write_score_folder`.
     scale
         (low, high) of the heat maps' colours; None for :func:`~pydefect.visualization.shared_scale`. Without
         a pixel threshold that scale is known only after the last image: images and maps then wait in a
@@ -182,7 +183,7 @@ class ReportWriter:
 
     Examples
     --------
-    >>> with ReportWriter("report") as writer:                 # doctest: +SKIP
+    >>> with ScoreFolderWriter("scores") as writer:                 # doctest: +SKIP
     ...     for paths in batches:
     ...         writer.add(pydefect.score(detector, paths))
     """
@@ -214,7 +215,7 @@ class ReportWriter:
         self._waiting: tempfile.TemporaryDirectory[str] | None = None
         self._ranges: list[tuple[float, float]] = []
 
-    def __enter__(self) -> ReportWriter:
+    def __enter__(self) -> ScoreFolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -242,17 +243,17 @@ class ReportWriter:
         result
             Of the same detector as all others: its thresholds must be the same.
         images, ground_truth
-            As for :func:`write_report`, for the images of this result.
+            As for :func:`write_score_folder`, for the images of this result.
 
         Raises
         ------
         InputError
-            See :func:`write_report`; or the thresholds differ from those of an earlier result.
+            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result.
         """
         thresholds = (result.image_threshold, result.pixel_threshold)
         if self._thresholds not in (None, thresholds):
             raise InputError(
-                f"a report has one pair of thresholds: {thresholds} given after {self._thresholds}"
+                f"a folder of scores has one pair of thresholds: {thresholds} given after {self._thresholds}"
             )
         self._thresholds = thresholds
         if ground_truth is not None and len(ground_truth) != len(result):
@@ -420,31 +421,12 @@ class _HighestScores:
 
 
 def _made_smaller(shown: _Shown) -> _Shown:
-    height, width = shown.picture.shape[:2]
-    factor = _SHEET_EDGE / max(height, width)
-    if factor >= 1:
-        return shown
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    top, left, bottom, right = shown.scored_box
+    picture, anomaly_map, box = shrink(shown.picture, shown.anomaly_map, shown.scored_box, _SHEET_EDGE)
     truth = shown.ground_truth
-    if truth is not None:
+    if truth is not None and np.shape(truth) != picture.shape[:2]:
         regions = (np.asarray(truth) != 0).astype(np.float32)
-        truth = cv2.resize(regions, size, interpolation=cv2.INTER_AREA) > 0
-    # The highest score of each block: an average would lose small defects.
-    block = np.ones((int(np.ceil(1 / factor)),) * 2, dtype=np.uint8)
-    highest = cv2.dilate(np.asarray(shown.anomaly_map, dtype=np.float32), block)
-    return _Shown(
-        shown.row,
-        cv2.resize(shown.picture, size, interpolation=cv2.INTER_AREA).astype(np.uint8),
-        cv2.resize(highest, size, interpolation=cv2.INTER_NEAREST).astype(np.float32),
-        (
-            round(top * size[1] / height),
-            round(left * size[0] / width),
-            round(bottom * size[1] / height),
-            round(right * size[0] / width),
-        ),
-        truth,
-    )
+        truth = cv2.resize(regions, picture.shape[1::-1], interpolation=cv2.INTER_AREA) > 0
+    return _Shown(shown.row, picture, anomaly_map, box, truth)
 
 
 class _PictureNames:

@@ -1,4 +1,4 @@
-"""The report folder: what is in it, what stays, and what can never be written outside of it."""
+"""The folder of scores: what is in it, what stays, and what can never be written outside of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from pydefect.data.images import SkippedImage
 from pydefect.errors import InputError
-from pydefect.report import ReportWriter, write_report
+from pydefect.score_folder import ScoreFolderWriter, write_score_folder
 from pydefect.scoring import Result
 from pydefect.visualization import overlay
 
@@ -70,7 +70,9 @@ def files_below(folder: Path) -> set[str]:
 
 def test_scores_are_the_results_own(tmp_path: Path) -> None:
     result = make_result(["a.png", "sub/b.jpg"], [0.1, 2.5], skipped=[SkippedImage("c.png", "empty file")])
-    out = write_report(result, tmp_path / "new" / "report", images=images_for(2), configuration={"gamma": 4})
+    out = write_score_folder(
+        result, tmp_path / "new" / "scores", images=images_for(2), configuration={"gamma": 4}
+    )
     first, second = read_rows(out)
     assert [first["name"], first["defective"], first["path"]] == ["a.png", "false", ""]
     assert [second["defective"], second["picture"]] == ["true", "sub/b.jpg.png"]
@@ -85,7 +87,7 @@ def test_scores_are_the_results_own(tmp_path: Path) -> None:
 
 def test_pictures_show_the_image_the_map_and_the_mask(tmp_path: Path) -> None:
     result = make_result(["a.png"], [3.0])
-    write_report(result, tmp_path, images=images_for(1), maps=True)
+    write_score_folder(result, tmp_path, images=images_for(1), maps=True)
     mask = result.masks[0] if result.masks else None
     assert mask is not None
     assert np.array_equal(read_picture(tmp_path / "masks/a.png"), mask * np.uint8(255))
@@ -100,7 +102,7 @@ def test_pictures_show_the_image_the_map_and_the_mask(tmp_path: Path) -> None:
 
 def test_what_was_not_scored_is_faded(tmp_path: Path) -> None:
     result = make_result(["a.png"], box=(5, 5, 35, 55))
-    write_report(result, tmp_path, images=images_for(1))
+    write_score_folder(result, tmp_path, images=images_for(1))
     for folder in ("overlays", "contours"):
         picture = read_picture(tmp_path / folder / "a.png")
         assert tuple(picture[2, 2]) == (102, 102, 102)
@@ -108,27 +110,29 @@ def test_what_was_not_scored_is_faded(tmp_path: Path) -> None:
 
 
 def test_without_a_threshold_there_are_neither_masks_nor_verdicts(tmp_path: Path) -> None:
-    write_report(make_result(["a.png"], threshold=None), tmp_path, images=images_for(1))
+    write_score_folder(make_result(["a.png"], threshold=None), tmp_path, images=images_for(1))
     assert files_below(tmp_path) == {"scores.csv", "scores.json", "sheet.png", "overlays/a.png"}
     assert read_rows(tmp_path)[0]["defective"] == ""
     assert json.loads((tmp_path / "scores.json").read_text())["images"][0]["defective"] is None
 
 
 def test_scores_only(tmp_path: Path) -> None:
-    write_report(make_result(["a.png", "b.png"]), tmp_path, pictures=False)
+    write_score_folder(make_result(["a.png", "b.png"]), tmp_path, pictures=False)
     assert files_below(tmp_path) == {"scores.csv", "scores.json"}
 
 
-def test_an_empty_result_is_a_report_too(tmp_path: Path) -> None:
-    write_report(make_result([], []), tmp_path)
+def test_an_empty_result_is_a_folder_too(tmp_path: Path) -> None:
+    write_score_folder(make_result([], []), tmp_path)
     assert read_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
 def test_parts_give_the_same_folder_as_the_whole(tmp_path: Path, threshold: float | None) -> None:
     names = ["a.png", "b/c.png", "d.jpg"]
-    write_report(make_result(names, threshold=threshold), tmp_path / "whole", images=images_for(3), maps=True)
-    with ReportWriter(tmp_path / "parts", maps=True) as writer:
+    write_score_folder(
+        make_result(names, threshold=threshold), tmp_path / "whole", images=images_for(3), maps=True
+    )
+    with ScoreFolderWriter(tmp_path / "parts", maps=True) as writer:
         for index, name in enumerate(names):
             part = make_result([name], [2.0 + index], threshold=threshold)
             writer.add(part, images=images_for(3)[index : index + 1])
@@ -140,7 +144,7 @@ def test_parts_give_the_same_folder_as_the_whole(tmp_path: Path, threshold: floa
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
 def test_a_failure_leaves_no_list_that_looks_complete(tmp_path: Path, threshold: float | None) -> None:
     def fail_half_way() -> None:
-        with ReportWriter(tmp_path) as writer:
+        with ScoreFolderWriter(tmp_path) as writer:
             writer.add(make_result(["a.png"], threshold=threshold), images=images_for(1))
             raise RuntimeError("the next image is damaged")
 
@@ -170,11 +174,11 @@ HOSTILE = [
 
 
 def test_no_name_leads_out_of_the_folder_or_onto_another(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "report"
+    out = tmp_path / "deep" / "scores"
     count = len(HOSTILE)
-    write_report(make_result(HOSTILE), out, images=images_for(count), maps=True, sheet_images=count)
+    write_score_folder(make_result(HOSTILE), out, images=images_for(count), maps=True, sheet_images=count)
     assert {path.name for path in tmp_path.iterdir()} == {"deep"}
-    assert {path.name for path in out.parent.iterdir()} == {"report"}
+    assert {path.name for path in out.parent.iterdir()} == {"scores"}
     pictures = [row["picture"] for row in read_rows(out)]
     assert len({picture.casefold() for picture in pictures}) == count
     assert all((out / "overlays" / picture).is_file() for picture in pictures)
@@ -186,9 +190,9 @@ def test_no_name_leads_out_of_the_folder_or_onto_another(tmp_path: Path) -> None
 
 def test_files_of_others_stay_and_own_ones_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("keep")
-    write_report(make_result(["a.png", "b.png"]), tmp_path, images=images_for(2))
+    write_score_folder(make_result(["a.png", "b.png"]), tmp_path, images=images_for(2))
     before = (tmp_path / "overlays/a.png").read_bytes()
-    write_report(make_result(["a.png"], [1.5]), tmp_path, images=images_for(1))
+    write_score_folder(make_result(["a.png"], [1.5]), tmp_path, images=images_for(1))
     assert (tmp_path / "notes.txt").read_text() == "keep"
     assert (tmp_path / "overlays/b.png").is_file()
     assert (tmp_path / "overlays/a.png").read_bytes() != before
@@ -198,7 +202,7 @@ def test_files_of_others_stay_and_own_ones_are_replaced(tmp_path: Path) -> None:
 def test_images_are_read_again_from_their_files(tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     cv2.imwrite(os.fspath(path), images_for(1)[0])
-    write_report(make_result(["photo.png"], paths=[path]), tmp_path / "out")
+    write_score_folder(make_result(["photo.png"], paths=[path]), tmp_path / "out")
     assert tuple(read_picture(tmp_path / "out/contours/photo.png")[30, 10]) == (50, 50, 50)
     assert read_rows(tmp_path / "out")[0]["path"] == str(path)
 
@@ -216,12 +220,12 @@ def test_images_that_are_not_the_results_are_refused(
     tmp_path: Path, images: list[np.ndarray] | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        write_report(make_result(["a.png", "b.png"]), tmp_path, images=images)
+        write_score_folder(make_result(["a.png", "b.png"]), tmp_path, images=images)
 
 
-def test_one_report_has_one_pair_of_thresholds(tmp_path: Path) -> None:
+def test_one_folder_has_one_pair_of_thresholds(tmp_path: Path) -> None:
     def mix() -> None:
-        with ReportWriter(tmp_path) as writer:
+        with ScoreFolderWriter(tmp_path) as writer:
             writer.add(make_result(["a.png"]), images=images_for(1))
             writer.add(make_result(["b.png"], threshold=2.0), images=images_for(1))
 
@@ -232,12 +236,14 @@ def test_one_report_has_one_pair_of_thresholds(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        write_report(make_result(["a.png"]), tmp_path / "out", images=images_for(1))
+        write_score_folder(make_result(["a.png"]), tmp_path / "out", images=images_for(1))
 
 
 def test_the_sheet_shows_the_highest_scores_first(tmp_path: Path) -> None:
     scores = [1.5, 5.0, 3.0, 4.0]
-    write_report(make_result(["a", "b", "c", "d"], scores), tmp_path, images=images_for(4), sheet_images=2)
+    write_score_folder(
+        make_result(["a", "b", "c", "d"], scores), tmp_path, images=images_for(4), sheet_images=2
+    )
     sheet = read_picture(tmp_path / "sheet.png")
     columns = {value: np.nonzero(np.all(sheet == value, axis=2).any(axis=0))[0] for value in (51, 53)}
     assert columns[51].mean() < columns[53].mean()
@@ -258,7 +264,7 @@ def test_large_images_reach_the_sheet_with_their_small_defects(tmp_path: Path) -
     )
     truth = anomaly_map > 0
     image = np.full((1500, 2600), 80, np.uint8)
-    write_report(result, tmp_path, images=[image], ground_truth=[truth])
+    write_score_folder(result, tmp_path, images=[image], ground_truth=[truth])
     sheet = read_picture(tmp_path / "sheet.png").astype(int)
     redness = sheet[..., 0] - sheet[..., 1]
     assert redness.max() > 100
