@@ -130,6 +130,8 @@ class FeatureDetector(Detector):
 
     config: FeatureConfig
     config_type: ClassVar[type[FeatureConfig]]
+    average: ClassVar[bool] = True
+    """Whether features are averaged over 3x3 neighbourhoods."""
 
     def __init__(
         self,
@@ -238,7 +240,7 @@ class FeatureDetector(Detector):
         config = dataclasses.replace(config, backbone_precision=precision)
         preprocessing = Preprocessing.create(config.resize, config.crop)
         backbone = build_backbone(config.backbone, weights, seed=seed, progress=progress)
-        extractor = PatchFeatureExtractor(backbone, config.levels, precision).to(device)
+        extractor = PatchFeatureExtractor(backbone, config.levels, precision, cls.average).to(device)
         bars = ProgressBars(progress)
         try:
             features = TrainingFeatures.extract(
@@ -312,7 +314,7 @@ class FeatureDetector(Detector):
         precision = resolve_precision(config.backbone_precision, device)
         return cls.from_tensors(
             {name: value.to(device) for name, value in tensors.items() if not name.startswith("backbone.")},
-            PatchFeatureExtractor(backbone, config.levels, precision),
+            PatchFeatureExtractor(backbone, config.levels, precision, cls.average),
             config,
             device=device,
             seed=metadata["seed"],

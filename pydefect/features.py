@@ -24,6 +24,7 @@ __all__ = [
     "Precision",
     "check_levels",
     "cpu_has_bfloat16",
+    "patch_vectors",
     "resolve_precision",
 ]
 
@@ -70,7 +71,7 @@ def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
 
 
 class PatchFeatureExtractor(nn.Module):
-    """Locally aware patch features: the maps of a frozen backbone, each averaged over 3x3 neighbourhoods.
+    """Patch features: the maps of a frozen backbone, locally aware ones averaged over 3x3 neighbourhoods.
 
     Parameters
     ----------
@@ -80,6 +81,9 @@ class PatchFeatureExtractor(nn.Module):
         Ascending out of 1, 2, 3; the first one gives the patch grid.
     precision
         Of the backbone's arithmetic; see :func:`resolve_precision`.
+    average
+        Average every level over 3x3 neighbourhoods; False: the backbone's own maps, as PaDiM and SPADE take
+        them.
 
     Attributes
     ----------
@@ -93,10 +97,15 @@ class PatchFeatureExtractor(nn.Module):
     """
 
     def __init__(
-        self, backbone: ResNet, levels: Sequence[int] = (1, 2, 3), precision: Precision = "float32"
+        self,
+        backbone: ResNet,
+        levels: Sequence[int] = (1, 2, 3),
+        precision: Precision = "float32",
+        average: bool = True,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.average = average
         self.levels = check_levels(levels)
         self.precision = precision
         self._folded: FoldedResNet | None = None
@@ -127,10 +136,39 @@ class PatchFeatureExtractor(nn.Module):
         # between stay in the processor's cache instead of going through memory.
         together = torch.get_num_threads() if images.device.type == "cpu" else max(1, len(images))
         parts = [
-            [F.avg_pool2d(level.float(), 3, stride=1, padding=1) for level in self._folded(part, self.levels)]
+            [self._averaged(level.float()) for level in self._folded(part, self.levels)]
             for part in images.split(together)
         ]
         return parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def _averaged(self, level: Tensor) -> Tensor:
+        return F.avg_pool2d(level, 3, stride=1, padding=1) if self.average else level
+
+
+def patch_vectors(levels: Sequence[Tensor], mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:
+    """Bring all levels to the first one's grid and join their channels.
+
+    Parameters
+    ----------
+    levels
+        [B, C_l, H_l, W_l] each.
+    mode
+        How coarser levels are upsampled: interpolated (PatchCore, SPADE, CFA), or every patch takes the
+        coarser patch that it lies in (PaDiM).
+
+    Returns
+    -------
+    Tensor
+        [B, H_1 * W_1, sum(C_l)], patches in row-major order, contiguous.
+    """
+    grid = levels[0].shape[2:]
+    # Half-pixel centres in both; PyTorch refuses the argument for "nearest".
+    corners = False if mode == "bilinear" else None
+    same = [
+        levels[0],
+        *(F.interpolate(level, grid, mode=mode, align_corners=corners) for level in levels[1:]),
+    ]
+    return torch.cat([level.permute(0, 2, 3, 1) for level in same], dim=3).flatten(1, 2)
 
 
 class FeatureCache:

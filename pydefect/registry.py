@@ -35,6 +35,10 @@ METHODS: dict[str, Method] = {
     "conpatch": Method(
         "pydefect.conpatch", "ConPatchDetector", "contrastive patch representations, compressed bank"
     ),
+    "patchcore": Method(
+        "pydefect.baselines.patchcore", "PatchCoreDetector", "nearest neighbours in a coreset of all patches"
+    ),
+    "padim": Method("pydefect.baselines.padim", "PaDiMDetector", "a Gaussian at every patch position"),
 }
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from pydefect.data.procedural import render_product
 
 _DEFAULT_SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -60,3 +63,18 @@ def juice_bottle() -> Path:
 def resnet18_weights() -> Path:
     """ResNet-18's ImageNet weights up to layer 3, torchvision's names."""
     return _shared("weights/resnet18_layers1-3.npz")
+
+
+@pytest.fixture(scope="session")
+def products() -> list[np.ndarray]:
+    """Six good parts, 64x80."""
+    return [render_product(np.random.default_rng(seed), (64, 80))[0] for seed in range(6)]
+
+
+@pytest.fixture(scope="session")
+def defective() -> list[np.ndarray]:
+    """Three parts with a checkerboard on them, which any features tell from metal, random ones too."""
+    images = [render_product(np.random.default_rng(100 + seed), (64, 80))[0] for seed in range(3)]
+    for image in images:
+        image[20:44, 30:54] = 255 * (np.indices((24, 24)).sum(0) // 4 % 2)[:, :, None]
+    return images

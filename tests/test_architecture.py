@@ -25,7 +25,7 @@ FLOORS = [
     ["buildinfo", "features", "scoring", "crossfit"],
     ["detector"],
     ["feature_detector"],
-    ["conpatch", "dual_ae", "evaluation"],
+    ["baselines", "conpatch", "dual_ae", "evaluation"],
     ["registry", "run"],
     ["api"],
     ["visualization", "charts"],

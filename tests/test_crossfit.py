@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydefect.calibration import held_out_calibration
@@ -11,6 +11,7 @@ from pydefect.crossfit import Fold, cross_fit, split_folds
 from pydefect.persistence import Checkpoint
 
 
+@settings(deadline=None, max_examples=40)
 @given(images=st.integers(1, 40), folds=st.integers(0, 12), seed=st.integers(0, 2**32 - 1))
 def test_every_image_is_held_out_once(images, folds, seed):
     found = split_folds(images, folds, seed)

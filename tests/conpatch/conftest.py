@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import pydefect
 from pydefect.conpatch import ConPatchConfig, ConPatchDetector
-from pydefect.data.procedural import render_product
 from pydefect.features import FeatureCache
 
 # Every setting that a default could change, so that these tests do not depend on the defaults.
@@ -76,21 +74,6 @@ def cache() -> FeatureCache:
         ]
     )
     return cache
-
-
-@pytest.fixture(scope="session")
-def products() -> list[np.ndarray]:
-    """Six good parts, 64x80."""
-    return [render_product(np.random.default_rng(seed), (64, 80))[0] for seed in range(6)]
-
-
-@pytest.fixture(scope="session")
-def defective() -> list[np.ndarray]:
-    """Three parts with a checkerboard on them, which any features tell from metal, random ones too."""
-    images = [render_product(np.random.default_rng(100 + seed), (64, 80))[0] for seed in range(3)]
-    for image in images:
-        image[20:44, 30:54] = 255 * (np.indices((24, 24)).sum(0) // 4 % 2)[:, :, None]
-    return images
 
 
 @pytest.fixture(scope="session")
