@@ -100,5 +100,5 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         # OpenCV is installed under several names.
         "opencv": cv2.__version__,
-        **{package: version(package) for package in ("numpy", "safetensors", "scikit-learn", "typer")},
+        **{package: version(package) for package in ("numpy", "safetensors", "scipy", "typer")},
     }

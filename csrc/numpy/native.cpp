@@ -1,5 +1,6 @@
 // pydefect._native: what takes NumPy arrays or plain values and is no tensor operator. Here: how this build
-// was made, for `pydefect info`, and what this machine can do at most, for the benchmarks.
+// was made, for `pydefect info`, and what this machine can do at most, for the benchmarks; the metrics bind
+// themselves.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +10,7 @@
 
 #include "../cpu/dispatch.h"
 #include "machine_limits.h"
+#include "metrics_bindings.h"
 
 namespace py = pybind11;
 
@@ -72,4 +74,5 @@ PYBIND11_MODULE(_native, module) {
       "machine_limits", &machine_limits, py::arg("threads"),
       "What so many threads reach together here: float32 and bf16 multiply-adds, in 10^9 operations a second "
       "(0 where there is no bf16), and copying memory, in 10^9 bytes read and written a second.");
+  pydefect::bind_metrics(module);
 }
