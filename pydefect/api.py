@@ -218,7 +218,8 @@ def evaluate(
     -------
     Evaluation
         AUROC, average precision and F1-max of images and of pixels (at the images' own sizes, inside what a
-        crop left of them), the AUROC of every kind of defect, time and memory.
+        crop left of them), AUPRO, sPRO for MVTec LOCO AD, AUROC and AUPRO of every kind of defect, time and
+        memory.
 
     Raises
     ------

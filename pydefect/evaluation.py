@@ -9,17 +9,27 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pydefect.calibration import Calibration
 from pydefect.data.images import SkippedImage
-from pydefect.data.layouts import Dataset, Sample, read_mask
+from pydefect.data.layouts import (
+    GOOD,
+    Dataset,
+    DefectKind,
+    Sample,
+    read_defects_config,
+    read_mask,
+    read_regions,
+)
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError
-from pydefect.metrics import DetectionMetrics, detection_metrics
+from pydefect.metrics import DetectionMetrics, PixelScores, detection_metrics
 from pydefect.scoring import ScoredImage
 
-__all__ = ["Evaluation", "calibrate", "evaluate"]
+__all__ = ["SPRO_LIMITS", "Evaluation", "calibrate", "evaluate"]
+
+SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
+"""False-positive rates up to which MVTec LOCO AD's evaluation integrates sPRO; 0.05 is what papers report."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,16 @@ class Evaluation:
         Of the detector.
     skipped
         Test images that could not be read, with ``on_error="skip"``.
+    pixel_aupro
+        Area under the per-region overlap curve up to a false-positive rate of 0.3, like `pixel`.
+    pixel_aupro_by_defect
+        The same of every kind of defect with the good images.
+    pixel_spro
+        Area under the saturated per-region overlap curve by false-positive rate, for :data:`SPRO_LIMITS`: as
+        in MVTec LOCO AD's evaluation the mean over kinds of defects, each with the good images. None where
+        the data set has no ``defects_config.json``.
+    pixel_spro_by_defect
+        The same of every kind of defect.
     """
 
     dataset: str
@@ -62,11 +82,19 @@ class Evaluation:
     peak_rss_mb: float
     configuration: dict[str, Any]
     skipped: list[SkippedImage] = field(default_factory=list)
+    pixel_aupro: float | None = None
+    pixel_aupro_by_defect: dict[str, float] = field(default_factory=dict)
+    pixel_spro: dict[float, float] | None = None
+    pixel_spro_by_defect: dict[str, dict[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ..."""
+        """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ...
+
+        sPRO is there where it was measured: pixel_spro_0.01, pixel_spro_0.05, ...
+        """
         values = asdict(self)
         image, pixel = values.pop("image"), values.pop("pixel") or {}
+        spro, of_kinds = values.pop("pixel_spro") or {}, values.pop("pixel_spro_by_defect")
         flat: dict[str, Any] = {"dataset": values.pop("dataset")}
         short = {
             "auroc": "auroc",
@@ -77,6 +105,13 @@ class Evaluation:
         for key, name in short.items():
             flat[f"image_{name}"] = image[key]
             flat[f"pixel_{name}"] = pixel.get(key)
+        flat["pixel_aupro"] = values.pop("pixel_aupro")
+        flat |= {f"pixel_spro_{limit:g}": area for limit, area in spro.items()}
+        if spro:
+            values["pixel_spro_by_defect"] = {
+                defect: {f"{limit:g}": area for limit, area in areas.items()}
+                for defect, areas in of_kinds.items()
+            }
         return flat | values
 
 
@@ -84,11 +119,12 @@ class Evaluation:
 class _Scored:
     """What scoring the labelled images gave."""
 
+    kinds: dict[int, DefectKind] | None
     labels: list[bool] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
-    pixel_labels: list[NDArray[np.bool_]] = field(default_factory=list)
-    pixel_scores: list[NDArray[np.float32]] = field(default_factory=list)
+    pixels: dict[str, PixelScores] = field(default_factory=dict)
+    """By kind of defect, and those of good images."""
     without_mask: int = 0
     seconds: float = 0.0
     skipped: list[SkippedImage] = field(default_factory=list)
@@ -103,16 +139,29 @@ class _Scored:
             return
         height, width = scored.anomaly_map.shape
         top, left, bottom, right = scored.scored_box
-        self.pixel_labels.append(read_mask(sample, (height, width))[top:bottom, left:right].ravel())
-        self.pixel_scores.append(scored.anomaly_map[top:bottom, left:right].ravel())
+        inside = scored.anomaly_map[top:bottom, left:right]
+        pixels = self.pixels.setdefault(sample.defect, PixelScores())
+        if self.kinds is None:
+            pixels.add(inside, read_mask(sample, (height, width))[top:bottom, left:right])
+        else:
+            pixels.add(inside, regions=read_regions(sample, (height, width), self.kinds, scored.scored_box))
 
     def image_metrics(self) -> DetectionMetrics:
         return detection_metrics(self.labels, self.scores)
 
-    def pixel_metrics(self) -> DetectionMetrics | None:
-        if not any(labels.any() for labels in self.pixel_labels):
-            return None
-        return detection_metrics(np.concatenate(self.pixel_labels), np.concatenate(self.pixel_scores))
+    def all_pixels(self) -> PixelScores | None:
+        """Of all images with a known mask; None where nothing is marked."""
+        pixels = PixelScores().merged(*self.pixels.values())
+        return pixels if pixels.defective_pixels else None
+
+    def pixels_by_defect(self) -> dict[str, PixelScores]:
+        """Of every kind of defect of which something is marked, together with the good images."""
+        good = self.pixels.get(GOOD, PixelScores())
+        return {
+            defect: good.merged(pixels)
+            for defect, pixels in sorted(self.pixels.items())
+            if pixels.defective_pixels
+        }
 
     def auroc_by_defect(self) -> dict[str, float]:
         labels, scores, defects = np.array(self.labels), np.array(self.scores), np.array(self.defects)
@@ -134,7 +183,7 @@ def _score(
     samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
     if not samples:
         raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
-    gathered = _Scored()
+    gathered = _Scored(read_defects_config(dataset.root))
     for scored in detector.stream(
         list(samples),
         batch_size=batch_size,
@@ -168,10 +217,17 @@ def evaluate(
         decided = np.array(scored.scores) > detector.calibration.image_threshold
         false_alarms = int((decided & ~np.array(scored.labels)).sum())
         misses = int((~decided & np.array(scored.labels)).sum())
+    image = scored.image_metrics()
+    pixels, by_defect = scored.all_pixels(), scored.pixels_by_defect()
+    spro_by_defect = (
+        {defect: {limit: part.spro(limit) for limit in SPRO_LIMITS} for defect, part in by_defect.items()}
+        if scored.kinds is not None
+        else {}
+    )
     return Evaluation(
         dataset=dataset.name,
-        image=scored.image_metrics(),
-        pixel=scored.pixel_metrics(),
+        image=image,
+        pixel=None if pixels is None else pixels.metrics(),
         image_auroc_by_defect=scored.auroc_by_defect(),
         images=len(scored.labels),
         defective=sum(scored.labels),
@@ -182,6 +238,15 @@ def evaluate(
         peak_rss_mb=peak_rss_mb(),
         configuration=detector.configuration,
         skipped=scored.skipped,
+        pixel_aupro=None if pixels is None else pixels.aupro(),
+        pixel_aupro_by_defect={defect: part.aupro() for defect, part in by_defect.items()},
+        pixel_spro={
+            limit: float(np.mean([areas[limit] for areas in spro_by_defect.values()]))
+            for limit in SPRO_LIMITS
+        }
+        if spro_by_defect
+        else None,
+        pixel_spro_by_defect=spro_by_defect,
     )
 
 
@@ -201,14 +266,14 @@ def calibrate(
 ) -> Calibration:
     """Choose thresholds on labelled images; see :func:`pydefect.calibrate`."""
     scored = _score(detector, dataset, batch_size, on_error, progress)
-    pixel = scored.pixel_metrics()
-    if pixel is None:
+    pixels = scored.all_pixels()
+    if pixels is None:
         raise InputError(f"dataset: {dataset.name!r} has no masks; the pixel threshold needs at least one")
     threshold = scored.image_metrics().f1_threshold
     normal = [score for score, defective in zip(scored.scores, scored.labels, strict=True) if not defective]
     detector.calibration = Calibration(
         image_threshold=threshold,
-        pixel_threshold=pixel.f1_threshold,
+        pixel_threshold=pixels.metrics().f1_threshold,
         source="labelled",
         images=len(scored.labels),
         false_alarm_rate=sum(score > threshold for score in normal) / len(normal),

@@ -17,7 +17,7 @@ from pydefect.calibration import Calibration
 from pydefect.data.layouts import read_dataset
 from pydefect.detector import Detector
 from pydefect.errors import InputError
-from pydefect.metrics import detection_metrics
+from pydefect.metrics import aupro, detection_metrics, spro
 from pydefect.preprocessing import Preprocessing
 
 SIZE = (24, 32)
@@ -112,6 +112,12 @@ def truth(root: Path, box: tuple[int, int, int, int] = (0, 0, *SIZE)):
     )
 
 
+def maps_and_masks(root: Path):
+    """Of every test image, and its kind; read without pydefect."""
+    _, _, pixel_labels, pixel_scores, kinds = truth(root)
+    return pixel_scores.reshape(-1, *SIZE), pixel_labels.reshape(-1, *SIZE), kinds
+
+
 @pytest.mark.parametrize(("crop", "box"), [(None, (0, 0, *SIZE)), ((12, 16), BOX)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_metrics_are_those_of_the_images_and_pixels_on_disk(written, crop, box, batch_size):
@@ -130,6 +136,49 @@ def test_metrics_are_those_of_the_images_and_pixels_on_disk(written, crop, box, 
     assert evaluation.peak_rss_mb > 10
     assert evaluation.false_alarms is None
     assert evaluation.misses is None
+
+
+def test_aupro_over_all_and_of_every_kind(written):
+    evaluation = pydefect.evaluate(Brightness(), written, progress=False)
+    maps, masks, kinds = maps_and_masks(written)
+    assert evaluation.pixel_aupro == aupro(maps, masks)
+    assert evaluation.pixel_aupro_by_defect.keys() == {"bright", "dim"}
+    for kind, area in evaluation.pixel_aupro_by_defect.items():
+        chosen = [index for index, other in enumerate(kinds) if other in (kind, "good")]
+        assert area == aupro([maps[index] for index in chosen], [masks[index] for index in chosen])
+    assert evaluation.to_dict()["pixel_aupro"] == evaluation.pixel_aupro
+    assert evaluation.pixel_spro is None
+    assert not any("spro" in name for name in evaluation.to_dict() if name != "pixel_spro_by_defect")
+
+
+def test_spro_where_the_set_says_how_regions_saturate(written):
+    """Every kind of defect with the good images, and their mean, as MVTec LOCO AD's evaluation has it."""
+    # The spots' masks are marked with 255, of 30 pixels.
+    entry = {
+        "defect_name": "spot",
+        "pixel_value": 255,
+        "saturation_threshold": 0.2,
+        "relative_saturation": True,
+    }
+    (written / "defects_config.json").write_text(json.dumps([entry]))
+    evaluation = pydefect.evaluate(Brightness(), written, progress=False)
+    maps, masks, kinds = maps_and_masks(written)
+    assert evaluation.pixel_spro is not None
+    for limit in (0.01, 0.05, 0.1, 0.3, 1.0):
+        areas = {}
+        for kind in ("bright", "dim"):
+            chosen = [index for index, other in enumerate(kinds) if other in (kind, "good")]
+            regions = [[(masks[index], 6)] if masks[index].any() else [] for index in chosen]
+            areas[kind] = spro([maps[index] for index in chosen], regions, limit=limit)
+            assert evaluation.pixel_spro_by_defect[kind][limit] == areas[kind]
+        assert evaluation.pixel_spro[limit] == pytest.approx(sum(areas.values()) / 2, abs=1e-15)
+    values = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
+    assert values["pixel_spro_0.05"] == evaluation.pixel_spro[0.05]
+    assert values["pixel_spro_by_defect"]["dim"]["0.05"] == evaluation.pixel_spro_by_defect["dim"][0.05]
+    # All else is as without the file.
+    (written / "defects_config.json").unlink()
+    without = pydefect.evaluate(Brightness(), written, progress=False)
+    assert (without.pixel, without.pixel_aupro) == (evaluation.pixel, evaluation.pixel_aupro)
 
 
 def test_false_alarms_and_misses_are_counted_at_the_threshold(written):

@@ -50,7 +50,7 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on labelled test images: AUROC, average precision and F1 of images and pixels.
+    """Measure a model on labelled test images: AUROC, average precision, F1, AUPRO, and sPRO for MVTec LOCO.
 
     \b
     pydefect evaluate bottle.safetensors mvtec_ad/bottle --json bottle.json
@@ -81,15 +81,25 @@ def print_evaluation(evaluation: Evaluation) -> None:
         f"{evaluation.dataset}: {evaluation.images} test images, "
         f"{good} good and {evaluation.defective} defective"
     )
-    typer.echo(f"{'':<8}{'AUROC':>8}{'AP':>8}{'F1-max':>8}")
+    typer.echo(f"{'':<8}{'AUROC':>8}{'AP':>8}{'F1-max':>8}{'AUPRO':>8}")
     for level, metrics in (("images", evaluation.image), ("pixels", evaluation.pixel)):
         if metrics is None:
             typer.echo(f"{level:<8}{'no masks':>8}")
             continue
-        figures = (metrics.auroc, metrics.average_precision, metrics.f1_max)
+        figures = [metrics.auroc, metrics.average_precision, metrics.f1_max]
+        if level == "pixels" and evaluation.pixel_aupro is not None:
+            figures.append(evaluation.pixel_aupro)
         typer.echo(f"{level:<8}" + "".join(f"{100 * figure:8.2f}" for figure in figures))
     for defect, auroc in evaluation.image_auroc_by_defect.items():
-        typer.echo(f"  {defect:<24}image AUROC {100 * auroc:6.2f}")
+        line = f"  {defect:<24}image AUROC {100 * auroc:6.2f}"
+        if defect in evaluation.pixel_aupro_by_defect:
+            line += f"  pixel AUPRO {100 * evaluation.pixel_aupro_by_defect[defect]:6.2f}"
+        if defect in evaluation.pixel_spro_by_defect:
+            line += f"  pixel sPRO(0.05) {100 * evaluation.pixel_spro_by_defect[defect][0.05]:6.2f}"
+        typer.echo(line)
+    if evaluation.pixel_spro is not None:
+        areas = ", ".join(f"{limit:g}: {100 * area:.2f}" for limit, area in evaluation.pixel_spro.items())
+        typer.echo(f"sPRO up to false-positive rates of {areas}")
     if evaluation.without_mask:
         typer.echo(
             f"{evaluation.without_mask} defective images have no mask and are left out of the pixel figures"

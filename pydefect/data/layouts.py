@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,10 +19,14 @@ from pydefect.errors import InputError
 __all__ = [
     "LAYOUTS",
     "Dataset",
+    "DefectKind",
+    "Region",
     "Sample",
     "held_out_images",
     "read_dataset",
+    "read_defects_config",
     "read_mask",
+    "read_regions",
     "training_images",
 ]
 
@@ -33,6 +38,7 @@ TRAIN_SHARE = 0.8
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _MAGNETIC_TILE_GOOD = "MT_Free"
+_DEFECTS_CONFIG = "defects_config.json"
 _LOOKED_FOR = (
     "looked for train/good with test (MVTec AD, MVTec LOCO AD and the like), a category beside "
     "split_csv/1cls.csv (VisA), MT_Free/Imgs (magnetic tiles), train with test, good with folders of "
@@ -88,6 +94,37 @@ class Dataset:
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class DefectKind:
+    """An entry of MVTec LOCO AD's ``defects_config.json``: how much of a region has to be found.
+
+    Parameters
+    ----------
+    name
+        The name of the kind of defect, such as ``"missing_fruit_icon"``.
+    pixel_value
+        The value by which masks mark it, 1 or more.
+    saturation_threshold
+        A number of pixels, or a share of the region's pixels, greater than 0 and at most 1.
+    relative_saturation
+        Whether it is a share.
+    """
+
+    name: str
+    pixel_value: int
+    saturation_threshold: float
+    relative_saturation: bool
+
+
+class Region(NamedTuple):
+    """One annotated region of an image, for sPRO."""
+
+    mask: np.ndarray[Any, np.dtype[np.bool_]]
+    """[H, W] bool."""
+    saturation: int
+    """Pixels that must be found, 1 to the region's own number."""
 
 
 def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: int = 0) -> Dataset:
@@ -241,14 +278,131 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     if not sample.masks and sample.label != 0:
         raise InputError(f"{sample.image}: no mask is known for this image ({sample.defect})")
     for path in sample.masks:
-        values = decode_file(path)
-        mask = (values if values.ndim == 2 else values.max(axis=2)) > 0
-        if mask.shape != size:
-            mask = cv2.resize(
-                mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT
-            ).astype(np.bool_)
-        union |= mask
+        union |= _resized(_mask_values(path) > 0, size)
     return union
+
+
+def read_defects_config(root: str | os.PathLike[str]) -> dict[int, DefectKind] | None:
+    """Read the kinds of defects of a category of MVTec LOCO AD, for sPRO.
+
+    Parameters
+    ----------
+    root
+        The category's folder.
+
+    Returns
+    -------
+    dict of int to DefectKind, or None
+        By the value that marks the kind in masks; None where the folder holds no ``defects_config.json``.
+
+    Raises
+    ------
+    InputError
+        If the file is not as the data set's own.
+    """
+    file = Path(root) / _DEFECTS_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        kinds = [_defect_kind(entry) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not a list of kinds of defects as MVTec LOCO AD's: {error}") from error
+    found = {kind.pixel_value: kind for kind in kinds}
+    if len(found) != len(kinds):
+        raise InputError(f"{file}: two kinds of defects have the same pixel_value")
+    return found
+
+
+def read_regions(
+    sample: Sample,
+    size: tuple[int, int],
+    kinds: dict[int, DefectKind],
+    box: tuple[int, int, int, int] | None = None,
+) -> list[Region]:
+    """Read the annotated regions of an image, every mask file being one, with their saturation areas.
+
+    A region's saturation area is a share of its pixels, rounded down, or an absolute number of pixels, but
+    not more than it has [1]_.
+
+    Parameters
+    ----------
+    sample
+        From a :class:`Dataset`.
+    size
+        (height, width) of the image in pixels. Masks of another size are resized to it, each pixel from the
+        nearest, and absolute numbers of pixels with them.
+    kinds
+        From :func:`read_defects_config`.
+    box
+        (top, left, bottom, right) in pixels, half open: what lies outside is cut off before areas are
+        counted, and regions of which nothing is left are left out. None: the whole image.
+
+    Returns
+    -------
+    list of Region
+        [h, w] of the box; empty for a good image.
+
+    Raises
+    ------
+    InputError
+        If a mask cannot be read, has values of no kind or of several, or none is known although the image is
+        not known to be good.
+
+    References
+    ----------
+    .. [1] Bergmann et al., "Beyond Dents and Scratches", IJCV 130, 2022, section 4.
+    """
+    if not sample.masks and sample.label != 0:
+        raise InputError(f"{sample.image}: no mask is known for this image ({sample.defect})")
+    top, left, bottom, right = box or (0, 0, *size)
+    regions = []
+    for path in sample.masks:
+        values = _mask_values(path)
+        marks = [int(value) for value in np.unique(values) if value]
+        if len(marks) != 1 or marks[0] not in kinds:
+            raise InputError(
+                f"{path}: marked with {', '.join(map(str, marks)) or 'nothing'}; a mask must have one value, "
+                f"of those in {_DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
+            )
+        kind = kinds[marks[0]]
+        mask = _resized(values > 0, size)[top:bottom, left:right]
+        area = int(np.count_nonzero(mask))
+        if not area:
+            continue
+        if kind.relative_saturation:
+            saturation = kind.saturation_threshold * area
+        else:
+            saturation = kind.saturation_threshold * (size[0] * size[1] / values.size)
+        regions.append(Region(mask, min(max(int(saturation), 1), area)))
+    return regions
+
+
+def _defect_kind(entry: dict[str, Any]) -> DefectKind:
+    value, threshold = entry["pixel_value"], entry["saturation_threshold"]
+    relative = entry["relative_saturation"]
+    if not isinstance(value, int) or not 1 <= value <= 65535:
+        raise ValueError(f"pixel_value is {value!r}; it must be a whole number from 1 to 65535")
+    if not isinstance(relative, bool):
+        raise ValueError(f"relative_saturation is {relative!r}; it must be true or false")
+    if not isinstance(threshold, int | float) or threshold <= 0 or (relative and threshold > 1):
+        allowed = "a share greater than 0 and at most 1" if relative else "a number of pixels"
+        raise ValueError(f"saturation_threshold is {threshold!r}; it must be {allowed}")
+    return DefectKind(entry["defect_name"], value, threshold, relative)
+
+
+def _mask_values(path: Path) -> np.ndarray[Any, Any]:
+    values = decode_file(path)
+    return values if values.ndim == 2 else values.max(axis=2)
+
+
+def _resized(
+    mask: np.ndarray[Any, np.dtype[np.bool_]], size: tuple[int, int]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if mask.shape == size:
+        return mask
+    resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized.astype(np.bool_)
 
 
 _Split = tuple[list[Sample], list[Sample], list[Sample]]

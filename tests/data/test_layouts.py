@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 from pydefect.data.images import read_image
 from pydefect.data.layouts import (
     Dataset,
+    DefectKind,
     Sample,
     held_out_images,
     read_dataset,
+    read_defects_config,
     read_mask,
+    read_regions,
     training_images,
 )
 from pydefect.errors import InputError
@@ -110,6 +114,104 @@ class TestLoco:
     def test_known_by_its_masks_without_validation(self, tmp_path: Path) -> None:
         touch(tmp_path, "train/good/0.png", "test/a/0.png", "ground_truth/a/0/000.png")
         assert read_dataset(tmp_path).layout == "mvtec_loco"
+
+
+class TestRegions:
+    """Annotated regions and their saturation areas, as MVTec LOCO AD's evaluation has them."""
+
+    ENTRIES = (
+        {
+            "defect_name": "missing",
+            "pixel_value": 255,
+            "saturation_threshold": 5,
+            "relative_saturation": False,
+        },
+        {
+            "defect_name": "dirt",
+            "pixel_value": 254,
+            "saturation_threshold": 0.5,
+            "relative_saturation": True,
+        },
+    )
+
+    @pytest.fixture
+    def sample(self, tmp_path: Path) -> Sample:
+        """One region of 12 pixels of each kind; they overlap in 4."""
+        (tmp_path / "defects_config.json").write_text(json.dumps(self.ENTRIES))
+        first, second = np.zeros((2, 8, 10), np.uint8)
+        first[0:3, 0:4] = 255
+        second[1:5, 2:5] = 254
+        for name, values in (("000.png", first), ("001.png", second)):
+            cv2.imwrite(str(tmp_path / name), values)
+        return Sample(
+            tmp_path / "image.png", "logical_anomalies", (tmp_path / "000.png", tmp_path / "001.png")
+        )
+
+    def test_absolute_and_relative_saturation(self, sample: Sample) -> None:
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds == {
+            255: DefectKind("missing", 255, 5, False),
+            254: DefectKind("dirt", 254, 0.5, True),
+        }
+        first, second = read_regions(sample, (8, 10), kinds)
+        assert (first.mask.sum(), first.saturation) == (12, 5)
+        assert (second.mask.sum(), second.saturation) == (12, 6)
+        union = first.mask | second.mask
+        assert np.array_equal(union, read_mask(sample, (8, 10)))
+        few = {255: DefectKind("missing", 255, 500, False), 254: DefectKind("dirt", 254, 0.01, True)}
+        assert [region.saturation for region in read_regions(sample, (8, 10), few)] == [12, 1]
+
+    def test_inside_a_box(self, sample: Sample) -> None:
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds is not None
+        first, second = read_regions(sample, (8, 10), kinds, (2, 2, 6, 10))
+        assert first.mask.shape == second.mask.shape == (4, 8)
+        assert (first.mask.sum(), first.saturation) == (2, 2)
+        assert (second.mask.sum(), second.saturation) == (9, 4)
+        assert len(read_regions(sample, (8, 10), kinds, (3, 0, 8, 10))) == 1
+
+    def test_absolute_saturation_follows_the_size(self, sample: Sample) -> None:
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds is not None
+        first, second = read_regions(sample, (16, 20), kinds)
+        assert (first.mask.sum(), first.saturation) == (48, 20)
+        assert (second.mask.sum(), second.saturation) == (48, 24)
+
+    def test_good_images_and_sets_without_the_file(self, sample: Sample, tmp_path: Path) -> None:
+        assert read_regions(Sample(sample.image, "good"), (8, 10), {}) == []
+        assert read_defects_config(tmp_path / "nowhere") is None
+        with pytest.raises(InputError, match=r"image\.png: no mask is known"):
+            read_regions(Sample(sample.image, "dirt"), (8, 10), {})
+
+    @pytest.mark.parametrize("values", [[1], [0], [254, 255]])
+    def test_marks_of_no_kind_or_of_several(self, sample: Sample, values: list[int]) -> None:
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds is not None
+        cv2.imwrite(str(sample.masks[0]), np.resize(np.uint8(values), (8, 10)))
+        with pytest.raises(
+            InputError, match=r"000\.png: marked with .*; a mask must have one value.*254, 255"
+        ):
+            read_regions(sample, (8, 10), kinds)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"pixel_value": 0}, "pixel_value is 0"),
+            ({"pixel_value": "255"}, "pixel_value is '255'"),
+            ({"saturation_threshold": 1.5}, "saturation_threshold is 1.5; it must be a share"),
+            ({"saturation_threshold": -1, "relative_saturation": False}, "it must be a number of pixels"),
+            ({"relative_saturation": 1}, "relative_saturation is 1"),
+            ({"pixel_value": 255}, "two kinds of defects have the same pixel_value"),
+        ],
+    )
+    def test_wrong_config(self, tmp_path: Path, change: dict[str, object], message: str) -> None:
+        entries = [self.ENTRIES[0], self.ENTRIES[1] | change]
+        (tmp_path / "defects_config.json").write_text(json.dumps(entries))
+        with pytest.raises(InputError, match=f"defects_config.json: .*{message}"):
+            read_defects_config(tmp_path)
+        (tmp_path / "defects_config.json").write_text('[{"defect_name": "a"}]')
+        with pytest.raises(InputError, match=r"defects_config\.json: not a list of kinds"):
+            read_defects_config(tmp_path)
 
 
 class TestVisA:
