@@ -39,6 +39,13 @@ METHODS: dict[str, Method] = {
         "pydefect.baselines.patchcore", "PatchCoreDetector", "nearest neighbours in a coreset of all patches"
     ),
     "padim": Method("pydefect.baselines.padim", "PaDiMDetector", "a Gaussian at every patch position"),
+    "spade": Method(
+        "pydefect.baselines.spade", "SpadeDetector", "nearest patches in the most similar normal images"
+    ),
+    "cfa": Method("pydefect.baselines.cfa", "CfaDetector", "patches adapted to hyperspheres around a bank"),
+    "reconpatch": Method(
+        "pydefect.baselines.reconpatch", "ReConPatchDetector", "contrastive patch representations, coreset"
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from peak_memory import peak_mib
 from torch import Tensor, nn
 
 
-def _import_torchvision() -> Any:
+def import_torchvision() -> Any:
     """Where PyPI's torchvision (for CUDA) meets PyTorch for the CPU, its operators are missing at import."""
     try:
         import torchvision
@@ -33,7 +33,7 @@ def _import_torchvision() -> Any:
         library = torch.library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _import_torchvision.library = library  # what it defines lives as long as it does
+        import_torchvision.library = library  # what it defines lives as long as it does
         import torchvision
     return torchvision
 
@@ -125,7 +125,7 @@ def main() -> None:
     """Run the task."""
     task = torch.load(sys.argv[1], weights_only=True)
     torch.set_num_threads(task["threads"])
-    torchvision = _import_torchvision()
+    torchvision = import_torchvision()
     # Without this, CFA would download its weights.
     torchvision.models.get_model_weights = lambda name: SimpleNamespace(DEFAULT=None)
     from importlib.metadata import version

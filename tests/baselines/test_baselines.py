@@ -23,6 +23,9 @@ from pydefect.registry import METHODS, detector_type
 SMALL: dict[str, dict[str, Any]] = {
     "patchcore": {"coreset_ratio": 0.2, "projection_dim": 32},
     "padim": {"channels": 20},
+    "spade": {"image_neighbors": 3, "image_score": "max_map"},
+    "cfa": {"epochs": 1, "batch_size": 2, "width_compression": 4},
+    "reconpatch": {"epochs": 1, "batch_size": 2, "representation_dim": 40, "coreset_ratio": 0.2},
 }
 EVERYWHERE = {
     "resize": None,
