@@ -57,6 +57,9 @@ def score_histogram(calibration: Calibration) -> bytes:
             edgecolor=_DEFECTIVE,
             label=f"defective ({len(defective)})",
         )
+    # A single image must show beside hundreds.
+    counts.set_yscale("log")
+    counts.set_ylim(bottom=0.5)
     counts.set_ylabel("images")
     line = f"threshold {calibration.image_threshold:.4g}"
     if calibration.interval is not None:
@@ -83,7 +86,7 @@ def score_histogram(calibration: Calibration) -> bytes:
     probability.set_yscale("log")
     probability.set_xlabel("image score")
     probability.set_ylabel("P(normal scores as high)")
-    probability.legend(frameon=False, loc="lower left")
+    probability.legend(frameon=False, loc="upper right")
     for axes in (counts, probability):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

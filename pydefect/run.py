@@ -40,7 +40,7 @@ from pydefect.persistence import folder_written_atomically, write_atomically
 from pydefect.preprocessing import Preprocessing
 from pydefect.scoring import ScoredImage
 
-__all__ = ["Run", "RunImage", "is_run", "read_run", "write_run"]
+__all__ = ["Run", "RunImage", "is_run", "machine", "read_run", "write_run"]
 
 FORMAT = 1
 EVALUATION, IMAGES, MAPS = "evaluation.json", "images.jsonl", "maps.npz"
@@ -249,7 +249,7 @@ def write_run(
             "preprocessing": detector.preprocessing.to_dict(),
             "training": detector.training,
             "versions": versions(),
-            "machine": _machine(detector.device),
+            "machine": machine(detector.device),
             "times": {
                 "started": started.isoformat(timespec="seconds"),
                 "evaluation_seconds": time.perf_counter() - began,
@@ -390,7 +390,8 @@ def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what times depend on, as JSON values."""
     is_cuda = device.type == "cuda"
     return {
         "device": str(device),

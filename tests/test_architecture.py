@@ -28,6 +28,7 @@ FLOORS = [
     ["baselines", "conpatch", "dual_ae", "evaluation"],
     ["registry", "run"],
     ["api"],
+    ["benchmark"],
     ["visualization", "charts"],
     ["score_folder"],
     ["cli"],

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pydefect.cli._console import OneLineErrors, say
+from pydefect.cli.benchmark import benchmark
 from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(benchmark)
 app.command()(info)
 app.command()(demo)
 
@@ -55,6 +57,7 @@ def _pydefect(
     pydefect fit GOOD_IMAGES --out MODEL             learn what good looks like
     pydefect score MODEL NEW_IMAGES --out REPORT     find what does not
     pydefect evaluate MODEL DATASET                  measure, where labels are known
+    pydefect benchmark --data DATASETS --out TABLE   compare methods over data sets
     pydefect calibrate MODEL --normal GOOD_IMAGES    set how often good images may raise an alarm
 
     Exit codes: 0; 2 for a wrong call or bad input; 1 for any other failure; 130 when interrupted.
