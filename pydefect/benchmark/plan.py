@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pydefect.data.images import natural_order
-from pydefect.data.layouts import Dataset, read_dataset
+from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, read_dataset
 from pydefect.errors import InputError
 from pydefect.registry import detector_type
 
@@ -40,7 +40,7 @@ class Category:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all images and masks, their places in the data set and their labels.
+        """SHA-256 of all images and masks, their places and labels, and of MVTec LOCO AD's saturation areas.
 
         The names are relative: a copy elsewhere has the same fingerprint.
         """
@@ -51,6 +51,9 @@ class Category:
                     name = os.path.relpath(path, self.dataset.root).replace(os.sep, "/")
                     line = f"{part}\0{role}\0{sample.defect}\0{name}\0{_sha256(path)}\n"
                     digest.update(os.fsencode(line))
+        saturation = self.dataset.root / DEFECTS_CONFIG
+        if saturation.is_file():
+            digest.update(_sha256(saturation).encode())
         return digest.hexdigest()
 
 

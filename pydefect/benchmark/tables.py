@@ -69,7 +69,9 @@ MEASURES = (
     Measure("image_auroc", "Image AUROC, %", _metric("image_auroc"), 2),
     Measure("pixel_auroc", "Pixel AUROC, %", _metric("pixel_auroc"), 2),
     Measure("pixel_aupro", "AUPRO up to a false positive rate of 0.3, %", _metric("pixel_aupro"), 2),
-    Measure("pixel_spro", "AUsPRO up to a false positive rate of 0.05, %", _metric("pixel_spro"), 2),
+    Measure(
+        "pixel_spro_0.05", "AUsPRO up to a false positive rate of 0.05, %", _metric("pixel_spro_0.05"), 2
+    ),
     Measure("image_ap", "Image average precision, %", _metric("image_ap"), 2),
     Measure("pixel_ap", "Pixel average precision, %", _metric("pixel_ap"), 2),
     Measure("image_f1_max", "Image F1-max, %", _metric("image_f1_max"), 2),

@@ -38,7 +38,7 @@ TRAIN_SHARE = 0.8
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
 _MAGNETIC_TILE_GOOD = "MT_Free"
-_DEFECTS_CONFIG = "defects_config.json"
+DEFECTS_CONFIG = "defects_config.json"
 _LOOKED_FOR = (
     "looked for train/good with test (MVTec AD, MVTec LOCO AD and the like), a category beside "
     "split_csv/1cls.csv (VisA), MT_Free/Imgs (magnetic tiles), train with test, good with folders of "
@@ -300,7 +300,7 @@ def read_defects_config(root: str | os.PathLike[str]) -> dict[int, DefectKind] |
     InputError
         If the file is not as the data set's own.
     """
-    file = Path(root) / _DEFECTS_CONFIG
+    file = Path(root) / DEFECTS_CONFIG
     if not file.is_file():
         return None
     try:
@@ -363,7 +363,7 @@ def read_regions(
         if len(marks) != 1 or marks[0] not in kinds:
             raise InputError(
                 f"{path}: marked with {', '.join(map(str, marks)) or 'nothing'}; a mask must have one value, "
-                f"of those in {_DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
+                f"of those in {DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
             )
         kind = kinds[marks[0]]
         mask = _resized(values > 0, size)[top:bottom, left:right]
