@@ -11,7 +11,13 @@ import torch
 
 from pydefect import evaluation, run
 from pydefect.calibration import Calibration
-from pydefect.data.layouts import Dataset, held_out_images, read_dataset, training_images
+from pydefect.data.layouts import (
+    Dataset,
+    held_out_images,
+    read_dataset,
+    training_images,
+    validation_images,
+)
 from pydefect.detector import Detector, OnError, resolve_device
 from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation
@@ -27,6 +33,7 @@ def fit(
     *,
     method: str = "conpatch",
     preset: str = "default",
+    validation: Any = None,
     backbone: str | None = None,
     weights: str | os.PathLike[str] = "imagenet",
     seed: int = 0,
@@ -49,6 +56,10 @@ def fit(
     preset
         ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``, where the method
         has it: the printed method to the letter.
+    validation
+        Normal images to calibrate on, of any kind that `images` may have, for methods that hold images out
+        instead of training several times (``"dual_ae"``, ``"efficientad"``). None: of a data set's folder its
+        validation images, where it has some (MVTec LOCO AD); else a part of `images`.
     backbone
         ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``;
         None: the method's own, ``"resnet18"`` unless it says otherwise. For methods on a frozen backbone.
@@ -110,10 +121,17 @@ def fit(
     if backbone is not None:
         settings["backbone"] = backbone
     config = detector.config_type.from_preset(preset, **settings)
-    source = training_images(images) if isinstance(images, str | os.PathLike) else images
+    source = images
+    if isinstance(images, str | os.PathLike):
+        source = training_images(images)
+        if validation is None and detector.takes_validation:
+            validation = validation_images(images) or None
+    if isinstance(validation, str | os.PathLike):
+        validation = held_out_images(validation)
     return detector.fit(
         source,
         config,
+        validation=validation,
         weights=os.fspath(weights),
         seed=int(seed),
         device=resolve_device(device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -130,6 +130,9 @@ class Calibration:
         effect on the very images that would be counted.
     defective_scores
         Ascending scores of defective images, where some were shown; no threshold was chosen by them.
+    part_maxima
+        Of a method whose anomaly map has parts (:meth:`pydefect.detector.Detector.predict_maps`): ascending
+        maxima of each part's maps of the held-out images.
     """
 
     image_threshold: float
@@ -142,6 +145,7 @@ class Calibration:
     confidence: float = 0.95
     interval: tuple[float, float] | None = None
     defective_scores: tuple[float, ...] = ()
+    part_maxima: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -153,7 +157,17 @@ class Calibration:
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
+        parts = values.get("part_maxima", {})
+        fields["part_maxima"] = {name: tuple(maxima) for name, maxima in parts.items()}
         return cls(**fields)
+
+    @cached_property
+    def part_thresholds(self) -> dict[str, float]:
+        """The score over which a part of the map speaks for a defect, for the same false-alarm rate."""
+        return {
+            name: conformal_threshold(maxima, self.false_alarm_rate)[0]
+            for name, maxima in self.part_maxima.items()
+        }
 
     @cached_property
     def tail(self) -> ScoreTail | None:
@@ -337,6 +351,7 @@ def held_out_calibration(
     confidence: float = 0.95,
     guaranteed: bool = False,
     defective_scores: Sequence[float] = (),
+    part_maxima: Mapping[str, Sequence[float]] | None = None,
 ) -> Calibration:
     """Calibrate on normal images that the scoring detectors had not seen.
 
@@ -353,6 +368,8 @@ def held_out_calibration(
         ``confidence``, which needs higher thresholds and more images (:func:`images_needed`).
     defective_scores
         Scores of defective images to keep beside; they have no part in the thresholds.
+    part_maxima
+        Maxima of the parts' maps of the same images, by the parts' names.
 
     Returns
     -------
@@ -387,6 +404,7 @@ def held_out_calibration(
         confidence=confidence,
         interval=clopper_pearson(n - k, n, confidence),
         defective_scores=tuple(sorted(defective_scores)),
+        part_maxima={name: tuple(sorted(maxima)) for name, maxima in (part_maxima or {}).items()},
     )
 
 

@@ -33,7 +33,6 @@ class MethodConfig:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """What each preset changes of the defaults."""
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
-        "calibration_folds": (0, math.inf),
         "false_alarm_rate": (0, 1),
     }
     """Smallest and largest value of every number."""
@@ -42,9 +41,6 @@ class MethodConfig:
     """(height, width) in pixels, or one number for a square; None keeps the images' size."""
     crop: tuple[int, int] | int | None = None
     """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
-    calibration_folds: int = 3
-    """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen
-    it; 0: no threshold."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
@@ -59,8 +55,6 @@ class MethodConfig:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             self._check(field.name, hints[field.name])
-        if self.calibration_folds == 1:
-            raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
 
     def _check(self, name: str, hint: Any) -> None:
         value = getattr(self, name)

@@ -101,6 +101,8 @@ class Detector(ABC):
     ----------
     method
         Name in the registry.
+    takes_validation
+        Whether :meth:`fit` calibrates on a data set's validation images where there are some.
     config_type
         Type of the settings: its ``from_preset`` takes what a user gives to :func:`pydefect.fit`.
     config
@@ -119,6 +121,7 @@ class Detector(ABC):
     """
 
     method: ClassVar[str]
+    takes_validation: ClassVar[bool] = False
     config_type: ClassVar[type[MethodConfig]]
     config: MethodConfig
     seed: int
@@ -134,6 +137,7 @@ class Detector(ABC):
         images: Any,
         config: Any,
         *,
+        validation: Any = None,
         weights: str = "imagenet",
         seed: int = 0,
         device: torch.device,
@@ -149,6 +153,9 @@ class Detector(ABC):
             Whatever :func:`pydefect.data.images.open_images` takes.
         config
             Of :attr:`config_type`.
+        validation
+            Normal images kept from training, for methods that say ``takes_validation``; None: the method
+            keeps some of `images`.
         weights, seed, device, on_error, checkpoint, progress
             See :func:`pydefect.fit`.
 
@@ -349,10 +356,20 @@ class Detector(ABC):
         stream = self.stream(
             images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped
         )
-        result = Result.collect(stream)
+        result = Result.collect(map(self._with_parts, stream))
         if self.calibration is not None:
             result = result.calibrated(self.calibration)
         return replace(result, skipped=skipped)
+
+    def _with_parts(self, scored: ScoredImage) -> ScoredImage:
+        """Add the parts of the map at the original size, which a stream leaves out for speed."""
+        height, width = scored.anomaly_map.shape
+        parts = {
+            name: self.preprocessing.to_original(torch.from_numpy(values), (height, width)).numpy()
+            for name, values in scored.network_maps.items()
+            if name != "anomaly"
+        }
+        return replace(scored, part_maps=parts)
 
     def calibrate(
         self,
@@ -392,9 +409,12 @@ class Detector(ABC):
         check_terms(false_alarm_rate, confidence)
         how: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "progress": progress}
         scores, maxima = [], []
+        parts: dict[str, list[float]] = {}
         for scored in self.stream(normal, **how):
             scores.append(scored.image_score)
             maxima.append(float(scored.anomaly_map.max()))
+            for name, score in scored.part_scores.items():
+                parts.setdefault(name, []).append(score)
         if not scores:
             raise InputError(
                 "normal: there are no images in it; at least one held-out normal image is needed"
@@ -407,6 +427,7 @@ class Detector(ABC):
             confidence=confidence,
             guaranteed=guaranteed,
             defective_scores=found,
+            part_maxima=parts,
         )
         return self.calibration
 
@@ -441,5 +462,6 @@ class Detector(ABC):
             confidence=confidence,
             guaranteed=guaranteed,
             defective_scores=self.calibration.defective_scores,
+            part_maxima=self.calibration.part_maxima,
         )
         return self.calibration

@@ -277,5 +277,7 @@ def calibrate(
         source="labelled",
         images=len(scored.labels),
         false_alarm_rate=sum(score > threshold for score in normal) / len(normal),
+        # Which part of the map speaks for a defect stays a question of held-out normal images.
+        part_maxima=detector.calibration.part_maxima if detector.calibration else {},
     )
     return detector.calibration

@@ -39,6 +39,7 @@ class FeatureConfig(MethodConfig):
 
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
         **MethodConfig.RANGES,
+        "calibration_folds": (0, float("inf")),
         "cache_memory_mb": (0, float("inf")),
     }
 
@@ -49,6 +50,9 @@ class FeatureConfig(MethodConfig):
     backbone_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the backbone; see :func:`pydefect.features.resolve_precision`. A fitted detector keeps
     what ``"auto"`` meant for it, and scores with that on every machine."""
+    calibration_folds: int = 3
+    """Parts of the training set that calibrate the threshold in turn, each with a detector that has not seen
+    it; 0: no threshold."""
     cache_memory_mb: int = 2048
     """Backbone features beyond this go to a temporary file."""
 
@@ -60,6 +64,8 @@ class FeatureConfig(MethodConfig):
                 f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}"
             )
         object.__setattr__(self, "levels", check_levels(self.levels))
+        if self.calibration_folds == 1:
+            raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,7 @@ class FeatureDetector(Detector):
         images: Any,
         config: Any,
         *,
+        validation: Any = None,
         weights: str = "imagenet",
         seed: int = 0,
         device: torch.device,
@@ -235,6 +242,8 @@ class FeatureDetector(Detector):
         progress: bool = True,
     ) -> Self:
         """Fit on normal images; see :meth:`pydefect.detector.Detector.fit`."""
+        if validation is not None:
+            raise InputError("validation: given, but this method calibrates by folds of its training images")
         # Features of another precision are other features: the detector keeps to that of its fit.
         precision = resolve_precision(config.backbone_precision, device)
         config = dataclasses.replace(config, backbone_precision=precision)

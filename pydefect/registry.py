@@ -35,6 +35,14 @@ METHODS: dict[str, Method] = {
     "conpatch": Method(
         "pydefect.conpatch", "ConPatchDetector", "contrastive patch representations, compressed bank"
     ),
+    "dual_ae": Method(
+        "pydefect.dual_ae",
+        "DualAEDetector",
+        "teacher, student and two autoencoders: structural and logical defects",
+    ),
+    "efficientad": Method(
+        "pydefect.dual_ae", "EfficientADDetector", "teacher, student and one autoencoder (EfficientAD)"
+    ),
     "patchcore": Method(
         "pydefect.baselines.patchcore", "PatchCoreDetector", "nearest neighbours in a coreset of all patches"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,16 @@ from numpy.typing import NDArray
 from pydefect.calibration import Calibration
 from pydefect.data.images import SkippedImage
 
-__all__ = ["Result", "ScoredImage"]
+__all__ = ["Kind", "Result", "ScoredImage"]
+
+Kind = Literal["structural", "logical", "both"]
+
+
+def _kind(local: float, whole: float) -> Kind:
+    """Decide by the two maps' maxima, each as a multiple of its threshold."""
+    if local > 1 and whole > 1:
+        return "both"
+    return "structural" if local >= whole else "logical"
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class ScoredImage:
         the parts that the method has (:meth:`pydefect.detector.Detector.predict_maps`).
     seconds
         Reading, scoring and mapping back; of what a batch took together, an equal share.
+    part_maps
+        The parts of `network_maps`, at the original size as `anomaly_map`; a stream leaves them out.
     """
 
     name: str
@@ -43,6 +55,12 @@ class ScoredImage:
     scored_box: tuple[int, int, int, int]
     network_maps: dict[str, NDArray[np.float32]]
     seconds: float
+    part_maps: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def part_scores(self) -> dict[str, float]:
+        """The maximum of each part of the map."""
+        return {name: float(values.max()) for name, values in self.network_maps.items() if name != "anomaly"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,13 @@ class Result:
         :meth:`pydefect.Calibration.p_values`.
     skipped
         Files that could not be read, with ``on_error="skip"``; they have no other entry.
+    part_maps
+        The parts of which a method makes its anomaly maps, by name, each as `anomaly_maps`; the dual
+        autoencoder has ``"local"`` and ``"global"`` ones. Empty for other methods.
+    part_scores
+        [n] float32 a part: the maximum of each map, at the network's own size.
+    part_thresholds
+        The score over which a part speaks for a defect; empty without a calibration.
     """
 
     image_scores: NDArray[np.float32]
@@ -81,6 +106,9 @@ class Result:
     pixel_threshold: float | None = None
     p_values: NDArray[np.float64] | None = None
     skipped: list[SkippedImage] = field(default_factory=list)
+    part_maps: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
+    part_scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    part_thresholds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Count the scored images."""
@@ -90,6 +118,38 @@ class Result:
     def is_defective(self) -> NDArray[np.bool_] | None:
         """[n] bool: image score over the image threshold; None without a threshold."""
         return None if self.image_threshold is None else self.image_scores > self.image_threshold
+
+    @property
+    def local_maps(self) -> list[NDArray[np.float32]] | None:
+        """n maps [H, W] of what differs in itself: structural defects; None where the method has none."""
+        return self.part_maps.get("local")
+
+    @property
+    def global_maps(self) -> list[NDArray[np.float32]] | None:
+        """n maps [H, W] of what does not fit the whole: logical defects; None where the method has none."""
+        return self.part_maps.get("global")
+
+    @property
+    def kind(self) -> list[Kind | None] | None:
+        """What each image's defect is; an entry is None where the image is called good.
+
+        A defect is ``"structural"`` where the local map alone passes over its own threshold, ``"logical"``
+        where the global map alone does, ``"both"`` where both do. Where neither does but the image score is
+        over the image threshold, the map decides that comes nearer to its own, as a share of it.
+
+        None without thresholds, or for a method without local and global maps.
+        """
+        defective = self.is_defective
+        if defective is None or not {"local", "global"} <= self.part_thresholds.keys():
+            return None
+        tiny = float(np.finfo(np.float32).tiny)
+        local, whole = (
+            self.part_scores[part] / max(self.part_thresholds[part], tiny) for part in ("local", "global")
+        )
+        return [
+            _kind(float(a), float(b)) if found else None
+            for found, a, b in zip(defective, local, whole, strict=True)
+        ]
 
     @property
     def masks(self) -> list[NDArray[np.bool_]] | None:
@@ -105,6 +165,7 @@ class Result:
             image_threshold=calibration.image_threshold,
             pixel_threshold=calibration.pixel_threshold,
             p_values=calibration.p_values(self.image_scores),
+            part_thresholds=dict(calibration.part_thresholds),
         )
 
     @classmethod
@@ -124,6 +185,14 @@ class Result:
             paths=[image.path for image in scored],
             names=[image.name for image in scored],
             scored_boxes=[image.scored_box for image in scored],
+            part_maps={
+                name: [image.part_maps[name] for image in scored]
+                for name in (scored[0].part_maps if scored else {})
+            },
+            part_scores={
+                name: np.array([image.part_scores[name] for image in scored], dtype=np.float32)
+                for name in (scored[0].part_scores if scored else {})
+            },
             image_threshold=image_threshold,
             pixel_threshold=pixel_threshold,
             skipped=list(skipped),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -10,77 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydefect.backbones.convolution import Convolution, Shape, has_fused_convolutions
 from pydefect.backbones.resnet import BasicBlock, Bottleneck, ResNet
 
-__all__ = ["FoldedResNet", "has_fused_convolutions"]
-
-Shape = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class _Convolution:
-    """A convolution with the batch normalisation behind it folded in.
-
-    ``fused``: run as one of PyTorch's fused oneDNN operators, with which activation and residual sum cost no
-    pass over memory of their own, and whose weights can be laid out once instead of in every call.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    fused: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """convolution(x)"""
-        return self._fused(x, "none") if self.fused else self._plain(x)
-
-    def relu(self, x: Tensor) -> Tensor:
-        """relu(convolution(x))"""
-        return self._fused(x, "relu") if self.fused else self._plain(x).relu_()
-
-    def add_relu(self, residual: Tensor, x: Tensor) -> Tensor:
-        """relu(convolution(x) + residual), in residual's memory."""
-        if not self.fused:
-            return residual.add_(self._plain(x)).relu_()
-        total: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, self.weight, self.bias, self.padding, self.stride, (1, 1), 1,
-            "add", 1.0, "relu", [], "",
-        )  # fmt: skip
-        return total
-
-    def _plain(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-
-    def _fused(self, x: Tensor, activation: str) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, self.padding, self.stride, (1, 1), 1, activation, [], ""
-        )
-        return result
-
-    def packed(self, shape: Shape) -> _Convolution:
-        """Lay the weights out as the fused operator wants them for images of a shape."""
-        weight = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, self.padding, self.stride, (1, 1), 1, shape
-        )
-        return replace(self, weight=weight, fused=True)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        height, width = (
-            (size + 2 * padding - kernel) // stride + 1
-            for size, padding, kernel, stride in zip(
-                shape[2:], self.padding, self.weight.shape[2:], self.stride, strict=True
-            )
-        )
-        return shape[0], self.weight.shape[0], height, width
+__all__ = ["FoldedResNet"]
 
 
 @dataclass(frozen=True)
 class _Block:
     """A residual block; without ``shortcut`` its input is the residual."""
 
-    convolutions: tuple[_Convolution, ...]
-    shortcut: _Convolution | None
+    convolutions: tuple[Convolution, ...]
+    shortcut: Convolution | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Compute the block's output, which may lie in x's memory."""
@@ -93,7 +33,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Network:
-    stem: _Convolution
+    stem: Convolution
     levels: tuple[tuple[_Block, ...], ...]
 
     def __call__(self, images: Tensor, levels: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -108,7 +48,7 @@ class _Network:
                 maps.append(x)
         return maps
 
-    def changed(self, change: Callable[[_Convolution, Shape], _Convolution], shape: Shape) -> _Network:
+    def changed(self, change: Callable[[Convolution, Shape], Convolution], shape: Shape) -> _Network:
         """Change every convolution, given the shape of its input for images of a shape."""
         stem = change(self.stem, shape)
         _, channels, height, width = self.stem.output_shape(shape)
@@ -127,46 +67,7 @@ class _Network:
         return _Network(stem, tuple(levels))
 
 
-@functools.cache
-def has_fused_convolutions(dtype: torch.dtype) -> bool:
-    """Tell whether this PyTorch's fused CPU convolutions are there, and right, for the type.
-
-    They are the operators that ``torch.compile`` builds its CPU code with, but no public interface: a PyTorch
-    that drops or changes them must cost nothing but speed. So they are tried once on a small example.
-
-    Parameters
-    ----------
-    dtype
-        float32 or bfloat16; for the latter the processor must have AVX-512.
-    """
-    shape = (1, 16, 6, 6)
-    generator = torch.Generator().manual_seed(0)
-    # Ones and zeros: sums of 144 products, which both types hold exactly in whatever order.
-    images, residual, weight = (
-        torch.randint(-1, 2, size, generator=generator)
-        .to(dtype)
-        .contiguous(memory_format=torch.channels_last)
-        for size in (shape, (1, 16, 3, 3), (16, 16, 3, 3))
-    )
-    plain = _Convolution(weight, torch.ones(16, dtype=dtype), (2, 2), (1, 1))
-    try:
-        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return False
-        for fused in (plain.packed(shape), replace(plain, fused=True)):
-            if not (
-                torch.equal(fused(images), plain(images))
-                and torch.equal(fused.relu(images), plain.relu(images))
-                and torch.equal(
-                    fused.add_relu(residual.clone(), images), plain.add_relu(residual.clone(), images)
-                )
-            ):
-                return False
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
-
-
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> _Convolution:
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Convolution:
     """gamma (W x - mean) / sqrt(variance + eps) + beta as one convolution, multiplied out in float64."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
@@ -174,7 +75,7 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> _
     factor = norm.weight.double() / (variance.double() + norm.eps).sqrt()
     weight = convolution.weight.double() * factor[:, None, None, None]
     bias = norm.bias.double() - mean.double() * factor
-    return _Convolution(
+    return Convolution(
         weight.to(dtype).contiguous(memory_format=torch.channels_last),
         bias.to(dtype),
         (convolution.stride[0], convolution.stride[1]),

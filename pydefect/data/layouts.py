@@ -218,6 +218,24 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     return [sample.image for sample in dataset.train]
 
 
+def validation_images(path: str | os.PathLike[str]) -> list[Path]:
+    """The normal images that a data set keeps for choosing thresholds.
+
+    Parameters
+    ----------
+    path
+        A category's folder in any layout of :func:`read_dataset`, or any other folder or file.
+
+    Returns
+    -------
+    list of Path
+        In natural order; empty where there is no validation part.
+    """
+    if Path(path).is_file():
+        return []
+    return [sample.image for sample in read_dataset(path).validation]
+
+
 def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
     """The normal images in a folder by which a fitted detector may be calibrated.
 

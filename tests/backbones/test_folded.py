@@ -160,7 +160,7 @@ def test_fused_operators_that_have_changed_are_not_used(monkeypatch, change):
             raise RuntimeError("another signature")
         return replace(self, bias=self.bias + 1)
 
-    monkeypatch.setattr(folded._Convolution, "packed", packed)
+    monkeypatch.setattr(folded.Convolution, "packed", packed)
     # The undecorated function: what other tests have found out is remembered.
     assert not folded.has_fused_convolutions.__wrapped__(torch.float32)
 

@@ -1,0 +1,91 @@
+"""A frozen sequence of convolutions in the form that runs fastest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pydefect.backbones.convolution import Convolution, has_fused_convolutions
+
+__all__ = ["FoldedSequence"]
+
+
+class FoldedSequence:
+    """A frozen plain sequence for inference: what the ``nn.Sequential`` computes, sooner.
+
+    On the CPU activations are fused into the convolutions and the weights laid out for the images' size,
+    where PyTorch has what it takes (:func:`~pydefect.backbones.convolution.has_fused_convolutions`).
+
+    Parameters
+    ----------
+    network
+        Conv2d, ReLU (behind a convolution), AvgPool2d, Upsample and Dropout (left out). Its weights are
+        copied: later changes to them are not seen.
+    dtype
+        float32 or bfloat16, of all arithmetic; products of bfloat16 are added in float32.
+    """
+
+    def __init__(self, network: nn.Sequential, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.device = next(network.parameters()).device
+        self._fused = self.device.type == "cpu" and has_fused_convolutions(dtype)
+        self._steps: list[Convolution | nn.Module] = []
+        self._activated: set[int] = set()
+        for layer in network:
+            if isinstance(layer, nn.Conv2d):
+                self._steps.append(_frozen(layer, dtype, self._fused))
+            elif isinstance(layer, nn.ReLU):
+                assert isinstance(self._steps[-1], Convolution)
+                self._activated.add(len(self._steps) - 1)
+            elif isinstance(layer, nn.AvgPool2d | nn.Upsample):
+                self._steps.append(layer)
+            elif not isinstance(layer, nn.Dropout):
+                raise TypeError(f"a folded sequence has no {type(layer).__name__}")
+        self._packed: list[Convolution | nn.Module] = []
+        self._packed_for: torch.Size | None = None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Run the sequence.
+
+        Parameters
+        ----------
+        images
+            [B, C, H, W] floating point; fastest with channels last in memory.
+
+        Returns
+        -------
+        Tensor
+            [B, C', H', W'] of ``dtype``, channels last in memory.
+        """
+        x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        # Laid out for the first size that comes; others do with weights that are laid out in every call.
+        pack = self._fused and self._packed_for is None
+        steps = self._packed if images.shape[2:] == self._packed_for else self._steps
+        for number, step in enumerate(steps):
+            if isinstance(step, Convolution):
+                if pack:
+                    # For one image: layouts for one serve batches as well.
+                    _, channels, height, width = x.shape
+                    self._packed.append(step.packed((1, channels, height, width)))
+                x = step.relu(x) if number in self._activated else step(x)
+            else:
+                if pack:
+                    self._packed.append(step)
+                x = step(x)
+        if pack:
+            self._packed_for = images.shape[2:]
+        return x
+
+
+def _frozen(layer: nn.Conv2d, dtype: torch.dtype, fused: bool) -> Convolution:
+    assert layer.bias is not None
+    stride, padding = layer.stride, layer.padding
+    assert not isinstance(padding, str)
+    return Convolution(
+        layer.weight.detach().to(dtype, copy=True).contiguous(memory_format=torch.channels_last),
+        layer.bias.detach().to(dtype, copy=True),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        fused,
+    )

@@ -1,0 +1,138 @@
+"""The colour-jittered copy of an image for the autoencoders, and images of anything else for L_pen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydefect.data.images import list_image_files, read_image
+from pydefect.data.textures import texture
+from pydefect.errors import InputError
+from pydefect.preprocessing import Preprocessing
+
+__all__ = ["PenaltyImages", "jittered"]
+
+_GREY = (0.299, 0.587, 0.114)
+_GREY_SHARE = 0.3
+
+
+def jittered(
+    images: Tensor, preprocessing: Preprocessing, strength: float, rng: np.random.Generator
+) -> Tensor:
+    """Change one of brightness, contrast and saturation of every image.
+
+    Parameters
+    ----------
+    images
+        [B, 3, H, W] float32, normalised.
+    preprocessing
+        What normalised them.
+    strength
+        The factor is drawn from 1 - strength to 1 + strength.
+    rng
+        Of the draws: two an image.
+
+    Returns
+    -------
+    Tensor
+        [B, 3, H, W] float32, normalised; the memory layout of `images`.
+
+    References
+    ----------
+    Batzner et al., EfficientAD, WACV 2024, appendix A.1, algorithm 1.
+    """
+    mean = images.new_tensor(preprocessing.mean)[:, None, None]
+    std = images.new_tensor(preprocessing.std)[:, None, None]
+    grey_weights = images.new_tensor(_GREY)[:, None, None]
+    pixels = images * std + mean
+    for image in pixels:
+        kind, factor = int(rng.integers(3)), float(rng.uniform(1 - strength, 1 + strength))
+        # Away from black, from the mean grey, or from the pixel's own grey.
+        if kind == 0:
+            image.mul_(factor)
+        else:
+            grey = (image * grey_weights).sum(0)
+            image.mul_(factor).add_(grey.mean() if kind == 1 else grey, alpha=1 - factor)
+    return pixels.clamp_(0, 1).sub_(mean).div_(std)
+
+
+class PenaltyImages:
+    """A source of out-of-distribution images, the same for the same seed and step.
+
+    Parameters
+    ----------
+    source
+        ``"procedural"``, or the path of a folder with images, searched recursively.
+    preprocessing
+        Normalises the images.
+    size
+        (height, width) of the network's input.
+    seed
+        Of the run.
+
+    Raises
+    ------
+    InputError
+        The folder is not there, or holds no images.
+    """
+
+    def __init__(self, source: str, preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> None:
+        self._size = size
+        self._normalise = Preprocessing(None, None, preprocessing.mean, preprocessing.std)
+        self._enlarged = Preprocessing(
+            (2 * size[0], 2 * size[1]), size, preprocessing.mean, preprocessing.std
+        )
+        self._seed = seed
+        self._files: list[Path] | None = None
+        if source != "procedural":
+            folder = Path(source)
+            if not folder.is_dir():
+                raise InputError(
+                    f"penalty: {source!r} is no folder; allowed are 'procedural', 'none' and a folder"
+                )
+            self._files = list_image_files(folder)
+            if not self._files:
+                raise InputError(f"penalty: {source!r} holds no images")
+
+    @property
+    def identity(self) -> str:
+        """What the images are, for a checkpoint: ``"procedural"``, or the folder's files' names."""
+        return "procedural" if self._files is None else "\n".join(path.name for path in self._files)
+
+    def __call__(self, step: int, count: int) -> Tensor:
+        """Return the images of a step.
+
+        Parameters
+        ----------
+        step
+            0, 1, ...
+        count
+            B.
+
+        Returns
+        -------
+        Tensor
+            [B, 3, H, W] float32, normalised, channels last in memory. Files are enlarged to twice the size,
+            made grey with a probability of 0.3 and cropped at the centre, as EfficientAD does with ImageNet.
+        """
+        draw: Callable[[int], Tensor] = self._drawn if self._files is None else self._read
+        images = torch.stack([draw(step * count + number).permute(1, 2, 0) for number in range(count)])
+        return images.permute(0, 3, 1, 2)
+
+    def _drawn(self, number: int) -> Tensor:
+        return self._normalise(texture((self._seed, number), self._size))
+
+    def _read(self, number: int) -> Tensor:
+        assert self._files is not None
+        rng = np.random.default_rng((self._seed, number))
+        pixels = read_image(self._files[int(rng.integers(len(self._files)))])
+        if rng.random() < _GREY_SHARE:
+            grey = (
+                (pixels @ np.array(_GREY)).round() if pixels.dtype == np.uint8 else pixels @ np.array(_GREY)
+            )
+            pixels = np.repeat(grey.astype(pixels.dtype)[..., None], 3, axis=2)
+        return self._enlarged(pixels)

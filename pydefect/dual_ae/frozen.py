@@ -1,0 +1,105 @@
+"""The frozen teacher as the method uses it: normalised per channel over the training images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pydefect.backbones import FoldedSequence
+from pydefect.dual_ae.pdn import PDN
+from pydefect.features import Precision, resolve_precision
+
+__all__ = ["DTYPES", "ChannelStatistics", "NormalisedTeacher", "arithmetic", "network_precision"]
+
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def network_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
+    """Say what ``"auto"`` means for the networks of this method.
+
+    Returns
+    -------
+    str
+        On the CPU as :func:`pydefect.features.resolve_precision`; bfloat16 on a card with instructions for
+        it.
+    """
+    if (
+        precision == "auto"
+        and device.type == "cuda"
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        return "bfloat16"
+    return resolve_precision(precision, device)
+
+
+def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which the networks compute."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+class ChannelStatistics:
+    """Mean and standard deviation of every channel over a stream of maps, in float64."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def add(self, maps: Tensor) -> None:
+        """Take in [B, C, h, w]."""
+        values = maps.detach().double()
+        total, squares = values.sum((0, 2, 3)).cpu(), values.square().sum((0, 2, 3)).cpu()
+        self._count += values.shape[0] * values.shape[2] * values.shape[3]
+        self._sum = total if self._sum is None else self._sum + total
+        self._squares = squares if self._squares is None else self._squares + squares
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, [C] float32 each; a constant channel's deviation is 1."""
+        assert self._sum is not None
+        assert self._squares is not None
+        mean = self._sum / self._count
+        variance = (self._squares / self._count - mean.square()).clamp_min(0)
+        # What is left of equal numbers is rounding.
+        constant = variance <= 1e-12 * (mean.square() + 1e-12)
+        return mean.float(), torch.where(constant, torch.ones_like(variance), variance).sqrt().float()
+
+
+class NormalisedTeacher:
+    """A frozen teacher and the statistics of its channels.
+
+    Parameters
+    ----------
+    network
+        Maps images [B, 3, H, W] to [B, 384, h, w]; kept as :attr:`network`, for saving. A PDN is run in the
+        form that runs fastest.
+    precision
+        Of a PDN's arithmetic.
+
+    Attributes
+    ----------
+    mean, std
+        [384] each: set by :meth:`fit`, or from a model file.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.precision = precision
+        self.mean = torch.zeros(())
+        self.std = torch.ones(())
+        self._folded = FoldedSequence(network, DTYPES[precision]) if isinstance(network, PDN) else None
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Compute the teacher's own output of [B, 3, H, W], not normalised."""
+        described: Tensor = self.network(images) if self._folded is None else self._folded(images)
+        return described
+
+    def normalise(self, features: Tensor) -> Tensor:
+        """(T - mean) / std of the teacher's own output, float32."""
+        return (features.float() - self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map [B, 3, H, W] to the normalised T, [B, 384, h, w] float32."""
+        return self.normalise(self.describe(images))

@@ -1,0 +1,50 @@
+"""The normalised teacher and its statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher, network_precision
+from pydefect.dual_ae.pdn import PDN
+
+
+def test_statistics_of_a_stream_are_those_of_all_maps():
+    maps = torch.randn(7, 5, 4, 3, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    statistics = ChannelStatistics()
+    for part in maps.split([1, 4, 2]):
+        statistics.add(part)
+    mean, std = statistics.result()
+    by_channel = maps.double().permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(mean, by_channel.mean(1).float())
+    torch.testing.assert_close(std, by_channel.std(1, correction=0).float())
+
+
+def test_a_constant_channel_divides_by_one():
+    statistics = ChannelStatistics()
+    statistics.add(torch.stack([torch.full((4, 4), 0.1), torch.zeros(4, 4), torch.eye(4)])[None])
+    assert statistics.result()[1][:2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03)])
+def test_the_teacher_is_normalised(precision, tolerance):
+    """bfloat16: four layers of 8-bit roundings."""
+    torch.manual_seed(0)
+    network = PDN()
+    images = torch.randn(2, 3, 40, 44)
+    expected = network(images).detach()
+    statistics = ChannelStatistics()
+    statistics.add(expected)
+    teacher = NormalisedTeacher(network, precision)
+    teacher.mean, teacher.std = statistics.result()
+    found = teacher(images)
+    assert not found.requires_grad
+    assert found.dtype == torch.float32
+    expected = (expected - teacher.mean[:, None, None]) / teacher.std[:, None, None]
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_precision_is_kept_where_it_is_given():
+    assert network_precision("float32", torch.device("cpu")) == "float32"
+    assert network_precision("bfloat16", torch.device("cpu")) == "bfloat16"
+    assert network_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")

@@ -1,0 +1,113 @@
+"""One training run: resumed with identical results, in a random order, at the schedule's rate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pydefect.dual_ae.augmentation import PenaltyImages
+from pydefect.dual_ae.frozen import NormalisedTeacher
+from pydefect.dual_ae.pdn import PDN
+from pydefect.dual_ae.trainer import Trainer
+from pydefect.errors import PydefectError
+from pydefect.features import FeatureCache
+from pydefect.persistence import Checkpoint
+from pydefect.preprocessing import Preprocessing
+
+
+@pytest.fixture
+def make(good_images, config):
+    preprocessing = Preprocessing.create((64, 72))
+    images, features = FeatureCache(), FeatureCache()
+    torch.manual_seed(0)
+    teacher = NormalisedTeacher(PDN(), "float32")
+    teacher.mean, teacher.std = torch.zeros(384), torch.full((384,), 0.05)
+    for image in good_images:
+        tensor = preprocessing(image)[None]
+        images.append([tensor])
+        features.append([teacher.describe(tensor)])
+
+    def build(checkpoint=None, seed=0, progress=None, **changes):
+        own = dataclasses.replace(config, **changes)
+        penalty = PenaltyImages("procedural", preprocessing, (64, 72), seed)
+        return Trainer(
+            images,
+            range(len(good_images)),
+            features,
+            teacher,
+            penalty if own.penalty != "none" else None,
+            preprocessing,
+            own,
+            seed,
+            torch.device("cpu"),
+            checkpoint,
+            progress,
+        )
+
+    return build
+
+
+def states(trainer):
+    return trainer.network.state_dict()
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, tmp_path):
+    whole = make(steps=4)
+    whole.train()
+    first = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    first.train(until=2)
+    second = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    assert second.step == 2
+    second.train()
+    assert all(torch.equal(states(whole)[name], states(second)[name]) for name in states(whole))
+    assert second.history == whole.history
+    # A finished run goes on no further.
+    third = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    third.train()
+    assert third.step == 4
+    assert third.history == whole.history
+
+
+def test_training_leaves_the_users_random_numbers_alone(make):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    make(steps=1).train()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_student_learns(make):
+    trainer = make(steps=12, learning_rate=1e-3)
+    trainer.train()
+    losses = [record.hard + record.teacher_autoencoder for record in trainer.history]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
+
+
+def test_all_images_come_before_any_comes_again(make):
+    trainer = make(batch_size=4)
+    drawn = [trainer._image_of(draw) for draw in range(12)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list(range(6))
+    assert drawn[:6] != drawn[6:]
+    assert drawn == [make()._image_of(draw) for draw in range(12)]
+
+
+def test_the_rate_falls_to_a_tenth_at_95_percent(make):
+    trainer = make(steps=20, penalty="none")
+    rates = []
+    step = trainer._optimiser.step
+    trainer._optimiser.step = lambda: (rates.append(trainer._optimiser.param_groups[0]["lr"]), step())
+    trainer.train(until=1)
+    trainer.step = 18
+    trainer.train(until=20)
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-5])
+    assert all(record.penalty == 0 for record in trainer.history)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make):
+    trainer = make()
+    torch.nn.init.constant_(trainer.network.student[0].weight, float("nan"))
+    with pytest.raises(PydefectError, match="not finite"):
+        trainer.train()
