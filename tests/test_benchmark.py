@@ -133,7 +133,6 @@ def test_a_pair_is_known_by_what_its_figures_follow_from(data: Path, tmp_path: P
 def job(data: Path, tmp_path: Path, **changes: Any) -> Job:
     values: dict[str, Any] = {
         "root": str(data / "first" / "flange"),
-        "layout": "mvtec_ad",
         "method": "conpatch",
         "preset": "default",
         "settings": FAST,

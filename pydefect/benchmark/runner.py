@@ -133,7 +133,6 @@ def run_benchmark(
         work = folder / "work" / pair.place
         job = Job(
             root=str(pair.category.dataset.root.absolute()),
-            layout=pair.category.dataset.layout,
             method=pair.variant.method,
             preset=pair.variant.preset,
             settings=dict(pair.variant.settings),

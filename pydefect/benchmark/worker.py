@@ -36,7 +36,7 @@ class Job:
 
     Attributes
     ----------
-    root, layout
+    root
         Of the category.
     method, preset, settings, weights, seed, device, batch_size
         See :func:`pydefect.fit` and :func:`pydefect.evaluate`.
@@ -51,7 +51,6 @@ class Job:
     """
 
     root: str
-    layout: str
     method: str
     preset: str
     settings: dict[str, Any]
@@ -70,9 +69,9 @@ def run_job(job: Job) -> dict[str, Any]:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    dataset = read_dataset(job.root, layout=job.layout)
+    dataset = read_dataset(job.root)
     resumed = Path(job.checkpoint).exists()
-    detector, fit_seconds = _fit(job, dataset, job.settings, job.checkpoint)
+    detector, fit_seconds = _fit(job, job.settings, job.checkpoint)
     fit_peak = peak_rss_mb()
     evaluation = api.evaluate(
         detector, dataset, out=job.run, batch_size=job.batch_size, progress=sys.stderr.isatty()
@@ -97,12 +96,10 @@ def run_job(job: Job) -> dict[str, Any]:
     return row
 
 
-def _fit(
-    job: Job, dataset: Dataset, settings: dict[str, Any], checkpoint: str | None
-) -> tuple[Detector, float]:
+def _fit(job: Job, settings: dict[str, Any], checkpoint: str | None) -> tuple[Detector, float]:
     began = time.perf_counter()
     detector = api.fit(
-        [sample.image for sample in dataset.train],
+        job.root,
         method=job.method,
         preset=job.preset,
         weights=job.weights,
@@ -137,7 +134,7 @@ def _best_epoch(
         fixed["early_stopping"] = False
     by_epochs = {epochs: last}
     for fewer in range(epochs):
-        shorter, _ = _fit(job, dataset, {**job.settings, **fixed, "epochs": fewer}, None)
+        shorter, _ = _fit(job, {**job.settings, **fixed, "epochs": fewer}, None)
         by_epochs[fewer] = _metrics(
             api.evaluate(shorter, dataset, batch_size=job.batch_size, progress=sys.stderr.isatty())
         )
