@@ -123,6 +123,7 @@ def test_every_method_keeps_to_the_protocol():
         assert issubclass(found.config_type, MethodConfig)
         assert found.config_type.from_preset("default") == found.config_type()
         assert entry.summary
+        assert f'``"{name}"``' in pydefect.fit.__doc__
 
 
 def test_no_cycles():

@@ -55,7 +55,7 @@ def test_training_is_the_plain_loop(cache):
             loss.backward()
             optimiser.step()
             network.update_target(0.9)
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         history.append(sum(losses) / 3)
     # Adam divides a gradient by its own size, so that small ones carry their float32 error whole: 1e-3 of a
     # step of 1e-2, and some more in a few steps.
