@@ -1,13 +1,15 @@
-"""Whole paths against anomalib: scoring an image, and fitting a product.
+"""Whole paths against anomalib: scoring an image, fitting a product, and measuring a test set's pixels.
 
     python benchmarks/end_to_end.py score --data mvtec_ad/bottle --weights resnet18.npz --out score.json
     python benchmarks/end_to_end.py fit --data mvtec_ad/bottle --weights resnet18.npz --out fit.json
+    python benchmarks/end_to_end.py metrics --images 100 --size 1024 --rounds 3 --passes 1 --out metrics.json
 
 Everybody gets the same images at the same input size, the same backbone with the same weights, the same
 number of threads. Scoring begins with the network's input and ends with image scores and maps; reading files
 and calibration are left out. Fitting begins with files; CFA's time for its epochs is that of a few measured
-training steps times their number, and ours for 30 epochs that of a fit with one epoch and one without. The
-peers' environment is made by the command in the README; without it only pydefect is timed.
+training steps times their number, and ours for 30 epochs that of a fit with one epoch and one without.
+Metrics are those of drawn maps in memory, anomalib's and scikit-learn's timed once a pass, ours in every
+round. The peers' environment is made by the command in the README; without it only pydefect is timed.
 ``table.py`` makes tables of the results.
 """
 
@@ -23,12 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anomaly_maps
 import machine
 import torch
 from peak_memory import peak_mib
@@ -39,6 +42,7 @@ from pydefect.conpatch import ConPatchConfig
 from pydefect.data.images import open_images
 from pydefect.data.layouts import read_dataset
 from pydefect.detector import batches
+from pydefect.metrics import aupro, detection_metrics
 from pydefect.preprocessing import Preprocessing
 
 # Images that banks are made of; enough for PatchCore's tenth of all patches.
@@ -206,38 +210,104 @@ def fit(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[str
         yield record(group, "CFA", threads, times, f"{note}, {steps} steps of 4 from {len(times)}")
 
 
+def seconds_of(call: Callable[[], float]) -> tuple[float, float]:
+    """Return how long the call took and what it found."""
+    began = time.perf_counter()
+    found = call()
+    return time.perf_counter() - began, found
+
+
+def metrics(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[str, Any]]:
+    """Time pixel metrics; everybody must find the same."""
+    from sklearn.metrics import roc_auc_score
+
+    images = arguments.images or 100
+    maps, masks = anomaly_maps.draw(images, arguments.size)
+    scores, labels = maps.ravel(), masks.ravel()
+    size = f"{images}x{arguments.size}x{arguments.size}"
+    ours: dict[str, Callable[[], float]] = {
+        "auroc": lambda: detection_metrics(labels, scores).auroc,
+        "aupro": lambda: aupro(maps, masks),
+    }
+    rivals: dict[str, tuple[str, Callable[[], float]]] = {
+        "auroc": ("scikit-learn", lambda: float(roc_auc_score(labels, scores))),
+    }
+    times: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str], float] = {}
+    for _ in range(arguments.passes):
+        for metric, call in ours.items():
+            if (rivals[metric][0] if metric in rivals else "anomalib") not in arguments.contenders:
+                continue
+            peaks[metric, "pydefect"] = peak_mib(call)
+            for _ in range(arguments.rounds):
+                seconds, found[metric, "pydefect"] = seconds_of(call)
+                times.setdefault((metric, "pydefect"), []).append(seconds)
+            if metric in rivals:
+                name, rival = rivals[metric]
+                seconds, found[metric, name] = seconds_of(rival)
+                times.setdefault((metric, name), []).append(seconds)
+        if python and "anomalib" in arguments.contenders:
+            task = {"what": "metrics", "threads": arguments.threads}
+            theirs = peer_times(
+                python, task | {"maps": torch.from_numpy(maps), "masks": torch.from_numpy(masks)}
+            )
+            machine.peers |= theirs["versions"]
+            times.setdefault(("aupro", "anomalib"), []).extend(theirs["times"]["aupro"])
+            peaks["aupro", "anomalib"] = theirs["peak_mib"]["aupro"]
+            found["aupro", "anomalib"] = theirs["found"]["aupro"]
+    for (metric, name), measured in times.items():
+        difference = abs(found[metric, name] - found[metric, "pydefect"])
+        # anomalib adds up in float32; the others agree to 1e-9.
+        if difference > (1e-3 if name == "anomalib" else 1e-9):
+            raise RuntimeError(f"{metric}: {name} finds {found[metric, name]}, off by {difference}")
+        note = "" if name == "pydefect" else f"differs by {difference:.1e}"
+        line = record(f"{metric} {size}", name, arguments.threads, measured, note)
+        if (metric, name) in peaks:
+            line["extra_info"]["peak_mib"] = peaks[metric, name]
+        yield line
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["score", "fit"])
-    parser.add_argument("--data", required=True, type=Path, help="a product's folder: mvtec_ad/bottle")
+    parser.add_argument("what", choices=["score", "fit", "metrics"])
+    parser.add_argument("--data", type=Path, help="a product's folder: mvtec_ad/bottle; not for metrics")
     parser.add_argument("--backbone", default="resnet18", choices=["resnet18", "wide_resnet50_2"])
     parser.add_argument("--weights", default="random", help="a file with torchvision's names, or 'random'")
-    parser.add_argument("--size", type=int, default=256, help="side of the network's input in pixels")
+    parser.add_argument(
+        "--size", type=int, default=256, help="side of the network's input, or of maps, in pixels"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--passes", type=int, default=2, help="times that everybody's rounds are repeated")
-    parser.add_argument("--images", type=int, help="fit on so many of the training images only")
+    parser.add_argument(
+        "--images", type=int, help="fit on so many of the training images only, or measure so many maps"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=["pydefect", "CFA"],
-        help="of 30 epochs; also 'pydefect paper preset'",
+        default=["pydefect", "CFA", "scikit-learn", "anomalib"],
+        help="of 30 epochs: pydefect, CFA, also 'pydefect paper preset'; of metrics: scikit-learn, anomalib",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", type=Path, default=Path("build/peers"), help="the peers' environment")
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
+    if arguments.data is None and arguments.what != "metrics":
+        parser.error(f"{arguments.what} needs --data")
     torch.set_num_threads(arguments.threads)
+    # Metrics take theirs from here.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     python = arguments.peers.absolute() / "bin" / "python"
     if not python.exists():
         print(f"no peers in {arguments.peers}: only pydefect is timed", file=sys.stderr)
         python = None
     machine.measure_limits(arguments.threads)
     results = []
-    for line in (score if arguments.what == "score" else fit)(arguments, python):
+    for line in {"score": score, "fit": fit, "metrics": metrics}[arguments.what](arguments, python):
         results.append(line)
         name, milliseconds = line["extra_info"]["contender"], 1e3 * line["stats"]["median"]
         print(f"{line['group']:<40} {name:<24} {milliseconds:>10.1f} ms")

@@ -61,7 +61,7 @@ def measure_again() -> None:
 def facts() -> dict[str, Any]:
     """Return what is added to pytest-benchmark's machine information."""
     versions = {"pydefect": version("pydefect-vision"), "CPU level": build_info().cpu_level_active}
-    for package in ("torch", "numpy", "scipy", "faiss-cpu"):
+    for package in ("torch", "numpy", "scipy", "scikit-learn", "faiss-cpu"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

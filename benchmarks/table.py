@@ -114,6 +114,8 @@ TARGETS = (
     Target("score wide_resnet50_2 batch 1 *", "CFA", 5, ours="pydefect bfloat16"),
     Target("score wide_resnet50_2 batch 1 *", "PatchCore", 3, ours="pydefect float32"),
     Target("fit resnet18 30 epochs *", "CFA*", 5),
+    Target("auroc 100x1024x1024 *", "scikit-learn*", 10),
+    Target("aupro 100x1024x1024 *", "anomalib*", 20),
 )
 
 
