@@ -43,6 +43,7 @@ _COLUMNS = (
     "score",
     "image_threshold",
     "defective",
+    "kind",
     "p_value",
     "peak_row",
     "peak_column",
@@ -50,6 +51,8 @@ _COLUMNS = (
 )
 # What waits for the sheet is made no larger than this: a few large photographs would fill the memory.
 _SHEET_EDGE = 1024
+# What the arrays of a map's parts are called where they wait.
+_PART = "part-"
 # In bytes, of one part of a path: most file systems allow 255, and endings come on top.
 _LONGEST_NAME = 180
 
@@ -69,11 +72,12 @@ def write_score_folder(
 
     ::
 
-        out/scores.csv             name, path, score, image_threshold, defective, p_value,
+        out/scores.csv             name, path, score, image_threshold, defective, kind, p_value,
                                    peak_row, peak_column, picture
         out/scores.json            the same, with thresholds, skipped files, version and configuration
         out/overlays/<picture>     the heat map over the image
         out/contours/<picture>     a red curve round every defective region (with a pixel threshold)
+        out/parts/<picture>        the image and the parts of its map side by side (of methods with parts)
         out/masks/<picture>        defective pixels 255, others 0 (with a pixel threshold)
         out/maps/<name>.tiff       the anomaly map in float32 (with maps=True)
         out/sheet.png              the images with the highest scores, side by side
@@ -263,6 +267,7 @@ class ScoreFolderWriter:
         self.add_skipped(result.skipped)
 
         defective = result.is_defective
+        kinds = result.kind
         every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
         # The pixels come first: only so is it seen that there are more of them than of results.
         for pixels, index in zip(every_pixels, range(len(result)), strict=False):
@@ -277,6 +282,7 @@ class ScoreFolderWriter:
                 "score": float(f"{result.image_scores[index]:.9g}"),
                 "image_threshold": result.image_threshold,
                 "defective": None if defective is None else bool(defective[index]),
+                "kind": None if kinds is None else kinds[index],
                 "p_value": None if result.p_values is None else float(f"{result.p_values[index]:.6g}"),
                 "peak_row": int(peak_row),
                 "peak_column": int(peak_column),
@@ -288,7 +294,8 @@ class ScoreFolderWriter:
             if pixels is None:
                 continue
             truth = None if ground_truth is None else ground_truth[index]
-            shown = _Shown(row, to_rgb8(pixels), anomaly_map, result.scored_boxes[index], truth)
+            parts = {name: maps[index] for name, maps in result.part_maps.items()}
+            shown = _Shown(row, to_rgb8(pixels), anomaly_map, result.scored_boxes[index], truth, parts)
             _check_sizes(shown)
             self._sheet.offer(shown)
             if self._scale is None:
@@ -306,6 +313,13 @@ class ScoreFolderWriter:
             self.out / "overlays" / name,
             overlay(shown.picture, shown.anomaly_map, *scale, scored_box=shown.scored_box),
         )
+        if shown.part_maps:
+            pictures = [fade_unscored(shown.picture, shown.scored_box)]
+            pictures += [
+                overlay(shown.picture, part, *scale, scored_box=shown.scored_box)
+                for part in shown.part_maps.values()
+            ]
+            write_picture(self.out / "parts" / name, np.hstack(pictures))
         mask = self._mask(shown)
         if mask is not None:
             marked = draw_contours(fade_unscored(shown.picture, shown.scored_box), mask)
@@ -322,12 +336,13 @@ class ScoreFolderWriter:
         top, left, bottom, right = shown.scored_box
         scored = shown.anomaly_map[top:bottom, left:right]
         self._ranges.append((float(np.median(scored)), float(np.max(scored))))
-        np.savez(
-            Path(self._waiting.name) / f"{len(self.rows) - 1}.npz",
-            picture=shown.picture,
-            anomaly_map=shown.anomaly_map,
-            scored_box=shown.scored_box,
-        )
+        arrays: dict[str, Any] = {
+            "picture": shown.picture,
+            "anomaly_map": shown.anomaly_map,
+            "scored_box": shown.scored_box,
+        }
+        arrays |= {_PART + name: part for name, part in shown.part_maps.items()}
+        np.savez(Path(self._waiting.name) / f"{len(self.rows) - 1}.npz", **arrays)
 
     def _draw_waiting(self) -> None:
         if self._waiting is None:
@@ -337,7 +352,10 @@ class ScoreFolderWriter:
         for index, row in enumerate(self.rows):
             with np.load(Path(self._waiting.name) / f"{index}.npz") as kept:
                 box = tuple(kept["scored_box"].tolist())
-                self._draw(_Shown(row, kept["picture"], kept["anomaly_map"], box, None), self._scale)
+                parts = {
+                    name.removeprefix(_PART): kept[name] for name in kept.files if name.startswith(_PART)
+                }
+                self._draw(_Shown(row, kept["picture"], kept["anomaly_map"], box, None, parts), self._scale)
 
     def _finish(self) -> None:
         self._draw_waiting()
@@ -354,6 +372,9 @@ class ScoreFolderWriter:
                 scale=self._scale,
                 pixel_threshold=None if self._thresholds is None else self._thresholds[1],
                 scored_boxes=[shown.scored_box for shown in highest],
+                part_maps={
+                    name: [shown.part_maps[name] for shown in highest] for name in highest[0].part_maps
+                },
             )
             write_picture(self.out / "sheet.png", sheet)
         write_atomically(self.out / "scores.json", self._as_json())
@@ -396,6 +417,7 @@ class _Shown:
     anomaly_map: NDArray[np.float32]
     scored_box: Box
     ground_truth: NDArray[Any] | None
+    part_maps: dict[str, NDArray[np.float32]]
 
 
 class _HighestScores:
@@ -426,7 +448,11 @@ def _made_smaller(shown: _Shown) -> _Shown:
     if truth is not None and np.shape(truth) != picture.shape[:2]:
         regions = (np.asarray(truth) != 0).astype(np.float32)
         truth = cv2.resize(regions, picture.shape[1::-1], interpolation=cv2.INTER_AREA) > 0
-    return _Shown(shown.row, picture, anomaly_map, box, truth)
+    parts = {
+        name: shrink(shown.picture, part, shown.scored_box, _SHEET_EDGE)[1]
+        for name, part in shown.part_maps.items()
+    }
+    return _Shown(shown.row, picture, anomaly_map, box, truth, parts)
 
 
 class _PictureNames:
@@ -502,7 +528,7 @@ def _check_sizes(shown: _Shown) -> None:
 
 
 def _caption(row: Mapping[str, Any]) -> str:
-    verdict = {None: "", True: "  defective", False: "  good"}[row["defective"]]
+    verdict = {None: "", True: f"  {row['kind'] or 'defective'}", False: "  good"}[row["defective"]]
     return f"{row['name']}\nscore {row['score']:.3g}{verdict}"
 
 

@@ -9,7 +9,7 @@ paints the noise of a good product as red as the defect of a bad one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import cv2
@@ -330,9 +330,13 @@ def comparison_sheet(
     scale: tuple[float, float] | None = None,
     pixel_threshold: float | None = None,
     scored_boxes: Sequence[Box] | None = None,
+    part_maps: Mapping[str, Sequence[NDArray[Any]]] | None = None,
     cell: int = 224,
 ) -> Picture:
     """Show images in columns: input, ground truth, heat map, segmentation (the ConPatch paper's figure 8).
+
+    Of methods with parts of the map (:attr:`pydefect.Result.part_maps`) these stand over the heat map, as in
+    the dual autoencoder paper's figures 5 to 8.
 
     Parameters
     ----------
@@ -352,6 +356,8 @@ def comparison_sheet(
         Marked beside the scale of colours.
     scored_boxes
         n of (top, left, bottom, right); what lies outside is shown faded.
+    part_maps
+        By title n of [H, W], shown in the heat map's colours.
     cell
         The longer edge of every picture on the sheet in pixels.
 
@@ -376,6 +382,7 @@ def comparison_sheet(
         ("ground_truth", ground_truth),
         ("captions", captions),
         ("scored_boxes", scored_boxes),
+        *(part_maps or {}).items(),
     ):
         if values is not None and len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} images")
@@ -385,6 +392,7 @@ def comparison_sheet(
 
     titles = ["input"]
     titles += ["ground truth"] if ground_truth is not None else []
+    titles += list(part_maps or {})
     titles += ["heat map"]
     titles += ["segmentation"] if masks is not None else []
     columns: list[list[Picture]] = []
@@ -392,13 +400,14 @@ def comparison_sheet(
         picture = to_rgb8(images[index])
         box = None if scored_boxes is None else scored_boxes[index]
         shown = picture if box is None else fade_unscored(picture, box)
-        _check_size(f"anomaly_maps[{index}]", anomaly_maps[index], picture)
         column = [_fitted(shown, cell)]
         if ground_truth is not None:
             _check_size(f"ground_truth[{index}]", ground_truth[index], picture)
             column.append(_fitted(to_rgb8(np.asarray(ground_truth[index]) != 0), cell))
-        colours = heat_map(anomaly_maps[index], low, high)
-        column.append(_fitted(colours if box is None else fade_unscored(colours, box), cell))
+        for name, maps in [*(part_maps or {}).items(), ("anomaly_maps", anomaly_maps)]:
+            _check_size(f"{name}[{index}]", maps[index], picture)
+            colours = heat_map(maps[index], low, high)
+            column.append(_fitted(colours if box is None else fade_unscored(colours, box), cell))
         if masks is not None:
             _check_size(f"masks[{index}]", masks[index], picture)
             column.append(_with_contours(shown, masks[index], cell))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -268,3 +269,23 @@ def test_large_images_reach_the_sheet_with_their_small_defects(tmp_path: Path) -
     sheet = read_picture(tmp_path / "sheet.png").astype(int)
     redness = sheet[..., 0] - sheet[..., 1]
     assert redness.max() > 100
+
+
+@pytest.mark.parametrize("threshold", [THRESHOLD, None])
+def test_parts_of_the_map_and_the_kind_of_defect_are_shown(tmp_path: Path, threshold: float | None) -> None:
+    result = make_result(["a", "b"], [2.0, 3.0], threshold=threshold)
+    result = replace(
+        result,
+        part_maps={"local": result.anomaly_maps, "global": [0 * one for one in result.anomaly_maps]},
+        part_scores={"local": np.array([2.0, 3.0]), "global": np.array([0.1, 0.1])},
+        part_thresholds={} if threshold is None else {"local": 1.0, "global": 1.0},
+    )
+    write_score_folder(result, tmp_path, images=images_for(2))
+    height, width = SIZE
+    for name, image in zip(("a", "b"), images_for(2), strict=True):
+        parts = read_picture(tmp_path / "parts" / f"{name}.png")
+        assert parts.shape == (height, 3 * width, 3)
+        assert (parts[:, :width, 0] == np.asarray(image).reshape(height, width, -1)[..., 0]).all()
+        assert (parts[:, width : 2 * width] != parts[:, :width]).any()
+        np.testing.assert_array_equal(parts[:, 2 * width :], parts[:, :width])
+    assert [row["kind"] for row in read_rows(tmp_path)] == ["structural" if threshold else ""] * 2

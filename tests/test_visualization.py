@@ -236,3 +236,14 @@ def test_the_sheet_refuses_lists_that_do_not_fit() -> None:
         comparison_sheet([], [])
     with pytest.raises(InputError):
         comparison_sheet(images, [np.zeros((3, 3)), maps[1]])
+
+
+def test_parts_of_the_map_stand_over_the_heat_map():
+    images, maps = [np.full((20, 30, 3), 90, np.uint8)] * 2, [np.linspace(0, 1, 600).reshape(20, 30)] * 2
+    without = comparison_sheet(images, maps, cell=64)
+    parts = {"local": maps, "global": maps}
+    sheet = comparison_sheet(images, maps, part_maps=parts, cell=64)
+    row = (without.shape[0] - sheet.shape[0]) // -2
+    assert row > 30
+    with pytest.raises(InputError, match="global"):
+        comparison_sheet(images, maps, part_maps={"global": maps[:1]}, cell=64)

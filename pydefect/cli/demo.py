@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +31,22 @@ _WITHOUT_LEARNED_FEATURES: dict[str, Any] = {
     "coordinate_weight": 2.0,
     "representation_dim": 128,
 }
+# A few hundred steps on small images learn where parts belong; the flange's defects need none of that.
+_LOGICAL: dict[str, Any] = {
+    "resize": 128,
+    "padding": True,
+    "steps": 240,
+    "learning_rate": 1e-3,
+    "held_out_share": 0.3,
+    "false_alarm_rate": 0.05,
+}
+
+
+class Scene(str, Enum):
+    """What is drawn."""
+
+    STRUCTURAL = "structural"
+    LOGICAL = "logical"
 
 
 def demo(
@@ -45,6 +62,13 @@ def demo(
             "this machine, else random]",
         ),
     ] = None,
+    scene: Annotated[
+        Scene,
+        typer.Option(
+            help="structural: scratches and the like on a flange, with ConPatch. logical: missing, surplus "
+            "and swapped parts on a tray, with the dual autoencoder."
+        ),
+    ] = Scene.STRUCTURAL,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -62,13 +86,14 @@ def demo(
     from pydefect.data.procedural import write_dataset
     from pydefect.score_folder import ScoreFolderWriter
 
-    root = out / f"flange-{seed}"
+    drawn: Literal["flange", "tray"] = "tray" if scene is Scene.LOGICAL else "flange"
+    root = out / f"{drawn}-{seed}"
     if not root.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_dataset(root, _TRAIN, _TEST_GOOD, _PER_DEFECT, _SIZE, seed)
+        write_dataset(root, _TRAIN, _TEST_GOOD, _PER_DEFECT, _SIZE, seed, drawn)
     dataset = read_dataset(root)
     say(f"images: {len(dataset.train)} good ones to learn from, {len(dataset.test)} to inspect, in {root}")
-    if weights is None:
+    if weights is None and scene is Scene.STRUCTURAL:
         weights = "imagenet" if cached_weights(_BACKBONE) else "random"
         if weights == "random":
             say(
@@ -76,12 +101,13 @@ def demo(
                 "nothing; with --weights imagenet (45 MB) it finds more"
             )
 
-    settings = _QUICK | (_WITHOUT_LEARNED_FEATURES if weights == "random" else {})
+    settings: dict[str, Any] = {"method": "dual_ae", **_LOGICAL}
+    if scene is Scene.STRUCTURAL:
+        settings = {"backbone": _BACKBONE, "weights": weights, **_QUICK}
+        settings |= _WITHOUT_LEARNED_FEATURES if weights == "random" else {}
     say("settings: " + " ".join(f"{name}={value}" for name, value in settings.items()))
     start = time.perf_counter()
-    detector = pydefect.fit(
-        root, backbone=_BACKBONE, weights=weights, seed=seed, progress=not quiet, **settings
-    )
+    detector = pydefect.fit(root, seed=seed, progress=not quiet, **settings)
     model = out / "model.safetensors"
     detector.save(model)
     print_fit(detector, time.perf_counter() - start)
@@ -118,9 +144,12 @@ def _write_sheet(detector: Detector, dataset: Dataset, path: Path) -> None:
             read_mask(sample, image.shape[:2]) for sample, image in zip(chosen, images, strict=True)
         ],
         captions=[
-            f"{sample.defect.replace('_', ' ')}\nscore {score:.3g}"
-            for sample, score in zip(chosen, result.image_scores, strict=True)
+            f"{sample.defect.replace('_', ' ')}\nscore {score:.3g}" + (f"  {kind}" if kind else "")
+            for sample, score, kind in zip(
+                chosen, result.image_scores, result.kind or [None] * len(chosen), strict=True
+            )
         ],
+        part_maps=result.part_maps,
         pixel_threshold=result.pixel_threshold,
         scored_boxes=result.scored_boxes,
     )

@@ -87,7 +87,7 @@ def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:
     highest = sorted(rows, key=lambda row: -row["score"])[:_SHOWN]
     width = max((len(row["name"]) for row in highest), default=0)
     for row in highest:
-        verdict = {True: "  defective", False: "  good", None: ""}[row["defective"]]
+        verdict = {True: f"  {row['kind'] or 'defective'}", False: "  good", None: ""}[row["defective"]]
         typer.echo(f"{row['name']:<{width}}  {row['score']:10.4f}{verdict}")
     if len(rows) > len(highest):
         typer.echo(f"... and {len(rows) - len(highest)} with lower scores")

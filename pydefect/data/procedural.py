@@ -17,14 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import cv2
 import numpy as np
 
+from pydefect.data.tray import TRAY_DEFECTS, render_tray
 from pydefect.errors import InputError
 
-__all__ = ["DEFECTS", "render_product", "write_dataset"]
+__all__ = ["DEFECTS", "Scene", "render_product", "write_dataset"]
+
+Scene = Literal["flange", "tray"]
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Bools: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
@@ -111,8 +114,9 @@ def write_dataset(
     n_per_defect: int = 5,
     size: int | tuple[int, int] = 256,
     seed: int = 0,
+    scene: Scene = "flange",
 ) -> Path:
-    """Write a data set of the product in MVTec AD's layout.
+    """Write a data set of a procedural scene in MVTec AD's layout.
 
     The data set is drawn beside `root` and moved there when it is complete, so no half data set is ever found
     there.
@@ -124,12 +128,15 @@ def write_dataset(
     n_train, n_test_good
         How many good parts to draw for ``train/good`` and ``test/good``.
     n_per_defect
-        How many parts to draw with each of :data:`DEFECTS`, for ``test`` and ``ground_truth``.
+        How many parts to draw with each of the scene's defects, for ``test`` and ``ground_truth``.
     size
         As for :func:`render_product`.
     seed
         Equal seeds give equal files. Every image has random numbers of its own: it does not depend on the
         counts.
+    scene
+        ``"flange"``: this module's product with structural defects; ``"tray"``: the arrangement of
+        :mod:`pydefect.data.tray` with logical ones.
 
     Returns
     -------
@@ -152,12 +159,13 @@ def write_dataset(
     root.absolute().parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.absolute().parent))
     try:
+        render, defects = (render_tray, TRAY_DEFECTS) if scene == "tray" else (render_product, tuple(DEFECTS))
         parts: list[tuple[str, str | None, int]]
         parts = [("train/good", None, n_train), ("test/good", None, n_test_good)]
-        parts += [(f"test/{defect}", defect, n_per_defect) for defect in DEFECTS]
+        parts += [(f"test/{defect}", defect, n_per_defect) for defect in defects]
         for stream, (folder, defect, count) in enumerate(parts):
             for number in range(count):
-                image, mask = render_product(np.random.default_rng([seed, stream, number]), size, defect)
+                image, mask = render(np.random.default_rng([seed, stream, number]), size, defect)
                 _write_png(draft / folder / f"{number:03d}.png", image[..., ::-1])
                 if defect is not None:
                     values = mask.astype(np.uint8) * np.uint8(255)
