@@ -18,6 +18,10 @@
 //    triangle inequality the given vectors' distance is at least sqrt(L) - u (|x| + |Y|), however far from
 //    the origin they lie.
 //
+// Where only heads are scored, the first elements h and the norm r of the others, these stand for x and y:
+// |(h, r)| = |x|, and their product (h, r).(h', r') is at least x.y (Cauchy-Schwarz), so every score is an
+// upper bound of what it stands for and L remains one. Rounding r counts into e and f.
+//
 // And the directly computed squared distance is at least (1 - g(D + 8)) of the true one. If that bound
 // exceeds the k-th distance found, no row outside the kept ones belongs in the answer, and the answer equals,
 // bit for bit, that of measuring every row directly. Otherwise the query is searched again, exhaustively.

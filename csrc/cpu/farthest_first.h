@@ -7,6 +7,10 @@
 // many, as a matrix product reads its operands; and then, as long as the farthest of them stands at the
 // threshold or above, no other point can be farther, and it is chosen. Most points are never looked at again
 // once they are well covered.
+//
+// Looking comes in two steps where it pays, as it does on principal components: a vector's outline, its first
+// elements and the norm of the others, gives a lower bound of a distance for an eighth of the work, and only
+// what may be nearer than what is known is measured.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -22,6 +27,7 @@
 
 #include "dispatch.h"
 #include "kernels/squared_distances.h"
+#include "outlines.h"
 #include "rounding.h"
 
 namespace pydefect::cpu {
@@ -58,6 +64,8 @@ class FarthestFirst {
         chosen_(chosen),
         nearest_(static_cast<size_t>(count_), std::numeric_limits<float>::infinity()),
         seen_(static_cast<size_t>(count_), 0),
+        outlines_(kernel_, points_, width),
+        bounds_enough_(static_cast<size_t>(count_), std::numeric_limits<float>::quiet_NaN()),
         round_size_(std::max<int64_t>(kFewestPoints, count_ / 64)) {
     chosen_rows_.reserve(static_cast<size_t>(m));
   }
@@ -87,6 +95,7 @@ class FarthestFirst {
   void choose(int64_t point) {
     chosen_[chosen_count()] = point;
     chosen_rows_.push_back(row(point));
+    if (outlines_.used()) chosen_outlines_.push_back(outlines_.row(point));
     // Below every distance: no threshold takes it in again.
     nearest_[static_cast<size_t>(point)] = -1.0f;
   }
@@ -146,26 +155,65 @@ class FarthestFirst {
 
   void show(const int64_t* points, int64_t count, int64_t now, float* distances) {
     const float* rows[kPointsAtATime];
-    for (int64_t i = 0; i < count; ++i) rows[i] = row(points[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = outlines_.used() ? outlines_.row(points[i]) : row(points[i]);
+    }
+    const float* const* chosen = outlines_.used() ? chosen_outlines_.data() : chosen_rows_.data();
+    const int64_t width = outlines_.used() ? outlines_.width() : width_;
+    std::vector<const float*> near;
     for (int64_t first = seen_[static_cast<size_t>(points[0])]; first < now; first += kChosenAtATime) {
       const int64_t some = std::min(kChosenAtATime, now - first);
-      kernel_.measure(rows, count, chosen_rows_.data() + first, some, width_, distances, kChosenAtATime);
+      kernel_.measure(rows, count, chosen + first, some, width, distances, kChosenAtATime);
       for (int64_t i = 0; i < count; ++i) {
-        float& nearest = nearest_[static_cast<size_t>(points[i])];
-        for (int64_t c = 0; c < some; ++c) {
-          const float distance = distances[i * kChosenAtATime + c];
-          if (distance < nearest) nearest = distance;
+        float* const of_point = distances + i * kChosenAtATime;
+        if (outlines_.used()) {
+          measure_near(points[i], chosen_rows_.data() + first, of_point, some, near);
+        } else {
+          for (int64_t c = 0; c < some; ++c) lower(points[i], of_point[c]);
         }
       }
     }
     for (int64_t i = 0; i < count; ++i) seen_[static_cast<size_t>(points[i])] = static_cast<int32_t>(now);
   }
 
+  // Measures the point's distance from the chosen rows whose bounds leave open whether they are nearer than
+  // what the point knows.
+  void measure_near(int64_t point, const float* const* chosen, float* bounds, int64_t count,
+                    std::vector<const float*>& near) {
+    const float* const own = row(point);
+    float distance;
+    if (nearest_[static_cast<size_t>(point)] == std::numeric_limits<float>::infinity()) {
+      // Nothing is known: the one with the lowest bound says most.
+      const int64_t first = std::min_element(bounds, bounds + count) - bounds;
+      kernel_.measure(&own, 1, chosen + first, 1, width_, &distance, 1);
+      lower(point, distance);
+    }
+    near.clear();
+    const float enough = bounds_enough_[static_cast<size_t>(point)];
+    for (int64_t c = 0; c < count; ++c) {
+      if (!(bounds[c] >= enough)) near.push_back(chosen[c]);
+    }
+    if (near.empty()) return;
+    const int64_t left = static_cast<int64_t>(near.size());
+    kernel_.measure(&own, 1, near.data(), left, width_, bounds, left);
+    for (int64_t c = 0; c < left; ++c) lower(point, bounds[c]);
+  }
+
+  void lower(int64_t point, float distance) {
+    float& nearest = nearest_[static_cast<size_t>(point)];
+    if (!(distance < nearest)) return;
+    nearest = distance;
+    if (outlines_.used()) bounds_enough_[static_cast<size_t>(point)] = outlines_.enough(distance);
+  }
+
   // Chooses the farthest of the round as long as no point outside can be farther.
   void choose_from_round(float threshold) {
-    const int64_t grain = std::max<int64_t>(1, kElementsAThread / width_);
+    const int64_t width = outlines_.used() ? outlines_.width() : width_;
+    const int64_t grain = std::max<int64_t>(1, kElementsAThread / width);
     rows_.clear();
-    for (const int64_t point : round_) rows_.push_back(row(point));
+    for (const int64_t point : round_) {
+      rows_.push_back(outlines_.used() ? outlines_.row(point) : row(point));
+    }
     while (!round_.empty() && chosen_count() < m_) {
       const int64_t farthest = farthest_of_round();
       // Where even the farthest lies on a chosen point all do, and nothing can lower their distances.
@@ -174,18 +222,18 @@ class FarthestFirst {
       const int64_t count = static_cast<int64_t>(round_.size());
       if (!all_zero) {
         distances_.resize(round_.size());
+        const float* const* newest = outlines_.used() ? &chosen_outlines_.back() : &chosen_rows_.back();
         torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-          kernel_.measure(&chosen_rows_.back(), 1, rows_.data() + begin, end - begin, width_,
-                          distances_.data() + begin, count);
+          kernel_.measure(newest, 1, rows_.data() + begin, end - begin, width, distances_.data() + begin,
+                          count);
+          show_newest(begin, end);
         });
       }
       size_t kept = 0;
       for (size_t i = 0; i < round_.size(); ++i) {
         const int64_t point = round_[i];
-        float& nearest = nearest_[static_cast<size_t>(point)];
-        if (!all_zero && distances_[i] < nearest) nearest = distances_[i];
         seen_[static_cast<size_t>(point)] = static_cast<int32_t>(chosen_count());
-        if (!(nearest >= threshold)) continue;
+        if (!(nearest_[static_cast<size_t>(point)] >= threshold)) continue;
         round_[kept] = point;
         rows_[kept] = rows_[i];
         ++kept;
@@ -193,6 +241,32 @@ class FarthestFirst {
       round_.resize(kept);
       rows_.resize(kept);
     }
+  }
+
+  // Lowers what the round's points begin..end know by the newest choice, whose distances from them, or bounds
+  // of those, stand in distances_.
+  void show_newest(int64_t begin, int64_t end) {
+    const float* near[kPointsAtATime];
+    int64_t points[kPointsAtATime];
+    float distances[kPointsAtATime];
+    int64_t count = 0;
+    const auto measure = [&] {
+      kernel_.measure(&chosen_rows_.back(), 1, near, count, width_, distances, count);
+      for (int64_t i = 0; i < count; ++i) lower(points[i], distances[i]);
+      count = 0;
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t point = round_[static_cast<size_t>(i)];
+      const float found = distances_[static_cast<size_t>(i)];
+      if (!outlines_.used()) {
+        lower(point, found);
+      } else if (!(found >= bounds_enough_[static_cast<size_t>(point)])) {
+        near[count] = row(point);
+        points[count++] = point;
+        if (count == kPointsAtATime) measure();
+      }
+    }
+    if (count > 0) measure();
   }
 
   // The first one of equals: the round's points ascend.
@@ -211,6 +285,10 @@ class FarthestFirst {
   std::vector<const float*> chosen_rows_;  // so far
   std::vector<float> nearest_;  // [count_]: distance to the nearest of the first seen_ chosen points
   std::vector<int32_t> seen_;   // [count_]
+  Outlines outlines_;
+  std::vector<const float*> chosen_outlines_;  // as chosen_rows_
+  // [count_]: no row whose bound reaches this is nearer than nearest_.
+  std::vector<float> bounds_enough_;
   int64_t round_size_;
   std::vector<int64_t> round_;  // points, ascending
   std::vector<const float*> rows_;

@@ -35,6 +35,33 @@ void measure_all(const SquaredDistancesKernel& kernel, const std::vector<const f
   });
 }
 
+// The rows' distances to each other, [rows, rows]: one half is measured, the other is its mirror image.
+void measure_among(const SquaredDistancesKernel& kernel, const std::vector<const float*>& rows, int64_t width,
+                   float* table) {
+  const int64_t count = static_cast<int64_t>(rows.size());
+  const int64_t blocks = divide_up(count, kBlock);
+  const auto measure_block = [&](int64_t block) {
+    const int64_t first = block * kBlock;
+    const int64_t some = std::min(kBlock, count - first);
+    for (int64_t column = first; column < count; column += kBlock) {
+      const int64_t columns = std::min(kBlock, count - column);
+      kernel.measure(rows.data() + first, some, rows.data() + column, columns, width,
+                     table + first * count + column, count);
+      if (column == first) continue;
+      for (int64_t i = first; i < first + some; ++i) {
+        for (int64_t j = column; j < column + columns; ++j) table[j * count + i] = table[i * count + j];
+      }
+    }
+  };
+  // The first lines of blocks are the longest: each goes with one of the last.
+  torch::stable::parallel_for(0, divide_up(blocks, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      measure_block(block);
+      if (blocks - 1 - block != block) measure_block(blocks - 1 - block);
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, const Tensor& added_given,
                                                   int64_t m, const std::optional<Tensor>& distances_given) {
   check_kcenter_reduce(centres_given, added_given, m, distances_given);
@@ -60,15 +87,14 @@ std::tuple<Tensor, Tensor, Tensor> kcenter_reduce(const Tensor& centres_given, c
     *squared_radius.mutable_data_ptr<float>() = search.squared_radius();
     std::vector<const float*> rows;
     for (int64_t i = 0; i < m; ++i) rows.push_back(points[static_cast<size_t>(picks[i])]);
-    measure_all(kernel, rows, rows, width, distances.mutable_data_ptr<float>());
+    measure_among(kernel, rows, width, distances.mutable_data_ptr<float>());
     return {chosen, squared_radius, distances};
   }
 
   Tensor known = distances_given ? in_order("kcenter_reduce", "distances", *distances_given)
                                  : torch::stable::new_empty(centres, {old, old});
   if (!distances_given) {
-    const std::vector<const float*> old_points = row_pointers(centres);
-    measure_all(kernel, old_points, old_points, width, known.mutable_data_ptr<float>());
+    measure_among(kernel, row_pointers(centres), width, known.mutable_data_ptr<float>());
   }
   const float* const among_old = known.const_data_ptr<float>();
   // [all points, new points]

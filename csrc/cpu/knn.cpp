@@ -1,6 +1,10 @@
 // k-NN on the CPU. Candidates come from the expanded form in register tiles over a packed bank; only winners
 // are measured directly. csrc/knn_certificate.h says why the answer is that of measuring everything directly,
 // so it depends on neither the thread count nor the blocking nor the instruction set.
+//
+// Vectors on principal components carry most of their length in their first elements. There it is enough to
+// score those, with the norm of the rest as one element more: that score is an upper bound, and few rows pass
+// it. A few queries try out whether it pays.
 
 #include "knn.h"
 
@@ -46,8 +50,12 @@ constexpr int64_t kLongestList = 1024;
 constexpr int64_t kCentreRows = 1024;
 // KnnKernel's rows and columns are at most this.
 constexpr int64_t kMostColumns = 32;
-// Queries that try out the bf16 search, spread over all of them.
+// Queries that try out a search, spread over all of them.
 constexpr int64_t kTrialQueries = 56;
+// Vectors of at least this width may be scored by their heads, an eighth of them, which is a multiple of 32.
+constexpr int64_t kWide = 256;
+// Packing a bank's heads in vain costs little beside the search of so many queries.
+constexpr int64_t kManyQueries = 8 * kTrialQueries;
 
 struct Matrix {
   const float* data;
@@ -89,8 +97,21 @@ class Shortlists {
     std::fill_n(best_.data() + query * best_stride_, best_stride_, -kInfinity);
   }
 
+  // Begins anew with what scores above a threshold that stays.
+  void reopen(int64_t query, float threshold) {
+    counts_[static_cast<size_t>(query)] = 0;
+    margins_[static_cast<size_t>(query)] = kInfinity;
+    thresholds_.data()[query] = threshold;
+  }
+
   // Nothing enters any more.
   void close(int64_t query) { thresholds_.data()[query] = kInfinity; }
+
+  // Leaves the query to the exhaustive search.
+  void give_up(int64_t query) {
+    counts_[static_cast<size_t>(query)] = -1;
+    close(query);
+  }
 
   VectorSize size(int64_t query) const { return sizes_[static_cast<size_t>(query)]; }
 
@@ -195,7 +216,7 @@ class Shortlists {
       float* const at = std::upper_bound(best, last, score, std::greater<>());
       std::move_backward(at, last, last + 1);
       *at = score;
-      threshold = *last - margins_[static_cast<size_t>(query)];
+      threshold = std::max(threshold, *last - margins_[static_cast<size_t>(query)]);
     }
     if (count > capacity_) make_room(query);
   }
@@ -204,8 +225,7 @@ class Shortlists {
     keep_good(query);
     // Making room again and again would cost more than it brings.
     if (4 * (count(query) - k_) <= 3 * spare_) return;
-    counts_[static_cast<size_t>(query)] = -1;
-    close(query);
+    give_up(query);
   }
 
   int64_t k_;
@@ -271,18 +291,34 @@ std::vector<float> centre_of(const Matrix& bank) {
   return centre;
 }
 
-// The search by candidates, in float32 or in bf16.
+// A number as a packed word holds it.
+float as_float32(double value) {
+  return static_cast<float>(value);
+}
+
+// To nearest, ties to even; a value that is not a number stays none.
+float as_bf16(double value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+  if (std::isnan(value)) return static_cast<float>(value);
+  return std::bit_cast<float>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+
+// The search by candidates, in float32 or in bf16, by whole vectors or by their heads.
 class Search {
  public:
-  Search(const KnnKernel& kernel, const KnnScoring& scoring, const Matrix& bank, int64_t k)
+  // Scores the first `head` elements and the norm of the others.
+  Search(const KnnKernel& kernel, const KnnScoring& scoring, const Matrix& bank, int64_t k, int64_t head)
       : kernel_(kernel),
         scoring_(scoring),
         bank_(bank),
         k_(k),
-        words_(divide_up(bank.width, scoring.elements)),
+        head_(head),
+        head_words_(divide_up(head, scoring.elements)),
+        words_(head_words_ + (whole() ? 0 : 1)),
         panel_size_((1 + words_) * kernel.columns),
         centre_(centre_of(bank)),
         squared_norms_(static_cast<size_t>(bank.rows)),
+        rests_(static_cast<size_t>(bank.rows)),
         part_rows_(std::clamp<int64_t>(
             kPackedBytes / static_cast<int64_t>(sizeof(float)) / panel_size_ * kernel.columns, kernel.columns,
             divide_up(bank.rows, kernel.columns) * kernel.columns)),
@@ -293,17 +329,31 @@ class Search {
 
   // Whether few enough candidates of queries like these are left to be measured.
   bool pays(const Matrix& queries) const {
+    if (!whole() && !one_part()) return false;
     const int64_t step = divide_up(queries.rows, kTrialQueries);
     const Matrix some{queries.data, queries.rows / step, queries.width, step * queries.stride};
     Shortlists lists = lists_for(divide_up(some.rows, kernel_.rows));
-    start(some, 0, some.rows, lists);
-    show_panels(some, 0, some.rows, lists);
+    std::vector<float> rests(static_cast<size_t>(some.rows));
+    start(some, 0, some.rows, lists, rests);
+    const AlignedBuffer<float> packed = packed_queries(some, 0, some.rows, rests);
+    show_panels(packed, some.rows, lists);
     int64_t measured = 0;
-    for (int64_t query = 0; query < some.rows; ++query) {
-      measured += lists.keep_good(query) ? lists.count(query) : bank_.rows;
+    const auto count = [&] {
+      for (int64_t query = 0; query < some.rows; ++query) {
+        measured += lists.keep_good(query) ? lists.count(query) : bank_.rows;
+      }
+    };
+    count();
+    if (!whole()) {
+      Workspace workspace;
+      for (int64_t query = 0; query < some.rows; ++query) widen(some, query, lists, query, workspace);
+      show_panels(packed, some.rows, lists);
+      count();
     }
-    // Scoring in bf16 saves the time in which a sixth of the bank is measured; half of that must be left.
-    return measured <= some.rows * (k_ + bank_.rows / 12);
+    // Scoring whole vectors in float32 takes as long as measuring a third of the bank, in bf16 half as long.
+    // Of what whole vectors in bf16 or heads save half must be left.
+    const int64_t saved = !whole() && scoring_.elements == 1 ? bank_.rows / 3 : bank_.rows / 6;
+    return measured <= some.rows * (k_ + saved / 2);
   }
 
   void run(const Matrix& queries, const Answer& answer) {
@@ -311,24 +361,31 @@ class Search {
     const int64_t group_tiles = std::clamp<int64_t>(tiles / kFewGroups, 1, kTilesPerGroup);
     const int64_t group_queries = group_tiles * kernel_.rows;
     const int64_t groups = divide_up(tiles, group_tiles);
-    const bool one_part = part_rows_ >= bank_.rows;
     // Where the bank comes in parts, the lists of all queries wait for the last one.
     std::vector<Shortlists> waiting;
-    if (!one_part) waiting.reserve(static_cast<size_t>(groups));
-    for (int64_t group = 0; !one_part && group < groups; ++group) waiting.push_back(lists_for(group_tiles));
+    if (!one_part()) waiting.reserve(static_cast<size_t>(groups));
+    for (int64_t group = 0; !one_part() && group < groups; ++group) waiting.push_back(lists_for(group_tiles));
     for (int64_t first_row = 0; first_row < bank_.rows; first_row += part_rows_) {
       if (first_row != packed_row_) pack(first_row);
       const bool last_part = first_row + part_rows_ >= bank_.rows;
       torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
         std::optional<Shortlists> own;
-        if (one_part) own.emplace(lists_for(group_tiles));
+        if (one_part()) own.emplace(lists_for(group_tiles));
         Workspace workspace;
+        std::vector<float> rests(static_cast<size_t>(group_queries));
         for (int64_t group = begin; group < end; ++group) {
-          Shortlists& lists = one_part ? *own : waiting[static_cast<size_t>(group)];
+          Shortlists& lists = one_part() ? *own : waiting[static_cast<size_t>(group)];
           const int64_t first = group * group_queries;
           const int64_t last = std::min(first + group_queries, queries.rows);
-          if (first_row == 0) start(queries, first, last, lists);
-          show_panels(queries, first, last, lists);
+          if (first_row == 0) start(queries, first, last, lists, rests);
+          const AlignedBuffer<float> packed = packed_queries(queries, first, last, rests);
+          show_panels(packed, last - first, lists);
+          if (!whole()) {
+            for (int64_t query = first; query < last; ++query) {
+              widen(queries, query, lists, query - first, workspace);
+            }
+            show_panels(packed, last - first, lists);
+          }
           for (int64_t query = first; last_part && query < last; ++query) {
             if (!rank(queries, query, lists, query - first, workspace, answer)) {
               search_exhaustively(kernel_, queries, bank_, query, workspace, answer);
@@ -340,26 +397,47 @@ class Search {
   }
 
  private:
+  // Of a vector less the centre.
+  struct Measured {
+    double squared_norm;
+    double squared_rounding;
+    float rest;  // norm of what is behind the head, rounded as it is packed
+  };
+
+  bool whole() const { return head_ == bank_.width; }
+  bool one_part() const { return part_rows_ >= bank_.rows; }
   Shortlists lists_for(int64_t tiles) const { return {tiles * kernel_.rows, k_, bank_.rows}; }
 
-  VectorSize size_of(PackedSize measured) const {
-    if (scoring_.elements == 1) return {std::sqrt(measured.squared_norm)};
+  Measured measure(const float* row) const {
+    const PackedSize head = scoring_.measure(row, head_, centre_.data());
+    if (whole()) return {head.squared_norm, head.squared_rounding, 0.0f};
+    const double squared =
+        kernel_.float32.measure(row + head_, bank_.width - head_, centre_.data() + head_).squared_norm;
+    const double norm = std::sqrt(squared);
+    const float rest = scoring_.elements == 1 ? as_float32(norm) : as_bf16(norm);
+    const double rounding = norm - static_cast<double>(rest);
+    return {head.squared_norm + squared, head.squared_rounding + rounding * rounding, rest};
+  }
+
+  VectorSize size_of(double squared_norm, double squared_rounding) const {
+    if (scoring_.elements == 1 && whole()) return {std::sqrt(squared_norm)};
     // The roundings' sum was made in float32 and may have underflowed.
-    const double rounding = measured.squared_rounding * (1.0 + rounding_growth(bank_.width)) +
+    const double rounding = squared_rounding * (1.0 + rounding_growth(bank_.width)) +
                             static_cast<double>(bank_.width) * std::numeric_limits<float>::min();
-    return {std::sqrt(measured.squared_norm), std::sqrt(rounding)};
+    return {std::sqrt(squared_norm), std::sqrt(rounding)};
   }
 
   void measure_bank() {
     std::vector<double> roundings(static_cast<size_t>(bank_.rows));
     torch::stable::parallel_for(0, bank_.rows, 256, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const PackedSize size = scoring_.measure(bank_.row(row), bank_.width, centre_.data());
-        squared_norms_[static_cast<size_t>(row)] = size.squared_norm;
-        roundings[static_cast<size_t>(row)] = size.squared_rounding;
+        const Measured measured = measure(bank_.row(row));
+        squared_norms_[static_cast<size_t>(row)] = measured.squared_norm;
+        roundings[static_cast<size_t>(row)] = measured.squared_rounding;
+        rests_[static_cast<size_t>(row)] = measured.rest;
       }
     });
-    bank_size_ = size_of({largest(squared_norms_), largest(roundings)});
+    bank_size_ = size_of(largest(squared_norms_), largest(roundings));
   }
 
   // Infinity where there is a NaN: no query is certified then.
@@ -387,31 +465,53 @@ class Search {
           to[c] = c < filled ? static_cast<float>(-0.5 * squared_norms_[static_cast<size_t>(first + c)])
                              : -kInfinity;
         }
-        scoring_.pack_bank(bank_.row(first), bank_.stride, filled, bank_.width, centre_.data(),
-                           to + kernel_.columns);
+        to += kernel_.columns;
+        scoring_.pack_bank(bank_.row(first), bank_.stride, filled, head_, centre_.data(), to);
+        if (!whole()) pack_rests(rests_.data() + first, filled, kernel_.columns, to);
       }
     });
   }
 
+  // Writes the word behind the head's of `columns` packed vectors.
+  void pack_rests(const float* rests, int64_t filled, int64_t columns, float* to) const {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float rest = c < filled ? rests[c] : 0.0f;
+      // Beside a bf16 number in the upper half of the word stands a zero in the lower one.
+      to[head_words_ * columns + c] = rest;
+    }
+  }
+
   // Empty lists for the queries first..last.
-  void start(const Matrix& queries, int64_t first, int64_t last, Shortlists& lists) const {
+  void start(const Matrix& queries, int64_t first, int64_t last, Shortlists& lists,
+             std::vector<float>& rests) const {
     for (int64_t query = first; query < last; ++query) {
-      const VectorSize size = size_of(scoring_.measure(queries.row(query), queries.width, centre_.data()));
+      const Measured measured = measure(queries.row(query));
+      const VectorSize size = size_of(measured.squared_norm, measured.squared_rounding);
       lists.start(query - first, size, score_margin(size, bank_size_, bank_.width));
+      rests[static_cast<size_t>(query - first)] = measured.rest;
     }
     for (int64_t slot = last - first; slot % kernel_.rows != 0; ++slot) lists.close(slot);
   }
 
-  // Shows the packed part of the bank to the queries first..last.
-  void show_panels(const Matrix& queries, int64_t first, int64_t last, Shortlists& lists) const {
+  AlignedBuffer<float> packed_queries(const Matrix& queries, int64_t first, int64_t last,
+                                      const std::vector<float>& rests) const {
     const int64_t tile_size = kernel_.rows * words_;
     const int64_t tiles = divide_up(last - first, kernel_.rows);
     AlignedBuffer<float> packed(tiles * tile_size + 16);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t query = first + t * kernel_.rows;
-      scoring_.pack_queries(queries.row(query), queries.stride, std::min<int64_t>(kernel_.rows, last - query),
-                            queries.width, centre_.data(), packed.data() + t * tile_size);
+      const int64_t filled = std::min<int64_t>(kernel_.rows, last - query);
+      float* const to = packed.data() + t * tile_size;
+      scoring_.pack_queries(queries.row(query), queries.stride, filled, head_, centre_.data(), to);
+      if (!whole()) pack_rests(rests.data() + t * kernel_.rows, filled, kernel_.rows, to);
     }
+    return packed;
+  }
+
+  // Shows the packed part of the bank to packed queries.
+  void show_panels(const AlignedBuffer<float>& packed, int64_t queries, Shortlists& lists) const {
+    const int64_t tile_size = kernel_.rows * words_;
+    const int64_t tiles = divide_up(queries, kernel_.rows);
     float scores[kMostColumns * kMostColumns];
     uint32_t hits[kMostColumns];
     for (int64_t p = 0; p < packed_panels_; ++p) {
@@ -429,6 +529,27 @@ class Search {
     }
   }
 
+  // The best by their heads are measured. What can be nearer than the k-th of them scores above a threshold:
+  // the lists begin anew with that.
+  void widen(const Matrix& queries, int64_t query, Shortlists& lists, int64_t slot,
+             Workspace& workspace) const {
+    if (!lists.keep_good(slot) || lists.count(slot) < k_) return lists.give_up(slot);
+    measure_candidates(queries, query, lists, slot, workspace);
+    const double kth = key_distance(workspace.keys[static_cast<size_t>(k_ - 1)]);
+    const VectorSize size = lists.size(slot);
+    const double threshold =
+        0.5 * (size.norm * size.norm - kth) - score_margin(size, bank_size_, bank_.width);
+    lists.reopen(slot, static_cast<float>(threshold));
+  }
+
+  void measure_candidates(const Matrix& queries, int64_t query, const Shortlists& lists, int64_t slot,
+                          Workspace& workspace) const {
+    const int64_t count = lists.count(slot);
+    workspace.rows.resize(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) workspace.rows[static_cast<size_t>(i)] = lists.begin(slot)[i].row;
+    workspace.measure(kernel_, queries.row(query), bank_, k_);
+  }
+
   // Measures the query's candidates directly. False where a row that is no candidate might belong in the
   // answer.
   bool rank(const Matrix& queries, int64_t query, Shortlists& lists, int64_t slot, Workspace& workspace,
@@ -436,9 +557,7 @@ class Search {
     if (!lists.keep_good(slot)) return false;
     const int64_t count = lists.count(slot);
     if (count < k_) return false;
-    workspace.rows.resize(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) workspace.rows[static_cast<size_t>(i)] = lists.begin(slot)[i].row;
-    workspace.measure(kernel_, queries.row(query), bank_, k_);
+    measure_candidates(queries, query, lists, slot, workspace);
     const double kth = key_distance(workspace.keys[static_cast<size_t>(k_ - 1)]);
     if (count < bank_.rows && !no_closer_row_outside(lists.size(slot), bank_size_, lists.thresholds()[slot],
                                                      kth, bank_.width, true)) {
@@ -452,10 +571,13 @@ class Search {
   const KnnScoring& scoring_;
   const Matrix& bank_;
   int64_t k_;
+  int64_t head_;  // elements that are scored one by one
+  int64_t head_words_;
   int64_t words_;  // of a packed row
   int64_t panel_size_;
   std::vector<float> centre_;
   std::vector<double> squared_norms_;  // of the bank's rows less the centre
+  std::vector<float> rests_;           // norms of what is behind their heads
   VectorSize bank_size_{};
   int64_t part_rows_;  // of the bank that are packed at a time
   AlignedBuffer<float> panels_;
@@ -465,11 +587,17 @@ class Search {
 
 void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, bool bf16,
                           const Answer& answer) {
-  if (bf16 && kernel.bf16.elements != 0) {
-    Search search(kernel, kernel.bf16, bank, answer.k);
+  const bool narrow = bf16 && kernel.bf16.elements != 0;
+  if (bank.width >= kWide && queries.rows >= kManyQueries) {
+    const int64_t head = round_up(bank.width / 8, 32);
+    Search search(kernel, narrow ? kernel.bf16 : kernel.float32, bank, answer.k, head);
     if (search.pays(queries)) return search.run(queries, answer);
   }
-  Search(kernel, kernel.float32, bank, answer.k).run(queries, answer);
+  if (narrow) {
+    Search search(kernel, kernel.bf16, bank, answer.k, bank.width);
+    if (search.pays(queries)) return search.run(queries, answer);
+  }
+  Search(kernel, kernel.float32, bank, answer.k, bank.width).run(queries, answer);
 }
 
 }  // namespace

@@ -217,10 +217,6 @@ class KCenterBank(MemoryBank):
         # Squared distances between the centres, [M, M]: kept from one reduction to the next. None: the next
         # one measures them.
         self._table: Tensor | None = None
-        # A centre for every place of the patch grid that covered it when it was last looked at, [T]. Where it
-        # covers the next image's patch too, nobody needs to know the nearest centre: of aligned products
-        # most patches are done with one distance instead of M. It changes nothing but the time.
-        self._guess: Tensor | None = None
 
     @classmethod
     def start(cls, patches: Tensor, size: int) -> KCenterBank:
@@ -234,33 +230,17 @@ class KCenterBank(MemoryBank):
         self._reduce(patches, len(self.centres))
 
     def _reduce(self, patches: Tensor, size: int) -> None:
-        guess, uncovered = self._cover(patches)
-        if len(uncovered):
-            new = patches[uncovered]
-            chosen, self.squared_radius, self._table = kcenter_reduce(self.centres, new, size, self._table)
-            # Where every centre and every new patch went; those that were dropped guess the first centre.
-            places = chosen.new_zeros(len(self.centres) + len(new))
-            places[chosen] = torch.arange(len(chosen), device=chosen.device)
-            guess[uncovered] = len(self.centres) + torch.arange(len(new), device=guess.device)
-            guess = places[guess]
-            self.centres = torch.cat([self.centres, new])[chosen]
-        self._guess = guess
-
-    def _cover(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Find a centre near every patch, [T], and the patches that none covers."""
-        if self._guess is None or len(self._guess) != len(patches):
-            unsure = torch.arange(len(patches), device=patches.device)
-            guess = torch.zeros_like(unsure)
-        else:
-            guess = self._guess
-            squared = (patches - self.centres[guess]).square_().sum(1)
-            # The search adds the same D squares in another order: so close to the radius it decides.
-            certain = self.squared_radius * (1 - (patches.shape[1] + 8) * 2**-22)
-            unsure = (~(squared <= certain)).nonzero()[:, 0]
-            guess = guess.clone()
-        squared, nearest = _nearest_centres(patches[unsure], self.centres)
-        guess[unsure] = nearest
-        return guess, unsure[squared > self.squared_radius]
+        uncovered = (_nearest_centres(patches, self.centres)[0] > self.squared_radius).nonzero()[:, 0]
+        if not len(uncovered):
+            return
+        new = patches[uncovered]
+        chosen, self.squared_radius, self._table = kcenter_reduce(self.centres, new, size, self._table)
+        # Without their union, which would have another size for every image: such blocks riddle the heap.
+        before = len(self.centres)
+        centres = self.centres[chosen.clamp_max(before - 1)]
+        added = (chosen >= before).nonzero()[:, 0]
+        centres[added] = new[chosen[added] - before]
+        self.centres = centres
 
     def state(self) -> dict[str, Tensor]:
         """Return ``centres`` (in the order of choice) and ``squared_radius``."""

@@ -154,6 +154,17 @@ def test_same_for_every_thread_count():
     assert results == results[:1] * 4
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
+def test_falling_variances(scale):
+    """As those of principal components: distances are bounded before they are measured."""
+    bank, patches = random_pair(400, 420, 260)
+    falling = scale * torch.arange(1, 261).pow(-0.8)
+    bank, patches = bank * falling, patches * falling
+    bank[1::9] = bank[0]
+    patches[2::11] = patches[0]
+    assert ops.assign_unique(bank, patches).tolist() == by_measuring(bank, patches)
+
+
 @pytest.mark.parametrize("level", build_info().cpu_levels_usable)
 def test_same_on_every_instruction_set(level, tmp_path, at_level):
     shapes = [(m, n, d) for m, n in ((5, 9), (37, 38), (97, 97)) for d in (1, 7, 16, 17, 33, 112)]

@@ -64,6 +64,22 @@ def test_nothing_but_one_point(kcenter):
     assert sorted(kcenter(torch.full((6, 3), 0.7), 6).tolist()) == list(range(6))
 
 
+def falling(n: int, d: int) -> Tensor:
+    """Variances that fall as those of principal components: distances are bounded before measured."""
+    points = random_points(n, d) * torch.arange(1, d + 1).pow(-0.8)
+    points[1::9] = points[0]
+    # The same outlines' heads.
+    points[2::9, :48] = points[0, :48]
+    return points
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(600, 300, 256), (1100, 700, 273), (520, 520, 448)])
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
+def test_falling_variances(n, m, d, scale):
+    points = falling(n, d) * scale
+    assert ops.kcenter_greedy(points, m).tolist() == by_measuring(points, m)
+
+
 def test_ties_go_to_the_lower_index():
     # Whole numbers with mean 0: every product is exact.
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])

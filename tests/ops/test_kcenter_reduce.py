@@ -21,6 +21,8 @@ IMPLEMENTATIONS = [
 ]
 # Centres, added points, width, m.
 SHAPES = [(1, 0, 1, 1), (1, 30, 3, 7), (9, 1, 15, 9), (20, 20, 16, 20), (65, 40, 17, 64), (64, 200, 48, 64)]
+# Wide and many enough for bounds, if the variances fall.
+WIDE = (100, 600, 260, 100)
 
 
 def random_points(m: int, n: int, d: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +62,22 @@ def test_agrees_with_reference(m, n, d, size):
     tolerance = (d + 4) * 2.0**-24
     torch.testing.assert_close(squared_radius, expected[1], rtol=tolerance, atol=0)
     torch.testing.assert_close(distances, expected[2], rtol=tolerance, atol=0)
+
+
+def test_bounded_distances_choose_as_measured_ones():
+    m, n, d, size = WIDE
+    scale = torch.arange(1, d + 1).pow(-0.8)
+    centres, added = (points * scale for points in random_points(m, n, d))
+    added[5] = centres[3]
+    added[7, 100] = torch.nan
+    points = torch.cat([centres, added])
+    chosen, squared_radius, distances = ops.kcenter_reduce(centres, added, size)
+    assert torch.equal(chosen, ops.kcenter_greedy(points, size))
+    assert chosen.tolist()[:2] == [0, m + 7]
+    kept = chosen != m + 7
+    assert torch.equal(distances[kept][:, kept], table(points[chosen[kept]]))
+    finite = torch.cat([points[: m + 7], points[m + 8 :]])
+    assert float(squared_radius) == float(ops.knn(finite, points[chosen[kept]], 1)[0].amax())
 
 
 def test_a_chain_of_reductions_needs_no_measuring_again():

@@ -260,6 +260,44 @@ def test_queries_unlike_those_tried(precision):
     assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
 
 
+def falling(n, m, d, seed=0):
+    """Variances that fall as those of principal components: vectors that may be scored by their heads."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, d + 1).pow(-0.8)
+    queries, bank = (torch.randn(rows, d, generator=generator) * scale for rows in (n, m))
+    bank[1::9] = bank[0]
+    queries[::7] = bank[0]
+    # The same heads, and rests that are all that tells them apart.
+    queries[1::7, :64] = bank[2, :64]
+    return queries, bank
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(("m", "d"), [(300, 256), (97, 270), (333, 449)])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 20])
+def test_falling_variances(k, m, d, precision):
+    queries, bank = falling(600, m, d)
+    assert_same(knn(queries, bank, k, precision=precision), expected_by_measuring(queries, bank, k))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1e15, 1e18, 1e30, 3e38])
+def test_falling_variances_at_extreme_scales(scale, precision):
+    queries, bank = (tensor * scale for tensor in falling(450, 60, 256))
+    assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_falling_variances_with_what_is_not_finite(precision):
+    queries, bank = falling(450, 60, 256)
+    queries[3, 2] = queries[9, 200] = torch.nan
+    queries[30, 255] = torch.inf
+    assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
+    bank[5, 1] = bank[7, 201] = torch.nan
+    bank[8, 250] = torch.inf
+    assert_same(knn(queries, bank, 3, precision=precision), expected_by_measuring(queries, bank, 3))
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1e15, 1e18, 1e30, 3e38])
 def test_bf16_extreme_scales(scale):
     queries, bank = random_pair(30, 100, 33)
