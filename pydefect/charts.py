@@ -1,18 +1,38 @@
-"""Charts of scores (Matplotlib), as PNG files' bytes."""
+"""Charts of scores (Matplotlib): PNG files' bytes, and SVG elements for pages."""
 
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pydefect.calibration import Calibration
 from pydefect.errors import InputError
+from pydefect.metrics import Curve
 
-__all__ = ["score_histogram"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PAGE_COLOURS", "curves", "score_histogram", "scores_by_label"]
 
 # Okabe and Ito's palette: told apart with every kind of colour vision, and by hatching without any.
 _NORMAL, _DEFECTIVE, _LINE = "#0072B2", "#D55E00", "#000000"
+
+PAGE_COLOURS = {"#010101": "ink", "#020202": "faint", "#030303": "normal", "#040404": "defective"}
+"""What SVG elements are drawn in, and the name of the page's own colour that takes its place:
+``var(--ink)``. So one drawing serves bright and dark pages."""
+_LEGEND: dict[str, Any] = {
+    "loc": "outside upper center",
+    "ncols": 2,
+    "frameon": False,
+    "handlelength": 1.8,
+    "columnspacing": 1.2,
+}
+_INK, _FAINT, _PAGE_NORMAL, _PAGE_DEFECTIVE = PAGE_COLOURS
 
 
 def score_histogram(calibration: Calibration) -> bytes:
@@ -92,3 +112,142 @@ def score_histogram(calibration: Calibration) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def scores_by_label(
+    normal: NDArray[Any], defective: NDArray[Any], threshold: float | None, name: str = "threshold"
+) -> str:
+    """Draw how often which image scores are, of normal and of defective images.
+
+    Parameters
+    ----------
+    normal, defective
+        [n] and [m] image scores; one of them may be empty.
+    threshold
+        Marked by a line.
+    name
+        What the line is called.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element in :data:`PAGE_COLOURS`.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _page_figure()
+    axes = figure.subplots()
+    together = np.concatenate([normal, defective, [] if threshold is None else [threshold]])
+    low, high = float(together.min()), float(together.max())
+    margin = 0.02 * (high - low) or 0.05 * abs(high) or 1.0
+    edges = np.linspace(low - margin, high + margin, 41).tolist()
+    axes.hist(normal, edges, color=_PAGE_NORMAL, alpha=0.75, label=f"good ({len(normal)})")
+    axes.hist(
+        defective,
+        edges,
+        facecolor="none",
+        edgecolor=_PAGE_DEFECTIVE,
+        hatch="////",
+        histtype="stepfilled",
+        label=f"defective ({len(defective)})",
+    )
+    if threshold is not None:
+        axes.axvline(threshold, color=_INK, linestyle="--", label=f"{name} {threshold:.4g}")
+    axes.set_xlabel("image score")
+    axes.set_ylabel("images")
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    figure.legend(**_LEGEND)
+    return _svg(figure)
+
+
+def curves(
+    named: Mapping[str, Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    limit: float = 1.0,
+    point: tuple[float, float] | None = None,
+) -> str:
+    """Draw curves over the unit square, or over its left part.
+
+    Parameters
+    ----------
+    named
+        At most four curves by their names; the area goes into the legend.
+    x_label, y_label
+        What the axes are.
+    limit
+        The last x that is shown.
+    point
+        (x, y) of the threshold, marked by a ring.
+
+    Returns
+    -------
+    str
+        See :func:`scores_by_label`.
+    """
+    figure = _page_figure()
+    axes = figure.subplots()
+    styles = ((_PAGE_NORMAL, "-"), (_PAGE_DEFECTIVE, "--"), (_INK, ":"), (_PAGE_NORMAL, "-."))
+    for (name, curve), (colour, dashes) in zip(named.items(), styles, strict=False):
+        axes.plot(curve.x, curve.y, dashes, color=colour, linewidth=2, label=f"{name} ({curve.area:.4f})")
+    if point is not None:
+        axes.plot(
+            *point,
+            "o",
+            color=_INK,
+            fillstyle="none",
+            markersize=9,
+            markeredgewidth=2,
+            clip_on=False,
+            label="threshold",
+        )
+    axes.set_xlim(-0.01 * limit, 1.01 * limit)
+    axes.set_ylim(-0.01, 1.01)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    figure.legend(**_LEGEND)
+    return _svg(figure)
+
+
+def _page_figure() -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(4.1, 3.2), layout="constrained")
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of a page: of any width, in the page's colours and font."""
+    from matplotlib import rc_context
+
+    for axes in figure.axes:
+        axes.grid(color=_FAINT, alpha=0.35, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.set_facecolor("none")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT)
+        axes.tick_params(colors=_FAINT, labelcolor=_INK)
+        axes.xaxis.label.set_color(_INK)
+        axes.yaxis.label.set_color(_INK)
+    for legend in figure.legends:
+        for text in legend.get_texts():
+            text.set_color(_INK)
+    buffer = io.StringIO()
+    # Text stays text: it is smaller, can be read aloud and takes the page's font.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "pydefect", "path.simplify_threshold": 0.2}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    start, _, rest = drawn.partition(">")
+    view = start[start.index("viewBox") :].split('"')[1]
+    # A page holds several drawings, whose groups have the same names.
+    rest = re.sub(r'<g id="[^"]*">', "<g>", rest)
+    drawn = f'<svg viewBox="{view}" aria-hidden="true">{rest}'
+    for colour, name in PAGE_COLOURS.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    return drawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from pydefect.data.layouts import (
 )
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError
-from pydefect.metrics import DetectionMetrics, PixelScores, detection_metrics
+from pydefect.metrics import SPRO_LIMIT, Curve, DetectionMetrics, PixelScores, detection_metrics
 from pydefect.scoring import ScoredImage
 
 __all__ = ["SPRO_LIMITS", "Evaluation", "calibrate", "evaluate"]
@@ -67,6 +67,9 @@ class Evaluation:
         the data set has no ``defects_config.json``.
     pixel_spro_by_defect
         The same of every kind of defect.
+    curves
+        Where asked for: ``pixel_roc``, ``pixel_precision_recall``, ``pixel_pro`` up to 0.3, and
+        ``pixel_spro_<kind of defect>`` up to 0.05, as far as the areas are there.
     """
 
     dataset: str
@@ -86,13 +89,15 @@ class Evaluation:
     pixel_aupro_by_defect: dict[str, float] = field(default_factory=dict)
     pixel_spro: dict[float, float] | None = None
     pixel_spro_by_defect: dict[str, dict[float, float]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ...
 
-        sPRO is there where it was measured: pixel_spro_0.01, pixel_spro_0.05, ...
+        sPRO is there where it was measured: pixel_spro_0.01, pixel_spro_0.05, ... Curves are left out.
         """
-        values = asdict(self)
+        values = asdict(replace(self, curves={}))
+        del values["curves"]
         image, pixel = values.pop("image"), values.pop("pixel") or {}
         spro, of_kinds = values.pop("pixel_spro") or {}, values.pop("pixel_spro_by_defect")
         flat: dict[str, Any] = {"dataset": values.pop("dataset")}
@@ -206,10 +211,11 @@ def evaluate(
     on_error: OnError = "raise",
     progress: bool = False,
     on_scored: Callable[[Sample, ScoredImage], None] | None = None,
+    with_curves: bool = False,
 ) -> Evaluation:
     """Score a data set's labelled test images; see :func:`pydefect.evaluate`.
 
-    `on_scored` gets every image while its maps are there.
+    `on_scored` gets every image while its maps are there; `with_curves` fills :attr:`Evaluation.curves`.
     """
     scored = _score(detector, dataset, batch_size, on_error, progress, on_scored)
     false_alarms, misses = None, None
@@ -247,7 +253,20 @@ def evaluate(
         if spro_by_defect
         else None,
         pixel_spro_by_defect=spro_by_defect,
+        curves=_curves(pixels, by_defect if scored.kinds else {}) if with_curves and pixels else {},
     )
+
+
+def _curves(pixels: PixelScores, by_annotated_defect: dict[str, PixelScores]) -> dict[str, Curve]:
+    return {
+        "pixel_roc": pixels.roc_curve(),
+        "pixel_precision_recall": pixels.precision_recall_curve(),
+        "pixel_pro": pixels.pro_curve(),
+        **{
+            f"pixel_spro_{defect}": part.spro_curve(SPRO_LIMIT)
+            for defect, part in by_annotated_defect.items()
+        },
+    }
 
 
 def peak_rss_mb() -> float:

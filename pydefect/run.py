@@ -16,6 +16,7 @@ relative error is bounded by the same.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import zipfile
@@ -32,10 +33,11 @@ from numpy.typing import NDArray
 
 from pydefect.buildinfo import build_info, versions
 from pydefect.calibration import Calibration
-from pydefect.data.layouts import Dataset, Sample
+from pydefect.data.layouts import GOOD, Dataset, Sample
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError
 from pydefect.evaluation import Evaluation, evaluate
+from pydefect.metrics import Curve
 from pydefect.persistence import folder_written_atomically, write_atomically
 from pydefect.preprocessing import Preprocessing
 from pydefect.scoring import ScoredImage
@@ -104,9 +106,9 @@ class Run:
         In the order in which they were scored.
     facts
         ``evaluation.json``: ``evaluation`` (:meth:`pydefect.evaluation.Evaluation.to_dict`), ``dataset``
-        (name, layout, root, and the names of the training, validation and test images), ``method``,
-        ``calibration``, ``preprocessing``, ``training`` (what the fit found), ``versions``, ``machine``,
-        ``times``, ``maps`` (their names).
+        (name, layout, root, and the names of the training, validation and test images), ``curves``,
+        ``method``, ``calibration``, ``preprocessing``, ``training`` (what the fit found), ``versions``,
+        ``machine``, ``times``, ``maps`` (their names).
     """
 
     folder: Path
@@ -119,6 +121,11 @@ class Run:
         """The metrics under flat names: image_auroc, pixel_auroc, ..."""
         evaluation: dict[str, Any] = self.facts["evaluation"]
         return evaluation
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Over pixels; see :attr:`pydefect.evaluation.Evaluation.curves`."""
+        return {name: _from_curve(values) for name, values in self.facts["curves"].items()}
 
     @property
     def map_names(self) -> tuple[str, ...]:
@@ -135,6 +142,16 @@ class Run:
     def preprocessing(self) -> Preprocessing:
         """From pixels to network input and back."""
         return Preprocessing.from_dict(self.facts["preprocessing"])
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set below :attr:`root`, as it was then; its test part holds what was scored."""
+        facts = self.facts["dataset"]
+        train, validation = (
+            tuple(Sample(self.root / name, GOOD) for name in facts[part]) for part in ("train", "validation")
+        )
+        test = tuple(self.sample(index) for index in range(len(self.images)))
+        return Dataset(facts["name"], facts["layout"], self.root, train, validation, test)
 
     def sample(self, index: int) -> Sample:
         """The image's files below :attr:`root`, as :func:`pydefect.data.layouts.read_mask` takes them."""
@@ -237,12 +254,14 @@ def write_run(
                 on_error=on_error,
                 progress=progress,
                 on_scored=keep,
+                with_curves=True,
             )
         lines = [json.dumps(asdict(image), allow_nan=False) for image in images]
         write_atomically(unfinished / IMAGES, ("\n".join(lines) + "\n").encode())
         facts = {
             "format": FORMAT,
             "evaluation": evaluation.to_dict(),
+            "curves": {name: _curve_values(curve) for name, curve in evaluation.curves.items()},
             "dataset": _dataset_facts(dataset),
             "method": detector.method,
             "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
@@ -358,6 +377,19 @@ def _from_row(row: dict[str, Any]) -> RunImage:
     return RunImage(**values)
 
 
+def _curve_values(curve: Curve) -> dict[str, Any]:
+    # The first threshold may be infinite, which JSON does not know.
+    thresholds = [value if math.isfinite(value) else None for value in curve.thresholds.tolist()]
+    return {"area": curve.area, "x": curve.x.tolist(), "y": curve.y.tolist(), "thresholds": thresholds}
+
+
+def _from_curve(values: Mapping[str, Any]) -> Curve:
+    thresholds = [math.inf if value is None else value for value in values["thresholds"]]
+    return Curve(
+        np.array(values["x"]), np.array(values["y"]), np.array(thresholds, dtype=np.float32), values["area"]
+    )
+
+
 def _name(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path.absolute())
 
@@ -383,7 +415,7 @@ def _dataset_facts(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "layout": dataset.layout,
-        "root": str(dataset.root.absolute()),
+        "root": os.path.abspath(dataset.root),
         "train": names(dataset.train),
         "validation": names(dataset.validation),
         "test": names(dataset.test),

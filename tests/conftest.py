@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from pydefect.calibration import Calibration
 from pydefect.data.procedural import render_product
+from pydefect.detector import Detector
+from pydefect.preprocessing import Preprocessing
 
 _DEFAULT_SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
@@ -78,3 +82,45 @@ def defective() -> list[np.ndarray]:
     for image in images:
         image[20:44, 30:54] = 255 * (np.indices((24, 24)).sum(0) // 4 % 2)[:, :, None]
     return images
+
+
+@pytest.fixture(scope="session")
+def colours() -> type[Detector]:
+    """A detector without a fit whose maps anyone can check by looking, for what works with every method."""
+    return Colours
+
+
+class Colours(Detector):
+    """Scores an image by its red channel, and has a local map, red again, and a global one, green."""
+
+    method = "colours"
+
+    def __init__(self, crop: tuple[int, int] | None = None, scale: float = 1.0) -> None:
+        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1))
+        self.calibration = Calibration(0.75 * scale, 0.5 * scale, "held_out", 9, 0.1)
+        self.device = torch.device("cpu")
+        self.training = {"images": 2, "skipped": []}
+        self.scale = scale
+
+    @property
+    def configuration(self):
+        return {"method": self.method, "scale": self.scale}
+
+    @classmethod
+    def fit(cls, images, config, **how):
+        raise NotImplementedError
+
+    @classmethod
+    def from_file(cls, tensors, metadata, **how):
+        raise NotImplementedError
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, maps = self.predict_maps(images)
+        return scores, maps["anomaly"]
+
+    def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        red, green = self.scale * images[:, 0], self.scale * images[:, 1]
+        return red.flatten(1).amax(1), {"anomaly": red, "local": red, "global": green}
+
+    def save(self, path, *, include_backbone=True):
+        raise NotImplementedError

@@ -30,7 +30,7 @@ FLOORS = [
     ["api"],
     ["benchmark"],
     ["visualization", "charts"],
-    ["score_folder"],
+    ["score_folder", "report"],
     ["cli"],
     ["__main__"],
 ]

@@ -8,60 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import Tensor
 
 import pydefect
-from pydefect.calibration import Calibration
 from pydefect.data.layouts import Sample, read_dataset, read_mask
 from pydefect.data.procedural import write_dataset
 from pydefect.detector import Detector
 from pydefect.errors import InputError
-from pydefect.preprocessing import Preprocessing
 from pydefect.run import _write_map, is_run, read_run
 from pydefect.scoring import ScoredImage
 
 SIZE = 64
 CROP = (36, 40)
-
-
-class Colours(Detector):
-    """Scores an image by its red channel, and says that it is made of red and green."""
-
-    method = "colours"
-
-    def __init__(self, crop: tuple[int, int] | None = None, scale: float = 1.0) -> None:
-        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1))
-        self.calibration = Calibration(0.75 * scale, 0.5 * scale, "held_out", 9, 0.1)
-        self.device = torch.device("cpu")
-        self.training = {"images": 2, "skipped": []}
-        self.scale = scale
-
-    @property
-    def configuration(self):
-        return {"method": self.method, "scale": self.scale}
-
-    @classmethod
-    def fit(cls, images, config, **how):
-        raise NotImplementedError
-
-    @classmethod
-    def from_file(cls, tensors, metadata, **how):
-        raise NotImplementedError
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scores, maps = self.predict_maps(images)
-        return scores, maps["anomaly"]
-
-    def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        red, green = self.scale * images[:, 0], self.scale * images[:, 1]
-        return red.flatten(1).amax(1), {"anomaly": red, "local": red, "global": green}
-
-    def save(self, path, *, include_backbone=True):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +37,8 @@ def streamed(detector: Detector, product: Path) -> list[tuple[Sample, ScoredImag
 
 @pytest.mark.parametrize("crop", [None, CROP])
 @pytest.mark.parametrize("scale", [1.0, 1e9, 1e-20])
-def test_a_run_gives_back_what_the_detector_said(product, tmp_path, crop, scale):
-    detector = Colours(crop, scale)
+def test_a_run_gives_back_what_the_detector_said(colours, product, tmp_path, crop, scale):
+    detector = colours(crop, scale)
     evaluation = pydefect.evaluate(
         detector, product, out=tmp_path / "runs" / "flange", batch_size=3, progress=False
     )
@@ -106,11 +66,11 @@ def test_a_run_gives_back_what_the_detector_said(product, tmp_path, crop, scale)
         np.testing.assert_allclose(run.map(index), scored.anomaly_map, rtol=2**-11 + 1e-6, atol=0)
 
 
-def test_the_facts_say_what_was_measured_with_what(product, tmp_path):
-    evaluation = pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+def test_the_facts_say_what_was_measured_with_what(colours, product, tmp_path):
+    evaluation = pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
     run = read_run(tmp_path / "run")
-    assert run.calibration == Colours().calibration
-    assert run.preprocessing == Colours().preprocessing
+    assert run.calibration == colours().calibration
+    assert run.preprocessing == colours().preprocessing
     assert run.root == product
     facts = run.facts
     assert facts["method"] == "colours"
@@ -124,8 +84,8 @@ def test_the_facts_say_what_was_measured_with_what(product, tmp_path):
     assert seconds == pytest.approx(evaluation.seconds_per_image, rel=1e-9)
 
 
-def test_a_detector_without_thresholds_decides_nothing(product, tmp_path):
-    detector = Colours()
+def test_a_detector_without_thresholds_decides_nothing(colours, product, tmp_path):
+    detector = colours()
     detector.calibration = None
     pydefect.evaluate(detector, product, out=tmp_path / "run", progress=False)
     run = read_run(tmp_path / "run")
@@ -133,25 +93,25 @@ def test_a_detector_without_thresholds_decides_nothing(product, tmp_path):
     assert {image.is_defective for image in run.images} == {None}
 
 
-def test_data_that_moved_is_found_where_the_reader_says(product, tmp_path):
-    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+def test_data_that_moved_is_found_where_the_reader_says(colours, product, tmp_path):
+    pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
     run = read_run(tmp_path / "run", data=tmp_path / "elsewhere")
     assert run.sample(0).image == tmp_path / "elsewhere" / run.images[0].name
 
 
-def test_skipped_images_are_listed(product, tmp_path):
+def test_skipped_images_are_listed(colours, product, tmp_path):
     copy = write_dataset(tmp_path / "flange", 2, 3, 1, SIZE, seed=1)
     broken = copy / "test/good/001.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    pydefect.evaluate(Colours(), copy, out=tmp_path / "run", on_error="skip", progress=False)
+    pydefect.evaluate(colours(), copy, out=tmp_path / "run", on_error="skip", progress=False)
     run = read_run(tmp_path / "run")
     assert [Path(skipped["name"]) for skipped in run.evaluation["skipped"]] == [broken]
     assert "test/good/001.png" not in [image.name for image in run.images]
     assert "test/good/001.png" in run.facts["dataset"]["test"]
 
 
-def test_a_failure_leaves_the_earlier_run_and_nothing_else(product, tmp_path):
-    class Failing(Colours):
+def test_a_failure_leaves_the_earlier_run_and_nothing_else(colours, product, tmp_path):
+    class Failing(colours):
         def predict_maps(self, images):
             if self.scale > 1:
                 raise RuntimeError("out of luck")
@@ -161,18 +121,18 @@ def test_a_failure_leaves_the_earlier_run_and_nothing_else(product, tmp_path):
     with pytest.raises(RuntimeError, match="out of luck"):
         pydefect.evaluate(Failing(), product, out=tmp_path / "run", batch_size=2, progress=False)
     assert list(tmp_path.iterdir()) == []
-    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(RuntimeError, match="out of luck"):
         pydefect.evaluate(Failing(), product, out=tmp_path / "run", batch_size=2, progress=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    pydefect.evaluate(Colours(scale=2.0), product, out=tmp_path / "run", progress=False)
+    pydefect.evaluate(colours(scale=2.0), product, out=tmp_path / "run", progress=False)
     assert read_run(tmp_path / "run").evaluation["configuration"]["scale"] == 2.0
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
-def test_nothing_else_is_replaced(product, tmp_path):
+def test_nothing_else_is_replaced(colours, product, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mine.txt").write_text("precious")
     for out, message in (
@@ -180,7 +140,7 @@ def test_nothing_else_is_replaced(product, tmp_path):
         (tmp_path / "letters" / "mine.txt", "is a file"),
     ):
         with pytest.raises(InputError, match=message):
-            pydefect.evaluate(Colours(), product, out=out, progress=False)
+            pydefect.evaluate(colours(), product, out=out, progress=False)
     assert (tmp_path / "letters" / "mine.txt").read_text() == "precious"
 
 
@@ -192,20 +152,20 @@ def test_nothing_else_is_replaced(product, tmp_path):
         ("images.jsonl", b'{"name": "a.png"}\n', "is damaged: ValueError: images.jsonl has the keys"),
     ],
 )
-def test_damaged_runs_are_refused(product, tmp_path, name, content, message):
-    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+def test_damaged_runs_are_refused(colours, product, tmp_path, name, content, message):
+    pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
     (tmp_path / "run" / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_run(tmp_path / "run")
 
 
-def test_what_is_no_run_or_no_map_is_said(product, tmp_path):
+def test_what_is_no_run_or_no_map_is_said(colours, product, tmp_path):
     assert not is_run(tmp_path)
     with pytest.raises(InputError, match=r"holds no evaluation\.json"):
         read_run(tmp_path)
     with pytest.raises(InputError, match="is missing"):
         read_run(tmp_path / "nowhere")
-    pydefect.evaluate(Colours(), product, out=tmp_path / "run", progress=False)
+    pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
     run = read_run(tmp_path / "run")
     with pytest.raises(InputError, match="'depth' is no map of this run; it has anomaly, local, global"):
         run.map(0, "depth")

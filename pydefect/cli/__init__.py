@@ -17,6 +17,7 @@ from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
 from pydefect.cli.fit import fit
 from pydefect.cli.info import info
+from pydefect.cli.report import report
 from pydefect.cli.score import score
 from pydefect.version import VERSION
 
@@ -33,6 +34,7 @@ app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(report)
 app.command()(benchmark)
 app.command()(info)
 app.command()(demo)
@@ -55,8 +57,9 @@ def _pydefect(
     \b
     pydefect demo                                    try it, offline
     pydefect fit GOOD_IMAGES --out MODEL             learn what good looks like
-    pydefect score MODEL NEW_IMAGES --out REPORT     find what does not
+    pydefect score MODEL NEW_IMAGES --out SCORES     find what does not
     pydefect evaluate MODEL DATASET                  measure, where labels are known
+    pydefect report RUN                              show what `evaluate --out RUN` found, as a page
     pydefect benchmark --data DATASETS --out TABLE   compare methods over data sets
     pydefect calibrate MODEL --normal GOOD_IMAGES    set how often good images may raise an alarm
 

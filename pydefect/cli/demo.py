@@ -74,8 +74,8 @@ def demo(
 ) -> None:
     """Try everything on a drawn product: fit, score, measure, pictures. Offline, two minutes.
 
-    DIR gets the images, the model, a folder of scores and sheet.png. Running it again replaces all but the
-    images.
+    DIR gets the images, the model, a folder of scores, report.html and sheet.png. Running it again replaces
+    all but the images.
     """
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
@@ -84,6 +84,8 @@ def demo(
     from pydefect.backbones import cached_weights
     from pydefect.data.layouts import read_dataset
     from pydefect.data.procedural import write_dataset
+    from pydefect.report import write_report
+    from pydefect.run import read_run
     from pydefect.score_folder import ScoreFolderWriter
 
     drawn: Literal["flange", "tray"] = "tray" if scene is Scene.LOGICAL else "flange"
@@ -111,12 +113,14 @@ def demo(
     model = out / "model.safetensors"
     detector.save(model)
     print_fit(detector, time.perf_counter() - start)
-    print_evaluation(pydefect.evaluate(detector, dataset, progress=not quiet))
+    print_evaluation(pydefect.evaluate(detector, dataset, out=out / "run", progress=not quiet))
 
     result = detector.score(root / "test", progress=not quiet)
     with ScoreFolderWriter(out / "scores", configuration=detector.configuration) as folder:
         folder.add(result)
     _write_sheet(detector, dataset, out / "sheet.png")
+    page = write_report(read_run(out / "run"), out / "report.html", progress=not quiet)
+    typer.echo(f"report: {page}")
     typer.echo(f"pictures: {out / 'sheet.png'}, {out / 'scores'}")
     typer.echo(f"model: {model}")
     typer.echo(

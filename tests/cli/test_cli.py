@@ -279,7 +279,7 @@ def test_demo_finds_defects_in_two_minutes(tmp_path: Path) -> None:
     code, _, errors = call("demo", "--out", out, "--weights", "random", "--quiet")
     assert code == 0, errors
     assert time.perf_counter() - start < 240  # twice what is promised: other work may share the machine
-    for name in ("sheet.png", "model.safetensors", "scores/scores.csv", "scores/sheet.png"):
+    for name in ("sheet.png", "report.html", "model.safetensors", "scores/scores.csv", "scores/sheet.png"):
         assert (out / name).is_file()
     result = pydefect.evaluate(out / "model.safetensors", out / "flange-0", progress=False)
     assert result.image.auroc > 0.75

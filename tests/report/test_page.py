@@ -1,0 +1,211 @@
+"""What the HTML report says, read from the file; tests/report/test_browser.py looks at it in a browser."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import pydefect
+from pydefect.cli import app
+from pydefect.data.procedural import write_dataset
+from pydefect.errors import InputError
+from pydefect.report import write_index, write_report
+from pydefect.report.gallery import OUTCOMES, Thresholds, cards
+from pydefect.run import Run, read_run
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its words without scripts and styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self._inside: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("script", "style"):
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if not self._inside:
+            self.words += data
+
+    def all(self, tag: str, **wanted: str) -> list[dict[str, str | None]]:
+        found = [attributes for name, attributes in self.tags if name == tag]
+        return [one for one in found if all(one.get(key) == value for key, value in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def page(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(write_report(run, tmp_path_factory.mktemp("page") / "report.html", progress=False))
+
+
+def test_every_image_has_its_card_errors_first(run, page):
+    shown = page.all("li")
+    shown = [card for card in shown if "data-name" in card]
+    assert {card["data-name"] for card in shown} == {image.name for image in run.images}
+    wrong = [card["data-outcome"] in ("miss", "false_alarm") for card in shown]
+    assert wrong == sorted(wrong, reverse=True)
+    assert 0 < sum(wrong) < len(wrong)
+    for errors in (True, False):
+        scores = [float(card["data-score"]) for card, its in zip(shown, wrong, strict=True) if its == errors]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_the_outcomes_are_those_of_the_evaluation(run, page):
+    outcomes = [card["data-outcome"] for card in page.all("li") if "data-name" in card]
+    assert outcomes.count("miss") == run.evaluation["misses"]
+    assert outcomes.count("false_alarm") == run.evaluation["false_alarms"]
+    assert set(outcomes) <= set(OUTCOMES)
+    assert f"{run.evaluation['misses']} of {run.evaluation['defective']}" in page.words
+
+
+def test_the_figures_are_those_of_the_evaluation(run, page):
+    for key in ("image_auroc", "pixel_auroc", "image_ap", "pixel_ap", "pixel_aupro", "pixel_f1_max"):
+        assert f"{100 * run.evaluation[key]:.2f} %" in page.words
+    for defect, auroc in run.evaluation["image_auroc_by_defect"].items():
+        assert defect.replace("_", " ") in page.words
+        assert f"{100 * auroc:.2f} %" in page.words
+
+
+def test_what_it_was_measured_with_is_there(run, page):
+    for text in ("colours", pydefect.__version__, "local map", "Configuration", "Times", "Versions"):
+        assert text.lower() in page.words.lower()
+    assert run.facts["versions"]["torch"] in page.words
+
+
+def test_every_picture_says_what_it_shows(run, page):
+    pictures = page.all("img") + page.all("svg", role="img")
+    # A photograph, the heat map, the local and the global map.
+    assert len(pictures) == 4 * len(run.images)
+    for picture in pictures:
+        assert (picture.get("alt") or picture.get("aria-label") or "").strip()
+    assert all(svg.get("aria-hidden") == "true" or svg.get("role") == "img" for svg in page.all("svg"))
+    assert len(page.all("path", **{"class": "truth"})) >= run.evaluation["defective"]
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    policy = page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    assert policy.startswith("default-src 'none'")
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "base")
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/jpeg;base64,", "#")), (tag, name)
+
+
+def test_the_drawn_outlines_hold_the_mask(run):
+    """Filling the path of the ground truth gives the mask back, up to what smoothing leaves out."""
+    import cv2
+
+    from pydefect.data.layouts import read_mask
+
+    index = next(index for index, image in enumerate(run.images) if image.label)
+    card = next(
+        card
+        for card in cards(run, Thresholds.of(run), 400, lambda done, total: None)
+        if card.image is run.images[index]
+    )
+    curves = [
+        np.array([point.split() for point in part.split("L")], dtype=np.int32)
+        for part in re.findall(r"M([^Z]*)Z", card.truth)
+    ]
+    filled = np.zeros(card.image.size, dtype=np.uint8)
+    cv2.fillPoly(filled, curves, 1)
+    mask = read_mask(run.sample(index), card.image.size)
+    assert np.logical_xor(filled, mask).sum() <= 0.1 * mask.sum() + 8
+
+
+def test_fewer_pictures_leave_out_the_unremarkable_ones(run, tmp_path):
+    page = Page(write_report(run, tmp_path / "report.html", images=3, progress=False))
+    shown = [card for card in page.all("li") if "data-name" in card]
+    assert len(shown) == 3
+    assert {card["data-outcome"] for card in shown} <= {"miss", "false_alarm"}
+    assert f"{len(run.images) - 3} images" in page.words
+
+
+def test_warnings_about_data_and_model_are_shown(colours, tmp_path):
+    root = write_dataset(tmp_path / "flange", 4, 3, 1, 64, seed=3)
+    shutil.copy(root / "train/good/000.png", root / "test/good/100.png")
+    (root / "test/good/001.png").write_bytes(b"no image")
+    detector = colours()
+    detector.calibration = None
+    pydefect.evaluate(detector, root, out=tmp_path / "run", on_error="skip", progress=False)
+    words = Page(write_report(read_run(tmp_path / "run"), progress=False)).words
+    assert "1 test image can be found among the training images." in words
+    assert "test/good/100.png — train/good/000.png" in words
+    assert "The model has no thresholds" in words
+    assert "1 of the test images could not be read; no figure counts it." in words
+
+
+def test_a_photograph_that_is_gone_leaves_its_heat_map(run, product, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(product, moved)
+    (moved / run.images[0].name).unlink()
+    page = Page(write_report(read_run(run.folder, data=moved), tmp_path / "r.html", progress=False))
+    assert len(page.all("image")) == len(run.images) - 1
+    assert "The photograph cannot be shown" in page.words
+
+
+def test_names_are_text_and_nothing_else(colours, tmp_path):
+    root = write_dataset(tmp_path / "flange", 4, 3, 1, 64, seed=3)
+    hostile = "a\"><img src=x onerror=\"document.title='broken'\"> 'b' {{ 7 * 7 }}.png"
+    (root / "test/good/000.png").rename(root / "test/good" / hostile)
+    pydefect.evaluate(colours(), root, out=tmp_path / "run", progress=False)
+    page = Page(write_report(read_run(tmp_path / "run"), progress=False))
+    assert f"test/good/{hostile}" in page.words
+    assert page.all("img", src="x") == []
+    assert {card["data-name"] for card in page.all("li") if "data-name" in card} >= {f"test/good/{hostile}"}
+
+
+def test_wrong_calls(run, product, tmp_path):
+    with pytest.raises(InputError, match=r"none of the run's images is in .*elsewhere.* \(--data DIR\)"):
+        write_report(read_run(run.folder, data=tmp_path / "elsewhere"), tmp_path / "r.html")
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(run, tmp_path)
+    with pytest.raises(InputError, match="images: -1 given"):
+        write_report(run, tmp_path / "r.html", images=-1)
+    with pytest.raises(InputError, match="is no run, and there is none below it"):
+        write_index(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_runs_gets_a_report_each_and_an_index(run, tmp_path):
+    for name in ("a b/flange", "c"):
+        shutil.copytree(run.folder, tmp_path / name)
+    result = CliRunner().invoke(app, ["report", str(tmp_path), "--quiet"])
+    assert result.exit_code == 0, result.output
+    page = Page(tmp_path / "index.html")
+    assert [link["href"] for link in page.all("a")] == ["a%20b/flange/report.html", "c/report.html"]
+    assert (tmp_path / "a b/flange/report.html").stat().st_size > 10_000
+    assert f"{100 * run.evaluation['image_auroc']:.2f}" in page.words
+
+
+def test_the_command_line(run, product, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(product, moved)
+    shutil.copytree(run.folder, tmp_path / "run")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--quiet", "--data", str(moved)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"report: {tmp_path / 'run' / 'report.html'}\n"
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "is missing"),
+        ([str(tmp_path), "--out", str(tmp_path / "r.html")], "is no run folder"),
+        ([str(tmp_path / "run"), "--out", str(tmp_path)], "is a folder"),
+    ):
+        result = CliRunner().invoke(app, ["report", *arguments])
+        assert result.exit_code == 2
+        assert message in result.stderr
