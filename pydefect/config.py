@@ -1,4 +1,4 @@
-"""Settings of a method: presets, checks before any work, JSON."""
+"""Settings of a method or a command: presets, checks before any work, JSON."""
 
 from __future__ import annotations
 
@@ -17,43 +17,31 @@ from pydefect.errors import InputError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["MethodConfig"]
+__all__ = ["MethodConfig", "Settings"]
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """The settings that every method has, and how settings are checked; a method adds its own fields.
+class Settings:
+    """How settings are checked, changed and written down; a subclass adds its fields.
 
     A field that is a ``Literal``, a ``bool``, an ``int`` or a ``float`` (or None) is checked by its type, and
     numbers by :attr:`RANGES`. What goes beyond that, a subclass checks in its own ``__post_init__``.
     """
 
     TITLE: ClassVar[str]
-    """The method's name in messages: "ConPatch"."""
+    """Whose settings they are, in messages: "ConPatch"."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """What each preset changes of the defaults."""
-    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
-        "false_alarm_rate": (0, 1),
-    }
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Smallest and largest value of every number."""
-
-    resize: tuple[int, int] | int | None = 256
-    """(height, width) in pixels, or one number for a square; None keeps the images' size."""
-    crop: tuple[int, int] | int | None = None
-    """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
-    false_alarm_rate: float = 0.01
-    """Share of normal images that may be called defective."""
 
     def __post_init__(self) -> None:
         """Check every setting before any work is done."""
+        hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, field.name, value.item())
-        for name in ("resize", "crop"):
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
             self._check(field.name, hints[field.name])
 
     def _check(self, name: str, hint: Any) -> None:
@@ -117,6 +105,28 @@ class MethodConfig:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         return cls(**settings)
+
+
+@dataclass(frozen=True)
+class MethodConfig(Settings):
+    """The settings that every method has; a method adds its own fields."""
+
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "false_alarm_rate": (0, 1),
+    }
+
+    resize: tuple[int, int] | int | None = 256
+    """(height, width) in pixels, or one number for a square; None keeps the images' size."""
+    crop: tuple[int, int] | int | None = None
+    """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
+    false_alarm_rate: float = 0.01
+    """Share of normal images that may be called defective."""
+
+    def __post_init__(self) -> None:
+        """Check every setting before any work is done."""
+        super().__post_init__()
+        for name in ("resize", "crop"):
+            object.__setattr__(self, name, _size(name, getattr(self, name)))
 
 
 def _size(name: str, value: Any) -> tuple[int, int] | None:

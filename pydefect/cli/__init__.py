@@ -17,6 +17,7 @@ from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
 from pydefect.cli.fit import fit
 from pydefect.cli.info import info
+from pydefect.cli.pretrain_teacher import pretrain_teacher
 from pydefect.cli.report import report
 from pydefect.cli.score import score
 from pydefect.version import VERSION
@@ -38,6 +39,7 @@ app.command()(report)
 app.command()(benchmark)
 app.command()(info)
 app.command()(demo)
+app.command()(pretrain_teacher)
 
 
 def _print_version(value: bool) -> None:

@@ -45,7 +45,7 @@ def test_one_number_is_a_square() -> None:
 
 
 def test_the_images_are_as_varied_as_they_are_meant_to_be() -> None:
-    """Bounds far from the measured values (in brackets, over 400 images), to catch a kind that has gone flat."""
+    """Bounds far from the measured values (in brackets, of 400 images), to catch a kind that went flat."""
     images = [texture((9, number), 96) for number in range(150)]
     contrast = np.array([image.std() for image in images])
     assert (contrast < 2).mean() < 0.1  # nearly plain [0.003]
@@ -74,5 +74,5 @@ def test_wrong_seeds(seed: Any) -> None:
 
 
 def test_unknown_kind() -> None:
-    with pytest.raises(InputError, match="'marble'.*dead_leaves"):
+    with pytest.raises(InputError, match=r"'marble'.*dead_leaves"):
         texture(0, 32, "marble")

@@ -1,0 +1,719 @@
+"""Distillation of a teacher: a patch description network learns what a backbone says about patches.
+
+Every number drawn depends on the seed and the step alone, so that a run can stop after any step and go on
+later with identical results.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
+from pydefect.config import Settings
+from pydefect.data.images import list_image_files, read_image
+from pydefect.data.textures import texture
+from pydefect.dual_ae.pdn import PDN, Size, output_size
+from pydefect.dual_ae.teacher import BackboneTeacher
+from pydefect.errors import InputError, PydefectError
+from pydefect.features import cpu_has_bfloat16
+from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = [
+    "Distillation",
+    "DistillationConfig",
+    "DistillationImages",
+    "explained_variance",
+    "pretrain_teacher",
+    "source_statistics",
+]
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Progress = Callable[[str, int, int | None], None]
+
+# Seconds between checkpoints; saving takes some 50 ms.
+_CHECKPOINT_INTERVAL = 60.0
+# Steps whose mean loss becomes a record of the history.
+_RECORD = 100
+# The last step of a falling rate still has a hundredth of it.
+_FLOOR = 0.01
+# Factor of the last convolution's weights before the first step.
+_FIRST_ANSWER = 0.1
+# Which numbers a generator is for; the second part of its seed.
+_TRAINING, _HELD_OUT, _SPLIT, _PARTS = range(4)
+
+
+@dataclass(frozen=True)
+class DistillationConfig(Settings):
+    """Settings of a distillation; the defaults are EfficientAD's (section 4 and appendix A.2 of its paper).
+
+    Raises
+    ------
+    InputError
+        A value is not allowed.
+    """
+
+    TITLE: ClassVar[str] = "a distillation"
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "image_size": (40, math.inf),
+        "part": (36, math.inf),
+        "batch_size": (1, math.inf),
+        "steps": (1, math.inf),
+        "learning_rate": (0, math.inf),
+        "weight_decay": (0, math.inf),
+        "warmup": (0, math.inf),
+        "decay": (0, 1),
+        "procedural": (0, 1),
+        "windows": (1, math.inf),
+        "grey": (0, 1),
+        "statistics_images": (2, math.inf),
+        "held_out": (0, 0.9),
+    }
+
+    size: Size = "small"
+    """The PDN."""
+    padding: bool = True
+    """Zeros around the PDN's maps while it learns. Without them all cells of a crop see nothing but pixels,
+    which pays with small crops; the weights serve both forms."""
+    image_size: int = 256
+    """Edge of the PDN's square input in pixels; the source sees the same window at twice this size."""
+    part: int | None = None
+    """Edge of the square part of the windows, another one every step, on which the PDN learns; None: all of
+    them. Neighbouring cells say much the same, so that many windows with few cells each teach more in the
+    same time than few windows with many; the source still sees what lies around. Only without padding."""
+    batch_size: int = 16
+    """Windows a step."""
+    steps: int = 60_000
+    """Steps in all."""
+    learning_rate: float = 1e-4
+    """Of Adam."""
+    weight_decay: float = 1e-5
+    """Of Adam."""
+    warmup: int = 0
+    """Steps over which the rate rises to its value."""
+    decay: float = 0.0
+    """Share of the steps, at the end, over which the rate falls in a straight line, to a hundredth. Until
+    then a run does not depend on ``steps``: it can be resumed with another number."""
+    procedural: float = 0.0
+    """Share of procedural images among all; 1 without folders."""
+    windows: int = 4
+    """Windows cut out of a procedural image, one a step."""
+    grey: float = 0.1
+    """Share of images without colour."""
+    statistics_images: int = 2_000
+    """Windows from which mean and standard deviation of every channel of the source are taken."""
+    held_out: float = 0.05
+    """Share of each folder's images that are measured on and never learned from."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the convolutions of both networks. ``"auto"``: bfloat16 on processors and cards with instructions
+    for it. Weights, their updates and the loss are float32."""
+
+    def __post_init__(self) -> None:
+        """Check every setting before any work is done."""
+        super().__post_init__()
+        for name in ("image_size", "part"):
+            if (getattr(self, name) or 0) % 4:
+                raise InputError(f"{name}: {getattr(self, name)} given; it must be divisible by 4")
+        if self.part is not None and (self.padding or self.part > self.image_size):
+            raise InputError(
+                f"part: {self.part} given; it needs padding=False and an image_size of at least as much"
+            )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1))
+        begin = self.decay_begins
+        if step < begin:
+            return rate
+        return rate * (1 - (1 - _FLOOR) * (step + 1 - begin) / (self.steps - begin))
+
+    @property
+    def decay_begins(self) -> int:
+        """First step with a falling rate; the number of steps where there is none."""
+        return self.steps - round(self.decay * self.steps)
+
+
+class DistillationImages:
+    """Windows of images: of folders, drawn procedurally, or both in a given share.
+
+    Parameters
+    ----------
+    folders
+        Folders of images, read recursively, or image files. All images are equally likely.
+    config
+        Settings.
+    seed
+        Of all that is drawn.
+
+    Attributes
+    ----------
+    training, held_out
+        Paths of the images that are learned from and of those that are measured on.
+
+    Raises
+    ------
+    InputError
+        A folder is missing or has no image; there is no image to learn from; or there are no folders and
+        ``procedural`` is not 1.
+    """
+
+    def __init__(
+        self, folders: Sequence[str | os.PathLike[str]], config: DistillationConfig, seed: int
+    ) -> None:
+        self.config = config
+        self.seed = seed
+        self.training: list[Path] = []
+        self.held_out: list[Path] = []
+        if not folders and config.procedural < 1:
+            raise InputError(
+                f"images: no folder given, and procedural is {config.procedural}; name a folder, or set "
+                "procedural=1 for procedural images only"
+            )
+        for number, folder in enumerate(map(Path, folders)):
+            if not folder.exists():
+                raise InputError(f"images: there is no folder {str(folder)!r}")
+            files = list_image_files(folder) if folder.is_dir() else [folder]
+            if not files:
+                raise InputError(f"images: no image in the folder {str(folder)!r}")
+            apart = int(config.held_out * len(files))
+            order = np.random.default_rng([seed, _SPLIT, number]).permutation(len(files))
+            self.held_out += [files[i] for i in sorted(order[:apart])]
+            self.training += [files[i] for i in sorted(order[apart:])]
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Draw the windows of a step.
+
+        Parameters
+        ----------
+        step
+            Whole number >= 0.
+
+        Returns
+        -------
+        images, enlarged
+            [B, 3, S, S] and [B, 3, 2 S, 2 S] float32, normalised, channels last in memory: what the PDN sees,
+            and the same windows as the source sees them.
+        """
+        return _to_networks([self._window(step, place) for place in range(self.config.batch_size)])
+
+    def measured(self, kind: Literal["procedural", "images"], count: int) -> tuple[Tensor, Tensor] | None:
+        """Return windows that no step draws: of procedural images, or of the folders' held-out ones.
+
+        Parameters
+        ----------
+        kind
+            Which images.
+        count
+            Windows at most.
+
+        Returns
+        -------
+        images, enlarged
+            As :meth:`batch`; None where there are none.
+        """
+        windows = []
+        for number in range(count if kind == "procedural" else min(count, len(self.held_out))):
+            if kind == "procedural":
+                pixels = texture((self.seed, _HELD_OUT, number), 2 * self.config.image_size)
+            else:
+                pixels = _as_bytes(read_image(self.held_out[number]))
+            rng = np.random.default_rng([self.seed, _HELD_OUT, number])
+            windows.append(_cut(rng, pixels, self.config.image_size, 0.0))
+        return _to_networks(windows) if windows else None
+
+    def _window(self, step: int, place: int) -> tuple[Pixels, Pixels]:
+        config = self.config
+        rng = np.random.default_rng([self.seed, _TRAINING, step, place])
+        if not self.training or rng.random() < config.procedural:
+            # Places change to another image one after the other, not all in one step.
+            drawing = (step + place) // config.windows * config.batch_size + place
+            pixels = _drawn(self.seed, drawing, 2 * config.image_size)
+        else:
+            pixels = _as_bytes(read_image(self.training[int(rng.integers(len(self.training)))]))
+        return _cut(rng, pixels, config.image_size, config.grey)
+
+
+@lru_cache(maxsize=64)
+def _drawn(seed: int, number: int, edge: int) -> Pixels:
+    return texture((seed, _TRAINING, number), edge)
+
+
+def _as_bytes(pixels: np.ndarray[Any, Any]) -> Pixels:
+    return pixels if pixels.dtype == np.uint8 else np.rint(pixels * 255).astype(np.uint8)
+
+
+def _cut(rng: np.random.Generator, pixels: Pixels, edge: int, grey: float) -> tuple[Pixels, Pixels]:
+    """A square window one to two edges wide, as far as the image reaches; resized to one edge and to two."""
+    short = min(pixels.shape[:2])
+    if short < edge:
+        size = [max(edge, round(side * edge / short)) for side in pixels.shape[:2]]
+        pixels = np.asarray(cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+        short = edge
+    window = round(edge * (min(2 * edge, short) / edge) ** rng.random())
+    top, left = (int(rng.integers(side - window + 1)) for side in pixels.shape[:2])
+    pixels = pixels[top : top + window, left : left + window, ::1]
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    if rng.random() < grey:
+        luma = cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_RGB2GRAY)
+        pixels = np.repeat(np.asarray(luma, np.uint8)[..., None], 3, 2)
+    pixels = np.ascontiguousarray(pixels)
+    images = []
+    for side in (edge, 2 * edge):
+        # Area: no aliasing where the window shrinks; where it grows, pixels in between are interpolated.
+        how = cv2.INTER_AREA if side < window else cv2.INTER_LINEAR
+        resized = cv2.resize(pixels, (side, side), interpolation=how)
+        images.append(np.asarray(resized, np.uint8))
+    return images[0], images[1]
+
+
+def _to_networks(windows: Sequence[tuple[Pixels, Pixels]]) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    images, enlarged = (
+        torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+        for part in zip(*windows, strict=True)
+    )
+    return images, enlarged
+
+
+def source_statistics(
+    source: BackboneTeacher,
+    images: DistillationImages,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every channel of the source over the first windows of a run.
+
+    Parameters
+    ----------
+    source
+        The frozen source.
+    images
+        Of the run; its configuration says how many windows.
+    device
+        Where the source computes.
+    progress
+        Told of every batch.
+
+    Returns
+    -------
+    mean, std
+        [1, 384, 1, 1] float32, of the device.
+    """
+    steps = math.ceil(images.config.statistics_images / images.config.batch_size)
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for step in range(steps):
+        maps = source.enlarged(images.batch(step)[1].to(device)).double()
+        count += maps.shape[0] * maps.shape[2] * maps.shape[3]
+        total = total + maps.sum((0, 2, 3)).cpu()
+        squares = squares + maps.square().sum((0, 2, 3)).cpu()
+        if progress is not None:
+            progress("statistics", step + 1, steps)
+    mean = total / count
+    # Channels that are never active must not be divided by nothing.
+    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
+    return tuple(value.float()[None, :, None, None].to(device) for value in (mean, std))  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def explained_variance(
+    network: nn.Module, images: Tensor, targets: Tensor, padding: bool
+) -> dict[str, float]:
+    """Share of the targets' variance that a network explains, 1 - (squared error) / (squared deviation).
+
+    Parameters
+    ----------
+    network
+        A PDN: images to [B, 384, h, w].
+    images
+        [B, 3, H, W] float32, normalised.
+    targets
+        [B, 384, h', w'] float32, on the grid of a padded PDN.
+    padding
+        Whether the network's grid is that one too, or the inner part of it.
+
+    Returns
+    -------
+    dict
+        ``"layer2"``, ``"layer3"`` (the first third of the channels and the others) and ``"both"``; 1 is
+        perfect, 0 as good as the channels' means over these images.
+    """
+    errors, deviations = (torch.zeros(targets.shape[1], dtype=torch.float64) for _ in range(2))
+    inner = _on_grid(targets, images, padding)
+    mean = inner.mean((0, 2, 3), keepdim=True)
+    for image, target in zip(images.split(8), inner.split(8), strict=True):
+        errors += (network(image).float() - target).square().sum((0, 2, 3)).double().cpu()
+        deviations += (target - mean).square().sum((0, 2, 3)).double().cpu()
+    third = len(errors) // 3
+    return {
+        name: 1 - float(errors[part].sum() / deviations[part].sum())
+        for name, part in (
+            ("layer2", slice(0, third)),
+            ("layer3", slice(third, None)),
+            ("both", slice(None)),
+        )
+    }
+
+
+def _on_grid(targets: Tensor, images: Tensor, padding: bool) -> Tensor:
+    """The cells of an unpadded PDN out of those of a padded one: 16 pixels, or 4 cells, from the edge."""
+    if padding:
+        return targets
+    rows, columns = output_size((images.shape[2], images.shape[3]), padding=False)
+    return targets[:, :, 4 : 4 + rows, 4 : 4 + columns]
+
+
+@dataclass
+class Distillation:
+    """One run, which can stop after any step and go on later.
+
+    Parameters
+    ----------
+    config
+        Settings.
+    images
+        What is learned from.
+    source
+        The frozen source, on the device.
+    seed
+        Of the network's start; the images have their own.
+    device
+        Where both networks compute.
+    checkpoint
+        Where the state is kept; None: nowhere.
+    progress
+        Told of every finished step.
+
+    Attributes
+    ----------
+    network
+        The PDN as it stands now.
+    mean, std
+        Of the source's channels.
+    step
+        Finished steps.
+    history
+        (finished steps, mean loss of the last 100).
+    """
+
+    config: DistillationConfig
+    images: DistillationImages
+    source: BackboneTeacher
+    seed: int
+    device: torch.device
+    checkpoint: Checkpoint | None = None
+    progress: Progress | None = None
+    network: PDN = field(init=False)
+    mean: Tensor = field(init=False)
+    std: Tensor = field(init=False)
+    step: int = field(init=False, default=0)
+    history: list[tuple[int, float]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Restore the checkpoint, or begin."""
+        self.network = _fresh_network(self.config, self.seed, self.images.batch(0)[0]).to(self.device)
+        self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimiser = torch.optim.Adam(
+            self.network.parameters(),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        self._losses: list[float] = []
+        self._saved_at = time.monotonic()
+        saved = self.checkpoint.load("teacher") if self.checkpoint else None
+        if saved is None:
+            self.mean, self.std = source_statistics(self.source, self.images, self.device, self.progress)
+        else:
+            self._restore(*saved)
+
+    def run(self) -> PDN:
+        """Train to the last step.
+
+        Returns
+        -------
+        PDN
+            ``network``.
+
+        Raises
+        ------
+        PydefectError
+            The loss is no longer finite.
+        """
+        while self.step < self.config.steps:
+            self._losses.append(self._train_step())
+            self.step += 1
+            if self.step % _RECORD == 0 or self.step == self.config.steps:
+                loss = sum(self._losses) / len(self._losses)
+                if not math.isfinite(loss):
+                    raise PydefectError(
+                        f"distillation: the loss before step {self.step} is not finite; lower learning_rate"
+                    )
+                self.history.append((self.step, loss))
+                self._losses = []
+            if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL or self.step == self.config.steps:
+                self._save()
+            if self.progress is not None:
+                self.progress("distillation", self.step, self.config.steps)
+        return self.network
+
+    def measure(self, count: int = 64) -> dict[str, dict[str, float]]:
+        """Explained variance on windows that no step draws.
+
+        Parameters
+        ----------
+        count
+            Windows of each kind at most.
+
+        Returns
+        -------
+        dict
+            ``"procedural"`` and, with held-out images, ``"images"``: what :func:`explained_variance` returns.
+        """
+        found: dict[str, dict[str, float]] = {}
+        kinds: tuple[Literal["procedural", "images"], ...] = ("procedural", "images")
+        for kind in kinds:
+            windows = self.images.measured(kind, count)
+            if windows is not None:
+                images, enlarged = (part.to(self.device) for part in windows)
+                targets = torch.cat([self._target(part) for part in enlarged.split(8)])
+                found[kind] = explained_variance(self.network, images, targets, self.config.padding)
+        return found
+
+    def _target(self, enlarged: Tensor) -> Tensor:
+        return (self.source.enlarged(enlarged) - self.mean) / self.std
+
+    def _train_step(self) -> float:
+        images, enlarged = (part.to(self.device) for part in self.images.batch(self.step))
+        target = _on_grid(self._target(enlarged), images, self.config.padding)
+        if self.config.part is not None:
+            images, target = self._part(images, target)
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, _precision(self.config.precision, self.device) == "bfloat16"
+        ):
+            described = self.network(images.contiguous(memory_format=torch.channels_last))
+        loss = F.mse_loss(described.float(), target)
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimiser.step()
+        return float(loss.detach())
+
+    def _part(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's part of windows, and of their cells on an unpadded PDN's grid."""
+        part = self.config.part
+        assert part is not None
+        rng = np.random.default_rng([self.images.seed, _PARTS, self.step])
+        row, column = (int(place) for place in rng.integers((self.config.image_size - part) // 4 + 1, size=2))
+        rows, columns = output_size((part, part), padding=False)
+        return (
+            images[:, :, 4 * row : 4 * row + part, 4 * column : 4 * column + part],
+            target[:, :, row : row + rows, column : column + columns],
+        )
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for index, moments in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
+        tensors |= {"mean": self.mean, "std": self.std}
+        state = {
+            "step": self.step,
+            "steps": self.config.steps,
+            "losses": self._losses,
+            "history": [list(record) for record in self.history],
+        }
+        self.checkpoint.save("teacher", tensors, state)
+        self._saved_at = time.monotonic()
+
+    def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        step, planned = int(state["step"]), int(state["steps"])
+        if planned != self.config.steps:
+            # Up to here the rate must have been the same under both numbers of steps.
+            theirs = replace(self.config, steps=planned)
+            same_until = min(theirs.decay_begins, self.config.decay_begins)
+            if step > same_until:
+                raise InputError(
+                    f"steps: {self.config.steps} given, but the checkpoint is at step {step} of {planned}, "
+                    f"and the rate would have begun to fall at step {same_until}; repeat steps={planned} to "
+                    "resume it, or name another folder"
+                )
+        self.network.load_state_dict(
+            {
+                name.removeprefix("network."): value.to(self.device)
+                for name, value in tensors.items()
+                if name.startswith("network.")
+            }
+        )
+        parameters = list(self.network.parameters())
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                if value.ndim:
+                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
+                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
+                moments.setdefault(int(index), {})[key] = value
+        optimiser = self._optimiser.state_dict()
+        optimiser["state"] = moments
+        self._optimiser.load_state_dict(optimiser)
+        self.mean, self.std = (tensors[name].to(self.device) for name in ("mean", "std"))
+        self.step = step
+        self._losses = list(state["losses"])
+        self.history = [(int(at), float(loss)) for at, loss in state["history"]]
+
+
+@torch.no_grad()
+def _fresh_network(config: DistillationConfig, seed: int, images: Tensor) -> PDN:
+    """A PDN whose maps have mean 0 and variance 1 in front of every ReLU over some images (data-dependent
+    start, as of Mishkin and Matas, 2016), and which answers nearly 0: learning begins at once, with any
+    depth."""
+    network = PDN(config.size, padding=config.padding)
+    generator = torch.Generator().manual_seed(seed)
+    convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
+    maps = images
+    for module in network:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+            if module is convolutions[-1]:
+                module.weight.mul_(_FIRST_ANSWER)
+                break
+            answers = module(maps)
+            mean, std = answers.mean((0, 2, 3)), answers.std((0, 2, 3)).clamp_min(1e-6)
+            module.weight.div_(std[:, None, None, None])
+            module.bias.sub_(mean / std)
+        maps = module(maps)
+    return network
+
+
+def _precision(asked: str, device: torch.device) -> Literal["float32", "bfloat16"]:
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    has = cpu_has_bfloat16() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+    return "bfloat16" if has else "float32"
+
+
+def pretrain_teacher(
+    out: str | os.PathLike[str],
+    images: Sequence[str | os.PathLike[str]] = (),
+    *,
+    source: str = "wide_resnet101_2",
+    weights: str | os.PathLike[str] = "imagenet",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Distil a teacher and write its file.
+
+    Parameters
+    ----------
+    out
+        A safetensors file: the PDN's weights as float16 under the names of a sequential network, and how they
+        were made under the key ``pydefect`` of its metadata.
+        :func:`pydefect.dual_ae.teacher.load_teacher` reads it.
+    images
+        Folders of images of any kind, read recursively; none: procedural images only.
+    source
+        The backbone whose layers 2 and 3 are imitated: a key of :data:`pydefect.backbones.ARCHITECTURES`.
+    weights
+        Its weights: ``"imagenet"``, a file, or ``"random"``.
+    seed
+        Same images, settings, seed, machine and number of threads: same teacher.
+    device
+        Where to compute.
+    checkpoint
+        A folder: an interrupted run goes on from there when called again, with identical results.
+    progress
+        Told of every finished step.
+    settings
+        Fields of :class:`DistillationConfig`. Without folders ``procedural`` is 1.
+
+    Returns
+    -------
+    dict
+        What the file says about how it was made: settings, source, images, losses, held-out explained
+        variance and seconds of this call.
+
+    Raises
+    ------
+    InputError
+        An argument is not allowed, or an image cannot be read.
+    WeightsNotFoundError
+        The weights are not there.
+
+    References
+    ----------
+    Batzner et al., EfficientAD, WACV 2024, appendix A.2.
+    """
+    if source not in ARCHITECTURES:
+        raise InputError(f"source: {source!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
+    if not images:
+        settings.setdefault("procedural", 1.0)
+    device = torch.device(device)
+    config = DistillationConfig.from_preset("default", **settings)
+    collection = DistillationImages(images, config, seed)
+    backbone = build_backbone(source, os.fspath(weights))
+    fingerprint = weights_fingerprint(backbone.state_dict())
+    target = BackboneTeacher(backbone, True, _precision(config.precision, device)).to(device)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))
+    begun = time.perf_counter()
+    distillation = Distillation(config, collection, target, seed, device, kept, progress)
+    resumed = distillation.step
+    network = distillation.run()
+    about: dict[str, Any] = {
+        "kind": "teacher",
+        "settings": config.to_dict(),
+        "seed": seed,
+        "source": source,
+        "source_fingerprint": fingerprint,
+        "images": {"folders": len(images), "files": len(collection.training)},
+        "explained_variance": distillation.measure(),
+        "history": _thinned(distillation.history),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "resumed_at_step": resumed,
+        "machine": {
+            "device": device.type,
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    }
+    save_tensors(out, {name: value.half() for name, value in network.state_dict().items()}, about)
+    return about
+
+
+def _identity(
+    config: DistillationConfig, images: DistillationImages, source: str, fingerprint: str, seed: int
+) -> Mapping[str, Any]:
+    """What a checkpoint is of; the number of steps may change (see ``decay``)."""
+    settings = {name: value for name, value in config.to_dict().items() if name != "steps"}
+    files = [[path.name, path.stat().st_size] for path in (*images.training, *images.held_out)]
+    return {**settings, "seed": seed, "source": source, "weights": fingerprint, "images": files}
+
+
+def _thinned(history: Sequence[tuple[int, float]], records: int = 60) -> list[tuple[int, float]]:
+    """At most so many records, the last one among them."""
+    stride = math.ceil(len(history) / records) or 1
+    return [(step, round(loss, 5)) for step, loss in history[::-1][::stride][::-1]]
