@@ -110,8 +110,11 @@ def test_data_calibration_and_operators_know_nothing_of_detectors():
 def test_nobody_imports_a_method():
     """A further method must not need changes all over the package: the registry names its module."""
     methods = {entry.module.split(".")[1] for entry in METHODS.values()}
+    # A command that serves one method alone.
+    own = {"pydefect.cli.pretrain_teacher": {"dual_ae"}}
     for module in MODULES:
-        assert not {room(name) for name in imports(module)} & methods - {room(module)}, module
+        allowed = {room(module)} | own.get(module, set())
+        assert not {room(name) for name in imports(module)} & methods - allowed, module
 
 
 def test_every_method_keeps_to_the_protocol():

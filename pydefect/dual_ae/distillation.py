@@ -26,10 +26,10 @@ from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprin
 from pydefect.config import Settings
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
+from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic, network_precision
 from pydefect.dual_ae.pdn import PDN, Size, output_size
 from pydefect.dual_ae.teacher import BackboneTeacher
 from pydefect.errors import InputError, PydefectError
-from pydefect.features import cpu_has_bfloat16
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -315,18 +315,13 @@ def source_statistics(
         [1, 384, 1, 1] float32, of the device.
     """
     steps = math.ceil(images.config.statistics_images / images.config.batch_size)
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    statistics = ChannelStatistics()
     for step in range(steps):
-        maps = source.enlarged(images.batch(step)[1].to(device)).double()
-        count += maps.shape[0] * maps.shape[2] * maps.shape[3]
-        total = total + maps.sum((0, 2, 3)).cpu()
-        squares = squares + maps.square().sum((0, 2, 3)).cpu()
+        statistics.add(source.enlarged(images.batch(step)[1].to(device)))
         if progress is not None:
             progress("statistics", step + 1, steps)
-    mean = total / count
-    # Channels that are never active must not be divided by nothing.
-    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
-    return tuple(value.float()[None, :, None, None].to(device) for value in (mean, std))  # type: ignore[return-value]
+    mean, std = (value[None, :, None, None].to(device) for value in statistics.result())
+    return mean, std
 
 
 @torch.inference_mode()
@@ -504,9 +499,7 @@ class Distillation:
             images, target = self._part(images, target)
         for group in self._optimiser.param_groups:
             group["lr"] = self.config.rate(self.step)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, _precision(self.config.precision, self.device) == "bfloat16"
-        ):
+        with arithmetic(network_precision(self.config.precision, self.device), self.device):
             described = self.network(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(described.float(), target)
         self._optimiser.zero_grad(set_to_none=True)
@@ -604,13 +597,6 @@ def _fresh_network(config: DistillationConfig, seed: int, images: Tensor) -> PDN
     return network
 
 
-def _precision(asked: str, device: torch.device) -> Literal["float32", "bfloat16"]:
-    if asked != "auto":
-        return asked  # type: ignore[return-value]
-    has = cpu_has_bfloat16() if device.type == "cpu" else torch.cuda.is_bf16_supported()
-    return "bfloat16" if has else "float32"
-
-
 def pretrain_teacher(
     out: str | os.PathLike[str],
     images: Sequence[str | os.PathLike[str]] = (),
@@ -674,7 +660,7 @@ def pretrain_teacher(
     collection = DistillationImages(images, config, seed)
     backbone = build_backbone(source, os.fspath(weights))
     fingerprint = weights_fingerprint(backbone.state_dict())
-    target = BackboneTeacher(backbone, True, _precision(config.precision, device)).to(device)
+    target = BackboneTeacher(backbone, True, network_precision(config.precision, device)).to(device)
     kept = None
     if checkpoint is not None:
         kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))
