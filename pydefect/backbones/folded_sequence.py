@@ -44,7 +44,8 @@ class FoldedSequence:
         self._packed: list[Convolution | nn.Module] = []
         self._packed_for: torch.Size | None = None
 
-    @torch.inference_mode()
+    # Not inference_mode: what comes out may be compared with what is trained.
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Run the sequence.
 

@@ -152,8 +152,13 @@ class DualAEDetector(Detector):
         on_error: OnError = "raise",
         checkpoint: str | os.PathLike[str] | None = None,
         progress: bool = True,
+        until: int | None = None,
     ) -> Self:
-        """Fit on normal images; see :meth:`pydefect.detector.Detector.fit`."""
+        """Fit on normal images; see :meth:`pydefect.detector.Detector.fit`.
+
+        With `until` training stops after so many steps of the schedule in all, and the detector is that of
+        this moment; with a checkpoint a later call goes on from there.
+        """
         config = dataclasses.replace(config, precision=network_precision(config.precision, device))
         preprocessing = Preprocessing.create(config.resize, config.crop)
         teacher = _load_teacher(config, device, weights)
@@ -203,7 +208,7 @@ class DualAEDetector(Detector):
                 state,
                 progress=bars,
             )
-            trainer.train()
+            trainer.train(until)
             network = trainer.network.eval()
             # Without held-out images the maps' scales come from those seen; thresholds cannot.
             measured, which = (held_out, others) if len(others) else (seen.cache, train)
@@ -315,7 +320,7 @@ class DualAEDetector(Detector):
         if weights_fingerprint(teacher.network.state_dict()) != metadata["teacher_sha256"]:
             raise ModelFileError(f"weights: {weights!r} is not the teacher that the model was fitted with")
         statistics = part("statistics.")
-        teacher.mean, teacher.std = statistics["mean"].to(device), statistics["std"].to(device)
+        teacher.set_statistics(statistics["mean"].to(device), statistics["std"].to(device))
         network = build_network(config, (metadata["image_size"][0], metadata["image_size"][1]), 0)
         network.load_state_dict(part("network."))
         return cls(
@@ -389,5 +394,5 @@ def _teacher_features(
         features.append([found])
         bars("teacher", len(features), len(train))
     mean, std = statistics.result()
-    teacher.mean, teacher.std = mean.to(device), std.to(device)
+    teacher.set_statistics(mean.to(device), std.to(device))
     return features

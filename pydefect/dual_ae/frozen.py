@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class NormalisedTeacher:
     Attributes
     ----------
     mean, std
-        [384] each: set by :meth:`fit`, or from a model file.
+        [384] each; see :meth:`set_statistics`.
     """
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
@@ -89,6 +90,19 @@ class NormalisedTeacher:
         self.mean = torch.zeros(())
         self.std = torch.ones(())
         self._folded = FoldedSequence(network, DTYPES[precision]) if isinstance(network, PDN) else None
+        self._normalised: FoldedSequence | None = None
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Set the channels' mean and standard deviation, [384] each."""
+        self.mean, self.std = mean, std
+        if isinstance(self.network, PDN):
+            # (W x + b - mean) / std is one convolution again.
+            network = copy.deepcopy(self.network)
+            last = cast(nn.Conv2d, network[-1])
+            assert last.bias is not None
+            last.weight.div_(std[:, None, None, None])
+            last.bias.sub_(mean).div_(std)
+            self._normalised = FoldedSequence(network, DTYPES[self.precision])
 
     @torch.no_grad()
     def describe(self, images: Tensor) -> Tensor:
@@ -101,5 +115,5 @@ class NormalisedTeacher:
         return (features.float() - self.mean[:, None, None]).div_(self.std[:, None, None])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Map [B, 3, H, W] to the normalised T, [B, 384, h, w] float32."""
-        return self.normalise(self.describe(images))
+        """Map [B, 3, H, W] to the normalised T, [B, 384, h, w] in float32 or the teacher's precision."""
+        return self.normalise(self.describe(images)) if self._normalised is None else self._normalised(images)

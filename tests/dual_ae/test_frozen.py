@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher, network_precision
+from pydefect.dual_ae.frozen import DTYPES, ChannelStatistics, NormalisedTeacher, network_precision
 from pydefect.dual_ae.pdn import PDN
 
 
@@ -36,10 +36,10 @@ def test_the_teacher_is_normalised(precision, tolerance):
     statistics = ChannelStatistics()
     statistics.add(expected)
     teacher = NormalisedTeacher(network, precision)
-    teacher.mean, teacher.std = statistics.result()
+    teacher.set_statistics(*statistics.result())
     found = teacher(images)
     assert not found.requires_grad
-    assert found.dtype == torch.float32
+    assert found.dtype == DTYPES[precision]
     expected = (expected - teacher.mean[:, None, None]) / teacher.std[:, None, None]
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pydefect.dual_ae import losses
 from pydefect.dual_ae.losses import (
     autoencoder_loss,
     hard_feature_loss,
@@ -96,3 +97,25 @@ def test_half_precision_maps_are_compared_in_float32():
     for loss in LOSSES.values():
         assert loss(teacher, student).dtype == torch.float32
         torch.testing.assert_close(loss(teacher, student), loss(teacher, student.float()))
+
+
+@pytest.mark.parametrize("cosine_weight", [0.0, 0.5])
+def test_the_written_gradients_are_those_of_the_formula(cosine_weight):
+    first, second = (maps(seed, 5, 7).double().requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda a, b: losses._compared(a, b, cosine_weight), (first, second))
+
+
+def test_zero_vectors_have_no_angle():
+    rows = torch.zeros(2, 8, 1, 1, requires_grad=True)
+    loss = sum(student_autoencoder_loss(rows, maps(0, 2, 8, 1, 1), 0.5))
+    (gradient,) = torch.autograd.grad(loss, rows)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.integers(0, 3), st.data())
+def test_the_largest_values_are_found_without_a_sort(count, levels, data):
+    wanted = data.draw(st.integers(1, count))
+    values = maps(count, count) if levels == 0 else (maps(count, count) * levels).round()
+    assert torch.equal(losses._largest(values, wanted), values.sort(descending=True).values[:wanted])

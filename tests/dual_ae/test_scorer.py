@@ -19,7 +19,7 @@ def made(config, precision="float32"):
     network = build_network(config, (64, 72), 0).eval()
     torch.manual_seed(1)
     teacher = NormalisedTeacher(PDN(config.size, padding=config.padding), precision)
-    teacher.mean, teacher.std = torch.randn(384) / 50, torch.rand(384) / 20 + 0.05
+    teacher.set_statistics(torch.randn(384) / 50, torch.rand(384) / 20 + 0.05)
     images = torch.randn(3, 3, 64, 72).contiguous(memory_format=torch.channels_last)
     return network, teacher, images
 

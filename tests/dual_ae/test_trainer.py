@@ -23,7 +23,7 @@ def make(good_images, config):
     images, features = FeatureCache(), FeatureCache()
     torch.manual_seed(0)
     teacher = NormalisedTeacher(PDN(), "float32")
-    teacher.mean, teacher.std = torch.zeros(384), torch.full((384,), 0.05)
+    teacher.set_statistics(torch.zeros(384), torch.full((384,), 0.05))
     for image in good_images:
         tensor = preprocessing(image)[None]
         images.append([tensor])

@@ -1,0 +1,165 @@
+"""The dual autoencoder's AUROC against training steps: what more steps buy, and which settings are stable.
+
+    python benchmarks/dual_ae_curve.py run --data mvtec_loco/juice_bottle --steps 2000 --rows curve.jsonl
+    python benchmarks/dual_ae_curve.py run --data mvtec_loco/juice_bottle --steps 2000 --rows curve.jsonl \\
+        --set context_normalisation=none --set additions=none
+    python benchmarks/dual_ae_curve.py picture --rows curve.jsonl --out docs/dual_ae-curve.png
+
+``run`` trains once and measures on the way, at steps that double. A row is one measurement; a run that was
+stopped goes on from its checkpoint (a folder beside the rows) and repeats no measurement. The learning rate
+falls at 95 % of ``--steps``, so only a run's last row is what a fit of that length gives; the rows before it
+are without that fall. Test images are measured and choose nothing within a run. A run whose loss stops being
+finite leaves a row that says so: the question of equation (6)'s normalisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pydefect
+from pydefect.data.layouts import read_dataset
+from pydefect.detector import resolve_device
+from pydefect.dual_ae.config import DualAEConfig
+from pydefect.dual_ae.detector import DualAEDetector
+from pydefect.errors import PydefectError
+
+
+def milestones(steps: int) -> list[int]:
+    """Steps at which a run is measured: 125, 250, 500, ... and the last one."""
+    found = [125 * 2**power for power in range(20) if 125 * 2**power < steps]
+    return [*found, steps]
+
+
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE, the value as JSON, and as plain text where it is none."""
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train and measure, as far as that has not been done."""
+    dataset = read_dataset(arguments.data)
+    settings = settings_of(arguments.set)
+    config = DualAEConfig.from_preset(arguments.preset, **{**settings, "steps": arguments.steps})
+    name = {"product": dataset.name, "seed": arguments.seed, "preset": arguments.preset, **settings}
+    label = json.dumps({**name, "steps": arguments.steps}, sort_keys=True)
+    measured = {row["step"] for row in read_rows(arguments.rows) if row["run"] == label}
+    checkpoint = arguments.rows.with_suffix("") / hashlib.sha256(label.encode()).hexdigest()[:12]
+    images = [sample.image for sample in dataset.train][: arguments.images]
+    validation = [sample.image for sample in dataset.validation] or None
+    test = replace(dataset, test=dataset.test[:: arguments.every])
+    for step in milestones(arguments.steps):
+        if step in measured:
+            continue
+        row: dict[str, Any] = {"run": label, **name, "step": step, "steps": arguments.steps}
+        began = time.perf_counter()
+        try:
+            detector = DualAEDetector.fit(
+                images,
+                config,
+                validation=validation,
+                weights=arguments.weights,
+                seed=arguments.seed,
+                device=resolve_device(arguments.device),
+                checkpoint=checkpoint,
+                until=step,
+            )
+        except PydefectError as error:
+            yield {**row, "failed": str(error)}
+            return
+        seconds = time.perf_counter() - began
+        found = pydefect.evaluate(detector, test, progress=False).to_dict()
+        kept = ("image_auroc", "pixel_auroc", "image_auroc_by_defect", "seconds_per_image")
+        losses = detector.training["history"][-1] if detector.training["history"] else {}
+        yield {**row, "fit_seconds": seconds, "losses": losses, **{key: found[key] for key in kept}}
+
+
+def picture(arguments: argparse.Namespace) -> None:
+    """Draw image AUROC over steps, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in read_rows(arguments.rows):
+        if "failed" not in row:
+            runs.setdefault(row["run"], []).append(row)
+    for label, rows in runs.items():
+        rows.sort(key=lambda row: row["step"])
+        words = {name: value for name, value in json.loads(label).items() if name != "preset"}
+        text = " ".join(f"{name}={value}" for name, value in words.items())
+        axes.plot([row["step"] for row in rows], [100 * row["image_auroc"] for row in rows], "o-", label=text)
+    axes.set(xscale="log", xlabel="training steps", ylabel="image AUROC, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(arguments.out)
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["run", "picture"])
+    parser.add_argument("--rows", required=True, type=Path, help="JSON lines, appended to")
+    parser.add_argument("--data", type=Path, help="a product's folder")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting")
+    parser.add_argument("--weights", default="imagenet", help="of a backbone as the teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, help="train on the first so many only, to try the script")
+    parser.add_argument("--every", type=int, default=1, help="measure every n-th test image only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="the picture")
+    arguments = parser.parse_args()
+    if arguments.what == "picture":
+        if arguments.out is None:
+            parser.error("picture needs --out")
+        picture(arguments)
+        return
+    if arguments.data is None:
+        parser.error("run needs --data")
+    torch.set_num_threads(arguments.threads)
+    for row in run(arguments):
+        append_row(arguments.rows, row)
+        shown = row.get("failed") or f"image AUROC {100 * row['image_auroc']:.2f}"
+        print(f"{row['product']} step {row['step']}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
