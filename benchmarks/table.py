@@ -5,7 +5,9 @@
         --update benchmarks/README.md
 
 takes the results of pytest-benchmark and of ``end_to_end.py``, several files at once; prints the tables,
-keeps what they are made of in one small file, and writes them into the README between its two markers.
+keeps what they are made of in one small file, and writes them into the README between its two markers. A
+group that several files hold is taken from the last of them, so what was kept can be brought up to date by a
+run of a few groups: ``table.py benchmarks/results/cpu-DATE.json few.json --keep ...``.
 """
 
 from __future__ import annotations
@@ -336,6 +338,23 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def latest(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave every group to the last run that holds it; a run that is left without any goes."""
+    seen: set[tuple[str, int]] = set()
+    kept = []
+    for run in reversed(runs):
+        groups = {(bench["group"], bench["extra_info"]["threads"]) for bench in run["benchmarks"]}
+        own = [
+            bench
+            for bench in run["benchmarks"]
+            if (bench["group"], bench["extra_info"]["threads"]) in groups - seen
+        ]
+        seen |= groups
+        if own:
+            kept.append(run | {"benchmarks": own})
+    return kept[::-1]
+
+
 def markdown_of(runs: Sequence[Mapping[str, Any]]) -> str:
     """Everything between the README's markers."""
     found = [one for run in runs for one in measurements(run)]
@@ -376,7 +395,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write what the tables are made of to this file")
     parser.add_argument("--update", type=Path, help="write the tables into this file, between its markers")
     arguments = parser.parse_args()
-    runs = [run for path in arguments.results for run in _read(path)]
+    runs = latest([run for path in arguments.results for run in _read(path)])
     found = [one for run in runs for one in measurements(run)]
     print(as_text(result_rows(found)), as_text(target_rows(found)), sep="\n\n")
     if arguments.keep:

@@ -83,3 +83,13 @@ def test_what_is_kept_names_no_machine(table, run):
     assert "somebody" not in str(kept)
     assert kept["machine_info"]["cpu"] == "a processor"
     assert table.markdown_of([kept]) == table.markdown_of([run])
+
+
+def test_a_group_is_taken_from_the_last_run_that_holds_it(table):
+    def run(day: str, *groups: str) -> dict:
+        benchmarks = [{"group": group, "extra_info": {"threads": 2}, "day": day} for group in groups]
+        return {"datetime": day, "benchmarks": benchmarks}
+
+    kept = table.latest([run("1", "a"), run("2", "b", "b", "c"), run("3", "a", "c")])
+    assert [one["datetime"] for one in kept] == ["2", "3"]
+    assert [[bench["group"] for bench in one["benchmarks"]] for one in kept] == [["b", "b"], ["a", "c"]]
