@@ -40,7 +40,7 @@ from pydefect.evaluation import Evaluation, evaluate
 from pydefect.metrics import Curve
 from pydefect.persistence import folder_written_atomically, write_atomically
 from pydefect.preprocessing import Preprocessing
-from pydefect.scoring import ScoredImage
+from pydefect.scoring import Kind, Result, ScoredImage
 
 __all__ = ["Run", "RunImage", "is_run", "machine", "read_run", "write_run"]
 
@@ -68,6 +68,10 @@ class RunImage:
         >= 0, larger is more anomalous.
     is_defective
         The decision at the image threshold; None without one.
+    kind
+        What the defect is, of methods that tell: see :attr:`pydefect.Result.kind`.
+    p_value
+        Probability that a normal image scores as high; None without held-out normal images.
     masks
         The ground truth's files, named like `name`; their union marks the defect.
     size
@@ -85,6 +89,8 @@ class RunImage:
     label: int
     image_score: float
     is_defective: bool | None
+    kind: Kind | None
+    p_value: float | None
     masks: tuple[str, ...]
     size: tuple[int, int]
     scored_box: tuple[int, int, int, int]
@@ -235,7 +241,6 @@ def write_run(
     folder = Path(out)
     check_place(folder)
     began, started = time.perf_counter(), datetime.now(timezone.utc)
-    threshold = None if detector.calibration is None else detector.calibration.image_threshold
     images: list[RunImage] = []
     with folder_written_atomically(folder) as unfinished:
         with zipfile.ZipFile(unfinished / MAPS, "w") as maps:
@@ -245,7 +250,7 @@ def write_run(
                     name: _write_map(maps, _key(name, len(images)), values)
                     for name, values in scored.network_maps.items()
                 }
-                images.append(_run_image(sample, scored, dataset.root, threshold, exponents))
+                images.append(_run_image(sample, scored, dataset.root, detector.calibration, exponents))
 
             evaluation = evaluate(
                 detector,
@@ -347,17 +352,22 @@ def _run_image(
     sample: Sample,
     scored: ScoredImage,
     root: Path,
-    threshold: float | None,
+    calibration: Calibration | None,
     exponents: Mapping[str, int],
 ) -> RunImage:
     assert sample.label is not None
+    result = Result.collect([scored])
+    if calibration is not None:
+        result = result.calibrated(calibration)
     height, width = scored.anomaly_map.shape
     return RunImage(
         name=_name(sample.image, root),
         defect=sample.defect,
         label=sample.label,
         image_score=scored.image_score,
-        is_defective=None if threshold is None else scored.image_score > threshold,
+        is_defective=None if result.is_defective is None else bool(result.is_defective[0]),
+        kind=None if result.kind is None else result.kind[0],
+        p_value=None if result.p_values is None else float(result.p_values[0]),
         masks=tuple(_name(mask, root) for mask in sample.masks),
         size=(height, width),
         scored_box=scored.scored_box,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,17 @@ def streamed(detector: Detector, product: Path) -> list[tuple[Sample, ScoredImag
 @pytest.mark.parametrize("scale", [1.0, 1e9, 1e-20])
 def test_a_run_gives_back_what_the_detector_said(colours, product, tmp_path, crop, scale):
     detector = colours(crop, scale)
+    # So that the local and the global map each pass over their thresholds in some images.
+    middle = {"local": (0.8 * scale,) * 9, "global": (0.8 * scale,) * 9}
+    detector.calibration = replace(detector.calibration, image_scores=(0.5 * scale,) * 9, part_maxima=middle)
     evaluation = pydefect.evaluate(
         detector, product, out=tmp_path / "runs" / "flange", batch_size=3, progress=False
     )
     run = read_run(tmp_path / "runs" / "flange")
     expected = streamed(detector, product)
+    result = detector.score([sample.image for sample, _ in expected])
+    assert [image.kind for image in run.images] == result.kind
+    assert [image.p_value for image in run.images] == result.p_values.tolist()
     assert run.evaluation == json.loads(json.dumps(evaluation.to_dict()))
     assert len(run.images) == len(expected) == evaluation.images
     assert run.map_names == ("anomaly", "local", "global")

@@ -131,13 +131,13 @@ def cards(
     """
     order = sorted(range(len(run.images)), key=lambda index: _attention(run.images[index], thresholds))
     order = order[:count]
-    scales = {name: _scale(run, name, thresholds) for name in run.map_names}
-    pixels = _PAGE_PIXELS / max(1, len(order) * (1 + len(scales)))
+    scale = _scale(run, thresholds)
+    pixels = _PAGE_PIXELS / max(1, len(order) * (1 + len(run.map_names)))
     pixels = min(max(pixels, _FEWEST_PIXELS), _MOST_PIXELS)
     drawn: list[Card] = []
     # OpenCV decodes and draws outside of Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for card in pool.map(lambda index: _card(run, index, thresholds, scales, pixels), order):
+        for card in pool.map(lambda index: _card(run, index, thresholds, scale, pixels), order):
             drawn.append(card)
             on_progress(len(drawn), len(order))
     return drawn
@@ -149,23 +149,21 @@ def _attention(image: RunImage, thresholds: Thresholds) -> tuple[bool, float]:
     return not wrong, -image.image_score
 
 
-def _scale(run: Run, name: str, thresholds: Thresholds) -> tuple[float, float]:
-    """The colours' scale of all pictures of one map: that of the threshold, where it is about this map."""
-    if name == "anomaly" and thresholds.pixel is not None and thresholds.pixel > 0:
+def _scale(run: Run, thresholds: Thresholds) -> tuple[float, float]:
+    """The scale of all pictures, parts of maps included: these are in the terms of the map itself."""
+    if thresholds.pixel is not None and thresholds.pixel > 0:
         return shared_scale([], pixel_threshold=thresholds.pixel)
-    return shared_scale([run.network_map(index, name) for index in range(len(run.images))])
+    return shared_scale([run.network_map(index) for index in range(len(run.images))])
 
 
-def _card(
-    run: Run, index: int, thresholds: Thresholds, scales: dict[str, tuple[float, float]], pixels: float
-) -> Card:
+def _card(run: Run, index: int, thresholds: Thresholds, scale: tuple[float, float], pixels: float) -> Card:
     image = run.images[index]
     edge = round(max(image.size) * math.sqrt(pixels / (image.size[0] * image.size[1])))
     anomaly_map = run.map(index)
     picture, picture_note = _picture(run, index)
     backdrop = np.full((*image.size, 3), 128, dtype=np.uint8) if picture is None else picture
     photograph, layers = None, []
-    for name, scale in scales.items():
+    for name in run.map_names:
         scores = anomaly_map if name == "anomaly" else run.map(index, name)
         small, small_map, box = shrink(backdrop, scores, image.scored_box, edge)
         title = "Heat map" if name == "anomaly" else f"{name.replace('_', ' ').capitalize()} map"
