@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pydefect.cli._console import OneLineErrors, say
+from pydefect.cli._heap import return_large_blocks
 from pydefect.cli.benchmark import benchmark
 from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
@@ -71,6 +72,7 @@ def _pydefect(
 
 def main() -> None:
     """Run the command line of this process."""
+    return_large_blocks()
     warnings.showwarning = _show_warning
     app()
 
