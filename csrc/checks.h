@@ -336,6 +336,19 @@ inline void check_relaxed_contrastive(const Tensor& z, const Tensor& z_target, c
         similarity_power);
 }
 
+// What the backward pass takes beside the forward one's arguments.
+inline void check_relaxed_contrastive_backward(const Tensor& grad, const Tensor& z,
+                                               const Tensor& inverse_means, const Tensor& slopes) {
+  for (const Tensor& saved : {inverse_means, slopes}) {
+    check(saved.dim() == 1 && saved.size(0) == z.size(0) &&
+              saved.scalar_type() == torch::headeronly::ScalarType::Float,
+          "relaxed_contrastive_backward: inverse_means and slopes must be those that relaxed_contrastive "
+          "returned");
+  }
+  check(grad.numel() == 1 && grad.scalar_type() == torch::headeronly::ScalarType::Float,
+        "relaxed_contrastive_backward: grad must be one float32");
+}
+
 // A Gaussian of this many pixels flattens any image; its width still fits every integer.
 constexpr double kSigmaLimit = 1 << 20;
 

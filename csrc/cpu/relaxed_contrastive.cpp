@@ -559,14 +559,7 @@ Tensor relaxed_contrastive_backward(const Tensor& grad_given, const Tensor& z_gi
                                     double alpha, double sigma, double margin, int64_t similarity_power,
                                     bool cross, bool mean) {
   check_relaxed_contrastive(z_given, target_given, neighbors_given, alpha, sigma, margin, similarity_power);
-  for (const Tensor& saved : {inverse_means_given, slopes_given}) {
-    check(saved.dim() == 1 && saved.size(0) == z_given.size(0) &&
-              saved.scalar_type() == torch::headeronly::ScalarType::Float,
-          "relaxed_contrastive_backward: inverse_means and slopes must be those that relaxed_contrastive "
-          "returned");
-  }
-  check(grad_given.numel() == 1 && grad_given.scalar_type() == torch::headeronly::ScalarType::Float,
-        "relaxed_contrastive_backward: grad must be one float32");
+  check_relaxed_contrastive_backward(grad_given, z_given, inverse_means_given, slopes_given);
   const Tensor z = in_order("relaxed_contrastive_backward", "z", z_given);
   const Tensor target = in_order("relaxed_contrastive_backward", "z_target", target_given);
   const Tensor neighbors = in_order("relaxed_contrastive_backward", "neighbors", neighbors_given);

@@ -1,4 +1,4 @@
-// What every CUDA operator needs: the caller's device and stream, and checked calls.
+// What every CUDA operator needs: the caller's device and stream, and checked launches.
 //
 // PyTorch's own helpers for this are symbols of its CUDA builds. A library that refers to them directly does
 // not load where they are not in the global scope, so the stream is looked up at run time and errors are
@@ -6,23 +6,60 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 
 #include "../checks.h"
 
+#ifndef PYDEFECT_CUDA_EMULATION
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// The dispatch key of these operators. Tests run them on the CPU: tests/cuda_emulation.
+#ifndef PYDEFECT_CUDA_KEY
+#define PYDEFECT_CUDA_KEY CUDA
+#endif
+
 namespace pydefect::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+
+#ifdef PYDEFECT_CUDA_EMULATION
+
+class Device {
+ public:
+  explicit Device(const Tensor&) {}
+
+  // Few, so that small tests have work for several of them.
+  int multiprocessors() const { return 3; }
+
+  template <class... Parameters, class... Arguments>
+  void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+              Arguments... arguments) const {
+    emulation::run(name, grid, threads, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  }
+};
+
+__device__ inline char* dynamic_shared_memory() {
+  return emulation::dynamic_shared;
+}
+
+#else
 
 inline void check_cuda(cudaError_t status, const char* what) {
   check(status == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(status));
-}
-
-// To be called right after every launch: a bad launch configuration shows there and nowhere else.
-inline void check_launch(const char* kernel) {
-  check_cuda(cudaGetLastError(), kernel);
 }
 
 // The stream that PyTorch currently uses on the device.
@@ -39,11 +76,61 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline int multiprocessors(int32_t device) {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  return count;
+// The device of a tensor: current as long as this lives, with the stream that is current on it.
+class Device {
+ public:
+  explicit Device(const Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(index_), stream_(current_stream(index_)) {}
+
+  int multiprocessors() const {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_),
+               "cudaDeviceGetAttribute");
+    return count;
+  }
+
+  // kernel<<<grid, threads, shared, stream>>>(arguments...). A bad launch configuration shows right after the
+  // launch and nowhere else.
+  template <class... Parameters, class... Arguments>
+  void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+              Arguments... arguments) const {
+    constexpr size_t kWithoutAsking = size_t{48} << 10;
+    if (shared > kWithoutAsking) {
+      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+                 name);
+    }
+    kernel<<<grid, threads, shared, stream_>>>(static_cast<Parameters>(arguments)...);
+    check_cuda(cudaGetLastError(), name);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// The shared memory that a launch asked for.
+__device__ inline char* dynamic_shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+#endif
+
+// Blocks for `count` pieces of work that a grid goes through in strides: enough to fill the device.
+inline unsigned blocks_for(const Device& device, int64_t count) {
+  const int64_t most = 16 * device.multiprocessors();
+  return static_cast<unsigned>(count < 1 ? 1 : count < most ? count : most);
+}
+
+inline Tensor new_floats(const Tensor& like, std::initializer_list<int64_t> size) {
+  return torch::stable::new_empty(like, {size.begin(), size.size()}, torch::headeronly::ScalarType::Float);
+}
+
+inline Tensor new_of(const Tensor& like, std::initializer_list<int64_t> size,
+                     torch::headeronly::ScalarType type) {
+  return torch::stable::new_empty(like, {size.begin(), size.size()}, type);
 }
 
 }  // namespace pydefect::cuda

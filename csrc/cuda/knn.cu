@@ -1,7 +1,8 @@
 // k-NN on CUDA, four kernels on the caller's stream and no synchronisation with the host:
 //   1. prepare_bank: the scores' start values -|y|^2 / 2 and the largest norm of the bank;
-//   2. search_tiles: scores of a tile of queries and a tile of the bank in registers, selection fused, so no
-//      [N, M] matrix exists; the bank is split over blocks where the queries alone would not fill the device;
+//   2. search_tiles: scores of a tile of queries and a tile of the bank on tensor cores (tile_product.cuh),
+//      selection fused, so no [N, M] matrix exists; the bank is split over blocks where the queries alone
+//      would not fill the device;
 //   3. rank_candidates: merges the splits, measures the winners directly and certifies the answer
 //      (csrc/knn_certificate.h), or notes the query for
 //   4. search_exhaustively: measures every row for the queries noted.
@@ -17,24 +18,26 @@
 #include "../knn_certificate.h"
 #include "../ranking_key.h"
 #include "common.cuh"
+#include "knn.h"
+#include "reductions.cuh"
+#include "tile_product.cuh"
 
 namespace pydefect::cuda {
 namespace {
 
-constexpr int kTileQueries = 128;
-constexpr int kTileRows = 64;   // rows of the bank
-constexpr int kTileDepth = 16;  // elements of a vector
-constexpr int kThreads = 256;
-constexpr int kThreadQueries = 8;  // the corner of the score tile that a thread computes
-constexpr int kThreadRows = 4;
+using Shape = TileShape<2, 4, 4, 4>;
+using Product = TileProduct<Shape, Layout::kAlongDepth, Layout::kAlongDepth>;
+
+constexpr int kTileQueries = Shape::rows;
+constexpr int kTileRows = Shape::columns;  // rows of the bank
+constexpr int kThreads = Shape::threads;
 constexpr int kThreadsPerQuery = kThreads / kTileQueries;  // in the selection
 constexpr int kMostSplits = 32;                            // one lane of a warp each when they are merged
-constexpr int kMostNeighbours = 64;
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-static_assert(kTileQueries / kThreadQueries * (kTileRows / kThreadRows) == kThreads);
+constexpr int kScorePitch = kTileRows + 1;                 // spreads a column over the memory banks
 static_assert(kThreadsPerQuery == 2, "merge_pair merges two lists");
+
+// The products' slices and, after them, the tile's scores.
+constexpr size_t kSharedBytes = std::max(Product::shared_bytes, sizeof(float) * kTileQueries * kScorePitch);
 
 struct Problem {
   const float* queries;  // [query_count, width]
@@ -90,28 +93,11 @@ struct CandidateList {
   }
 };
 
-__device__ double warp_sum(double value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
-  return value;
-}
-
 // A warp's squared norm of a vector; every lane gets the sum.
 __device__ double squared_norm(const float* vector, int width, int lane) {
   double sum = 0.0;
   for (int d = lane; d < width; d += kWarp) sum += static_cast<double>(vector[d]) * vector[d];
   return warp_sum(sum);
-}
-
-// Half a warp's squared distance of two vectors, in exactly the order of the CPU's kernels; every lane of the
-// half gets the sum. All lanes of the warp must call.
-__device__ float squared_distance(const float* a, const float* b, int width, int lane) {
-  float sum = 0.0f;
-  for (int d = lane % 16; d < width; d += 16) {
-    const float difference = __fsub_rn(a[d], b[d]);
-    sum = __fadd_rn(sum, __fmul_rn(difference, difference));
-  }
-  for (int offset = 8; offset > 0; offset /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, offset));
-  return sum;
 }
 
 // One warp a row. Non-negative doubles order as their bits do, and the bits of a NaN are larger still, so the
@@ -126,18 +112,6 @@ __global__ void prepare_bank(Problem problem, float* start_values,        // [ba
   if (lane == 0) {
     start_values[row] = static_cast<float>(-0.5 * norm);
     atomicMax(largest_squared_norm, static_cast<unsigned long long>(__double_as_longlong(norm)));
-  }
-}
-
-// Copies rows first.. of a matrix, elements depth.., transposed into shared memory; zeros outside the matrix.
-template <int tile_rows, int pitch>
-__device__ void load_tile(const float* matrix, int64_t first, int64_t row_count, int width, int depth,
-                          float (*tile)[pitch]) {  // [kTileDepth][pitch]
-  for (int i = threadIdx.x; i < tile_rows * kTileDepth; i += kThreads) {
-    const int row = i / kTileDepth;
-    const int d = i % kTileDepth;
-    const bool inside = first + row < row_count && depth + d < width;
-    tile[d][row] = inside ? matrix[(first + row) * width + depth + d] : 0.0f;
   }
 }
 
@@ -159,6 +133,13 @@ __device__ void merge_pair(CandidateList<length>& list, bool writes, float* scor
   }
 }
 
+// Vectors first.. of a matrix of `count`.
+__device__ Vectors vectors(const float* matrix, int64_t first, int64_t count, int width) {
+  const float* const data = matrix + first * width;
+  return {data, width, static_cast<int>(min(count - first, int64_t{kTileQueries})),
+          Vectors::is_aligned(data, width)};
+}
+
 // Block (x, y) shows the y-th part of the bank to the x-th tile of queries. The lists come out best first,
 // free places as -infinity. A list that is full has a last score that no row left out by it exceeds.
 template <int length>
@@ -167,72 +148,50 @@ __global__ void __launch_bounds__(kThreads)
                  int rows_per_split,
                  float* candidate_scores,  // [query_count, splits, length]
                  int* candidate_rows) {    // [query_count, splits, length]
-  // The padding keeps 16-byte alignment in the first two and spreads columns over the memory banks in the
-  // third.
-  __shared__ __align__(16) float query_tile[kTileDepth][kTileQueries + 4];
-  __shared__ __align__(16) float bank_tile[kTileDepth][kTileRows + 4];
-  __shared__ float score_tile[kTileQueries][kTileRows + 1];
-
+  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
   const int64_t first_query = static_cast<int64_t>(blockIdx.x) * kTileQueries;
   const int first_row = blockIdx.y * rows_per_split;
   const int last_row = min(first_row + rows_per_split, problem.bank_rows);
-  const int corner_query = threadIdx.x / (kTileRows / kThreadRows) * kThreadQueries;
-  const int corner_row = threadIdx.x % (kTileRows / kThreadRows) * kThreadRows;
   const int list_query = threadIdx.x / kThreadsPerQuery;
   const int list_part = threadIdx.x % kThreadsPerQuery;
+  const Vectors queries = vectors(problem.queries, first_query, problem.query_count, problem.width);
 
   CandidateList<length> list;
   list.clear();
-
   for (int tile_row = first_row; tile_row < last_row; tile_row += kTileRows) {
-    float sums[kThreadQueries][kThreadRows];
+    Product::Sums sums;
+    Product::multiply(queries, vectors(problem.bank, tile_row, last_row, problem.width), 0, problem.width,
+                      shared, sums);
+    __syncthreads();  // the last readers of the slices are done
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-      const int row = tile_row + corner_row + r;
-      // Rows past the end start at -infinity and so never enter a list.
-      const float start = row < last_row ? start_values[row] : -INFINITY;
+    for (int r = 0; r < Shape::row_tiles; ++r) {
 #pragma unroll
-      for (int q = 0; q < kThreadQueries; ++q) sums[q][r] = start;
-    }
-
-    for (int depth = 0; depth < problem.width; depth += kTileDepth) {
-      __syncthreads();  // the tiles' last readers are done
-      load_tile<kTileQueries>(problem.queries, first_query, problem.query_count, problem.width, depth,
-                              query_tile);
-      load_tile<kTileRows>(problem.bank, tile_row, last_row, problem.width, depth, bank_tile);
-      __syncthreads();
+      for (int c = 0; c < Shape::column_tiles; ++c) {
 #pragma unroll
-      for (int d = 0; d < kTileDepth; ++d) {
-        float queries[kThreadQueries];
-        float rows[kThreadRows];
-#pragma unroll
-        for (int q = 0; q < kThreadQueries; ++q) queries[q] = query_tile[d][corner_query + q];
-#pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) rows[r] = bank_tile[d][corner_row + r];
-#pragma unroll
-        for (int q = 0; q < kThreadQueries; ++q) {
-#pragma unroll
-          for (int r = 0; r < kThreadRows; ++r) sums[q][r] = fmaf(queries[q], rows[r], sums[q][r]);
+        for (int i = 0; i < 4; ++i) {
+          const int column = Shape::column(c, i);
+          // Rows past the end have a score of -infinity and so never enter a list.
+          const float start = tile_row + column < last_row ? start_values[tile_row + column] : -INFINITY;
+          shared[Shape::row(r, i) * kScorePitch + column] = sums[r][c][i] + start;
         }
       }
     }
-
-    // Every thread has passed the barriers above, so nobody still reads the previous tile's scores.
-#pragma unroll
-    for (int q = 0; q < kThreadQueries; ++q) {
-#pragma unroll
-      for (int r = 0; r < kThreadRows; ++r) score_tile[corner_query + q][corner_row + r] = sums[q][r];
-    }
     __syncthreads();
     for (int c = list_part; c < kTileRows; c += kThreadsPerQuery) {
-      const float score = score_tile[list_query][c];
+      const float score = shared[list_query * kScorePitch + c];
       if (score > list.worst()) list.insert(score, tile_row + c);
     }
   }
-
   const int64_t query = first_query + list_query;
   const int64_t to = (query * gridDim.y + blockIdx.y) * length;
   merge_pair(list, query < problem.query_count, candidate_scores + to, candidate_rows + to);
+}
+
+// The certificate's bound is for float32 sums of `width` products. Those of 3xTF32 lack three parts of at
+// most 2^-22 of a product each, and are sums of 3 / 8 as many groups of eight, each of which a tensor core
+// may cut off by 2^-22 of what it has: together at most (1.5 width + 12) 2^-24 |x||y| more.
+__device__ int64_t certified_width(int width) {
+  return 4 * (int64_t{width} + 16);
 }
 
 struct ScoredRow {
@@ -298,8 +257,8 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
     // The second half of the warp repeats the last winner where their number is odd.
     const int winner = min(first + lane / 16, winners - 1);
     const int row = winner_rows[warp][winner];
-    const float distance = squared_distance(vector, problem.bank + static_cast<int64_t>(row) * problem.width,
-                                            problem.width, lane);
+    const float distance =
+        squared_distance(vector, problem.bank + static_cast<int64_t>(row) * problem.width, problem.width);
     if (lane % 16 == 0) winner_keys[warp][winner] = ranking_key(distance, row);
   }
   __syncwarp();
@@ -323,9 +282,9 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
   if (lane == 0) {
     const double bank_norm = sqrt(__longlong_as_double(static_cast<long long>(*largest_squared_norm)));
     const bool certain =
-        winners >= problem.k &&
-        (winners == problem.bank_rows ||
-         no_closer_row_outside({query_norm}, {bank_norm}, worst, key_distance(kth), problem.width, false));
+        winners >= problem.k && (winners == problem.bank_rows ||
+                                 no_closer_row_outside({query_norm}, {bank_norm}, worst, key_distance(kth),
+                                                       certified_width(problem.width), false));
     if (!certain) uncertain_queries[atomicAdd(uncertain_count, 1u)] = query;
   }
 }
@@ -348,8 +307,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int r = threadIdx.x / 16; r < kThreads; r += kThreads / 16) {
         // A row past the end is measured as the last one, so that whole warps take part, and then dropped.
         const int row = min(first + r, problem.bank_rows - 1);
-        const float distance = squared_distance(
-            vector, problem.bank + static_cast<int64_t>(row) * problem.width, problem.width, lane);
+        const float distance =
+            squared_distance(vector, problem.bank + static_cast<int64_t>(row) * problem.width, problem.width);
         if (lane % 16 == 0)
           keys[kMostNeighbours + r] = first + r < problem.bank_rows ? ranking_key(distance, row) : kNone;
       }
@@ -377,80 +336,75 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // The bank is split so that about two blocks wait for every multiprocessor, in whole tiles.
-int rows_per_split(const Problem& problem, int32_t device) {
+int rows_per_split(const Problem& problem, const Device& device) {
   const int64_t query_tiles = divide_up(problem.query_count, kTileQueries);
   const int64_t bank_tiles = divide_up(problem.bank_rows, kTileRows);
-  const int64_t wanted = divide_up(2 * multiprocessors(device), query_tiles);
+  const int64_t wanted = divide_up(2 * device.multiprocessors(), query_tiles);
   const int64_t splits = std::min({wanted, bank_tiles, static_cast<int64_t>(kMostSplits)});
   return static_cast<int>(divide_up(bank_tiles, splits)) * kTileRows;
 }
 
 template <int length>
-void launch(const Problem& problem, const Tensor& like, int32_t device, cudaStream_t stream, float* distances,
+void search(const Problem& problem, const Tensor& like, const Device& device, float* distances,
             int64_t* indices) {
   using torch::headeronly::ScalarType;
   const int split_rows = rows_per_split(problem, device);
   const int splits = static_cast<int>(divide_up(problem.bank_rows, split_rows));
-  const Tensor start_values = torch::stable::new_empty(like, {problem.bank_rows});
-  const Tensor scores = torch::stable::new_empty(like, {problem.query_count, splits, length});
-  const Tensor rows = torch::stable::new_empty(like, {problem.query_count, splits, length}, ScalarType::Int);
-  const Tensor uncertain = torch::stable::new_empty(like, {problem.query_count}, ScalarType::Long);
+  const Tensor start_values = new_floats(like, {problem.bank_rows});
+  const Tensor scores = new_floats(like, {problem.query_count, splits, length});
+  const Tensor rows = new_of(like, {problem.query_count, splits, length}, ScalarType::Int);
+  const Tensor uncertain = new_of(like, {problem.query_count}, ScalarType::Long);
   // The largest squared norm, then the number of uncertain queries; both start at zero.
   const Tensor totals = torch::stable::new_zeros(like, {2}, ScalarType::Long);
   auto* largest_squared_norm = reinterpret_cast<unsigned long long*>(totals.mutable_data_ptr<int64_t>());
   auto* uncertain_count = reinterpret_cast<unsigned*>(largest_squared_norm + 1);
 
   constexpr int warps = kThreads / kWarp;
-  prepare_bank<<<divide_up(problem.bank_rows, warps), kThreads, 0, stream>>>(
-      problem, start_values.mutable_data_ptr<float>(), largest_squared_norm);
-  check_launch("knn: prepare_bank");
+  device.launch("knn: prepare_bank", prepare_bank, divide_up(problem.bank_rows, warps), kThreads, 0, problem,
+                start_values.mutable_data_ptr<float>(), largest_squared_norm);
   const dim3 grid(divide_up(problem.query_count, kTileQueries), splits);
-  search_tiles<length><<<grid, kThreads, 0, stream>>>(problem, start_values.const_data_ptr<float>(),
-                                                      split_rows, scores.mutable_data_ptr<float>(),
-                                                      rows.mutable_data_ptr<int32_t>());
-  check_launch("knn: search_tiles");
-  rank_candidates<length><<<divide_up(problem.query_count, warps), kThreads, 0, stream>>>(
-      problem, splits, scores.const_data_ptr<float>(), rows.const_data_ptr<int32_t>(), largest_squared_norm,
-      distances, indices, uncertain.mutable_data_ptr<int64_t>(), uncertain_count);
-  check_launch("knn: rank_candidates");
-  const int64_t blocks = std::min<int64_t>(problem.query_count, 8 * multiprocessors(device));
-  search_exhaustively<<<blocks, kThreads, 0, stream>>>(problem, uncertain.const_data_ptr<int64_t>(),
-                                                       uncertain_count, distances, indices);
-  check_launch("knn: search_exhaustively");
+  device.launch("knn: search_tiles", search_tiles<length>, grid, kThreads, kSharedBytes, problem,
+                start_values.const_data_ptr<float>(), split_rows, scores.mutable_data_ptr<float>(),
+                rows.mutable_data_ptr<int32_t>());
+  device.launch("knn: rank_candidates", rank_candidates<length>, divide_up(problem.query_count, warps),
+                kThreads, 0, problem, splits, scores.const_data_ptr<float>(), rows.const_data_ptr<int32_t>(),
+                largest_squared_norm, distances, indices, uncertain.mutable_data_ptr<int64_t>(),
+                uncertain_count);
+  const int64_t blocks = std::min<int64_t>(problem.query_count, 8 * device.multiprocessors());
+  device.launch("knn: search_exhaustively", search_exhaustively, blocks, kThreads, 0, problem,
+                uncertain.const_data_ptr<int64_t>(), uncertain_count, distances, indices);
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_given, int64_t k,
                                const std::string& precision) {
   // The answer is the same for both precisions: "bf16" searches in float32 here.
   check_knn(queries_given, bank_given, k, precision);
   check(k <= kMostNeighbours, "knn: on CUDA k must be at most ", kMostNeighbours, ", got ", k);
-  const int32_t device = queries_given.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor queries = torch::stable::contiguous(queries_given);
-  const Tensor bank = torch::stable::contiguous(bank_given);
+  const Device device(queries_given);
+  const Tensor queries = in_order("knn", "queries", queries_given);
+  const Tensor bank = in_order("knn", "bank", bank_given);
   const int64_t query_count = queries.size(0);
-  Tensor distances = torch::stable::new_empty(queries, {query_count, k});
-  Tensor indices = torch::stable::new_empty(queries, {query_count, k}, torch::headeronly::ScalarType::Long);
+  Tensor distances = new_floats(queries, {query_count, k});
+  Tensor indices = new_of(queries, {query_count, k}, torch::headeronly::ScalarType::Long);
   if (query_count == 0) return {distances, indices};
 
   const Problem problem{queries.const_data_ptr<float>(), bank.const_data_ptr<float>(),   query_count,
                         static_cast<int>(bank.size(0)),  static_cast<int>(bank.size(1)), static_cast<int>(k)};
   const int64_t length = k + kSpareCandidates;
-  const auto run = length <= 8    ? launch<8>
-                   : length <= 16 ? launch<16>
-                   : length <= 32 ? launch<32>
-                                  : launch<68>;
-  run(problem, queries, device, current_stream(device), distances.mutable_data_ptr<float>(),
-      indices.mutable_data_ptr<int64_t>());
+  const auto run = length <= 8    ? search<8>
+                   : length <= 16 ? search<16>
+                   : length <= 32 ? search<32>
+                                  : search<68>;
+  run(problem, queries, device, distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>());
   return {distances, indices};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pydefect, CUDA, library) {
+namespace {
+
+STABLE_TORCH_LIBRARY_IMPL(pydefect, PYDEFECT_CUDA_KEY, library) {
   library.impl("knn", TORCH_BOX(&knn));
 }
 

@@ -9,6 +9,9 @@ import torch
 
 _CPU_LIBRARY = "libpydefect_cpu.so"
 _CUDA_LIBRARY = "libpydefect_cuda.so"
+# Types of devices; filled when the libraries are loaded. A plain global: torch.compile reads it where it
+# could not trace the loading.
+_with_kernels: set[str] = set()
 
 
 def _load(name: str) -> bool:
@@ -34,17 +37,26 @@ def load_cpu_library() -> None:
             f"pydefect is not built: {_CPU_LIBRARY} is missing from the installed package. "
             "Install it from its source folder: `pip install .` or `pip install --no-build-isolation -e .`"
         )
+    _with_kernels.add("cpu")
 
 
 @functools.cache
 def load_cuda_library() -> bool:
     """Load the operators' CUDA kernels where there is a CUDA device; tell whether they are there."""
-    return torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+    loaded = torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+    if loaded:
+        _with_kernels.add("cuda")
+    return loaded
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether this build has native kernels for tensors on `device`."""
+    return device.type in _with_kernels
 
 
 def require_kernels(device: torch.device) -> None:
     """Raise a RuntimeError that says what to do where this build has no kernels for `device`."""
-    if device.type == "cuda" and not load_cuda_library():
+    if device.type == "cuda" and not has_kernels(device):
         raise RuntimeError(
             f"this build of pydefect has no CUDA kernels for tensors on {device}: move them to the CPU, "
             "or install pydefect from source where nvcc is found"

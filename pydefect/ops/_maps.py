@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pydefect.ops import _library
+
 __all__ = [
     "check_map",
     "check_shapes",
@@ -44,7 +46,7 @@ def compute_dtype(features: Tensor) -> torch.dtype:
 
 def has_kernels(features: Tensor) -> bool:
     """Whether maps of this device and dtype have native kernels."""
-    return features.device.type == "cpu" and compute_dtype(features) == torch.float32
+    return _library.has_kernels(features.device) and compute_dtype(features) == torch.float32
 
 
 def is_channels_last(*maps: Tensor) -> bool:

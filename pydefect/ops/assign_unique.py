@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.knn import knn
 from pydefect.ops.reference.assign_unique import assign_unique as compose
 from pydefect.ops.reference.assign_unique import check_assign_unique
@@ -13,6 +13,7 @@ from pydefect.ops.reference.assign_unique import check_assign_unique
 __all__ = ["assign_unique"]
 
 load_cpu_library()
+load_cuda_library()
 
 # How many nearest patches of each centre are searched for at once. On product images almost every centre
 # finds a free one among them; the others are compared with all free patches, by bounds where that pays.
@@ -30,7 +31,7 @@ def assign_unique(bank: Tensor, patches: Tensor) -> Tensor:
     ----------
     bank : Tensor
         Shape ``[M, D]``: centres, in the order in which they choose. ``M`` may be 0. The kernels are for
-        float32 on the CPU; other devices and float64 take the composition of PyTorch's operators in
+        float32 on the CPU and on CUDA; float64 takes the composition of PyTorch's operators in
         :mod:`pydefect.ops.reference`.
     patches : Tensor
         Shape ``[N, D]``, ``N >= M`` and ``N >= 1``, on the same device and of the same dtype: patch
@@ -64,7 +65,7 @@ def assign_unique(bank: Tensor, patches: Tensor) -> Tensor:
     >>> assign_unique(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [10.0]]))
     tensor([0, 1])
     """
-    if bank.device.type != "cpu" or bank.dtype != torch.float32:
+    if not has_kernels(bank.device) or bank.dtype != torch.float32:
         return compose(bank, patches)
     check_assign_unique(bank, patches)
     bank, patches = bank.detach(), patches.detach()

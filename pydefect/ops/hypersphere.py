@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pydefect.ops._library import has_kernels
 from pydefect.ops.knn import knn
 from pydefect.ops.reference.hypersphere import check_arguments
 
@@ -18,9 +19,9 @@ def hypersphere(
 ) -> Tensor:
     """Pull every patch into the spheres of radius r^2 around its k nearest centres.
 
-    Float32 on the CPU takes native kernels: the loss comes out of the search's own distances, and the
-    gradient is made in one pass over the rows; both are the same for every number of threads. Other dtypes
-    and devices take PyTorch's operators around :func:`pydefect.ops.knn`.
+    Float32 takes native kernels: the loss comes out of the search's own distances, and the gradient is made
+    in one pass over the rows; both are the same for every number of threads. So do half-precision features
+    on CUDA, in float32. Other dtypes take PyTorch's operators around :func:`pydefect.ops.knn`.
 
     Parameters
     ----------
@@ -66,10 +67,13 @@ def hypersphere(
     tensor(1.)
     """
     bank = bank.detach()
-    if features.device.type == "cpu" and features.dtype == torch.float32:
+    if has_kernels(features.device) and features.dtype == torch.float32:
         loss: Tensor = torch.ops.pydefect.hypersphere(features, bank, k, r, distance_power)[0]
         return loss
     check_arguments(features, bank, k, r, distance_power)
+    if features.is_cuda and has_kernels(features.device) and features.dtype != torch.float64:
+        loss = torch.ops.pydefect.hypersphere(features.float(), bank.float(), k, r, distance_power)[0]
+        return loss.to(features.dtype)
     indices = knn(features.float(), bank.float(), k)[1]
     loss = features.new_zeros(())
     # One centre at a time: [N, D] temporaries instead of [N, k, D].

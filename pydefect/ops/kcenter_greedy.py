@@ -5,26 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.kcenter_greedy import kcenter_greedy as compose
 
 __all__ = ["kcenter_greedy"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def kcenter_greedy(features: Tensor, m: int) -> Tensor:
     """Choose m points, each the farthest from those chosen before it.
 
     The choice is that of measuring every pair directly as ``((a - b) ** 2).sum()`` in float32, the same bit
-    for bit for every number of threads and on every instruction set. A distance that is not a number counts
-    as infinite.
+    for bit for every number of threads, on every instruction set and on CUDA. A distance that is not a number
+    counts as infinite.
 
     Parameters
     ----------
     features : Tensor
-        Shape ``[N, D]``, 1 to 2**30 - 1 rows. The kernel is for float32 on the CPU; other devices and float64
-        take the composition of PyTorch's operators in :mod:`pydefect.ops.reference`.
+        Shape ``[N, D]``, 1 to 2**30 - 1 rows. The kernels are for float32 on the CPU and on CUDA; float64
+        takes the composition of PyTorch's operators in :mod:`pydefect.ops.reference`.
     m : int
         Number of points to choose, between 1 and ``N``.
 
@@ -42,7 +43,8 @@ def kcenter_greedy(features: Tensor, m: int) -> Tensor:
     Notes
     -----
     Memory beyond the features stays at some 20 bytes a point. Distances to the chosen points only fall, so a
-    point is measured against new ones only while what is known of it could make it the farthest.
+    point is measured against new ones only while what is known of it could make it the farthest. On CUDA
+    every point is measured against every new one, in m launches that never wait for the host.
 
     References
     ----------
@@ -57,7 +59,7 @@ def kcenter_greedy(features: Tensor, m: int) -> Tensor:
     >>> kcenter_greedy(torch.tensor([[0.0], [1.0], [5.0], [9.0]]), 3)
     tensor([0, 3, 2])
     """
-    if features.device.type != "cpu" or features.dtype != torch.float32:
+    if not has_kernels(features.device) or features.dtype != torch.float32:
         return compose(features, m)
     chosen: Tensor = torch.ops.pydefect.kcenter_greedy(features.detach(), m)
     return chosen

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.kcenter_reduce import kcenter_reduce as compose
 
 __all__ = ["kcenter_reduce"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def kcenter_reduce(
@@ -25,7 +26,7 @@ def kcenter_reduce(
     Parameters
     ----------
     centres : Tensor
-        Shape ``[M, D]``, ``M >= 1``. The kernel is for float32 on the CPU; other devices and float64 take the
+        Shape ``[M, D]``, ``M >= 1``. The kernels are for float32 on the CPU and on CUDA; float64 takes the
         composition of PyTorch's operators in :mod:`pydefect.ops.reference`.
     added : Tensor
         Shape ``[n, D]``, on the same device and of the same dtype. ``n`` may be 0.
@@ -53,9 +54,9 @@ def kcenter_reduce(
 
     Notes
     -----
-    Distances are measured directly in float32, the same bit for bit for every number of threads and on every
-    instruction set; one that is not a number counts as infinite. Memory beyond inputs and outputs: m (M + n)
-    float32.
+    Distances are measured directly in float32, the same bit for bit for every number of threads, on every
+    instruction set and on CUDA, where `distances` is not needed; one that is not a number counts as infinite.
+    Memory beyond inputs and outputs: m (M + n) float32, on CUDA M + n.
 
     References
     ----------
@@ -72,7 +73,7 @@ def kcenter_reduce(
     >>> chosen, squared_radius
     (tensor([0, 2]), tensor(4.))
     """
-    if centres.device.type != "cpu" or centres.dtype != torch.float32:
+    if not has_kernels(centres.device) or centres.dtype != torch.float32:
         return compose(centres, added, m, distances)
     chosen, squared_radius, chosen_distances = torch.ops.pydefect.kcenter_reduce(
         centres.detach(), added.detach(), m, None if distances is None else distances.detach()

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.project_levels import check_arguments, coordinate_channels
 
 __all__ = ["project_levels"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def project_levels(
@@ -58,8 +59,8 @@ def project_levels(
     Differentiable in all arguments; gradients of gradients are left to :mod:`pydefect.ops.reference`. A NaN
     or infinity makes those patches not finite whose interpolation (or pooling) touches it, and no others.
 
-    On the CPU, levels in any of the three formats with a float32 weight take the native kernels. Everything
-    else (float64, other devices) is composed of PyTorch's operators, in the weight's dtype.
+    Levels in any of the three formats with a float32 weight take the native kernels, on the CPU and on CUDA
+    (there at most 8 levels). Everything else is composed of PyTorch's operators, in the weight's dtype.
 
     References
     ----------
@@ -68,7 +69,7 @@ def project_levels(
     anomaly detection, CVPR 2022, section 3.1 (pooling).
     """
     levels = list(levels)
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+    if weight.dtype == torch.float32 and has_kernels(weight.device):
         out: Tensor = torch.ops.pydefect.project_levels(levels, weight, bias, pool)
         return out
     check_arguments(levels, weight, bias)

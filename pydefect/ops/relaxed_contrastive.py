@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.knn import knn
 from pydefect.ops.reference.relaxed_contrastive import PairSource, Reduction, SimilarityPower, check_settings
 
 __all__ = ["relaxed_contrastive"]
 
 load_cpu_library()
+load_cuda_library()
+
+# The k-NN search on CUDA lists at most so many neighbours.
+_MOST_NEIGHBORS_ON_CUDA = 64
 
 
 def relaxed_contrastive(
@@ -31,9 +35,11 @@ def relaxed_contrastive(
 ) -> Tensor:
     """Pull patches together that the target branch finds similar, push the others apart.
 
-    On the CPU in float32 nothing of size N x N is ever kept: distances are computed tile by tile, once for
-    the row means of (4), once for the loss, and once more in the backward pass. Memory beyond inputs and
-    gradient is O(N) plus some megabytes. Other devices and dtypes run the reference, chunk by chunk.
+    In float32 nothing of size N x N is ever kept: distances are computed tile by tile, once for the row means
+    of (4), once for the loss, and once more in the backward pass. Memory beyond inputs and gradient is O(N)
+    plus some megabytes on the CPU. On CUDA, where half precision is computed in float32 too, it is two copies
+    of the inputs, N / 128 floats a patch and 256 MB. Float64, and on CUDA more than 64 neighbours, run the
+    reference, chunk by chunk.
 
     Parameters
     ----------
@@ -75,7 +81,7 @@ def relaxed_contrastive(
     """
     check_settings(z, z_target, alpha, sigma, margin, neighbors, similarity_power, pair_source, reduction)
     z_target = z_target.detach()
-    if z.device.type != "cpu" or z.dtype != torch.float32:
+    if not _takes_kernels(z, neighbors if alpha < 1 else 0):
         return reference.relaxed_contrastive(
             z,
             z_target,
@@ -88,10 +94,11 @@ def relaxed_contrastive(
             reduction=reduction,
         )
     # With alpha = 1 the global similarity counts for nothing.
-    nearest = _nearest_and_itself(z_target, neighbors if alpha < 1 else 0)
+    online, target = z.float(), z_target.float()
+    nearest = _nearest_and_itself(target, neighbors if alpha < 1 else 0)
     loss: Tensor = torch.ops.pydefect.relaxed_contrastive(
-        z,
-        z_target,
+        online,
+        target,
         nearest,
         alpha,
         sigma,
@@ -100,7 +107,15 @@ def relaxed_contrastive(
         pair_source == "cross",
         reduction == "mean",
     )[0]
-    return loss
+    return loss.to(z.dtype)
+
+
+def _takes_kernels(z: Tensor, neighbors: int) -> bool:
+    if not has_kernels(z.device):
+        return False
+    if z.is_cuda:
+        return z.dtype != torch.float64 and neighbors <= _MOST_NEIGHBORS_ON_CUDA
+    return z.dtype == torch.float32
 
 
 def _nearest_and_itself(points: Tensor, k: int) -> Tensor:

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.score_maps import check_arguments, patch_scores
 
 __all__ = ["score_maps"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def score_maps(
@@ -59,7 +60,7 @@ def score_maps(
     surroundings on the map not finite: the pixels that it reaches through upsampling and smoothing, and on
     the same lines up to 15 pixels beside them.
 
-    The native kernels take float32 on the CPU; other devices and float64 go through two matrix products in
+    The native kernels take float32 on the CPU and on CUDA; float64 goes through two matrix products in
     PyTorch (where NaN spreads over the whole image).
 
     References
@@ -67,7 +68,7 @@ def score_maps(
     Luo et al., Computer Science 52(1), 2025, equations (9) and (12).
     """
     distances = distances.detach()
-    if distances.device.type == "cpu" and distances.dtype != torch.float64:
+    if has_kernels(distances.device) and distances.dtype != torch.float64:
         scores, maps = torch.ops.pydefect.score_maps(distances, size[0], size[1], sigma, certainty)
         return scores, maps
     check_arguments(distances, size, sigma)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.selective_fusion import check_selective_fusion
 
 __all__ = ["selective_fusion"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def selective_fusion(
@@ -59,10 +60,10 @@ def selective_fusion(
 
     Notes
     -----
-    Native on the CPU for channels_last maps, the layout that convolutions prefer there: the same result for
-    every number of threads, in float32; maps of half precision are computed so too and rounded once. Other
-    layouts, float64 and other devices take the pure-PyTorch twin: a copy to channels_last would cost more
-    than the whole operation.
+    Native on the CPU and on CUDA for channels_last maps, the layout that convolutions prefer: the same result
+    for every number of threads, in float32; maps of half precision are computed so too and rounded once.
+    Other layouts and float64 take the pure-PyTorch twin: a copy to channels_last would cost more than the whole
+    operation.
 
     References
     ----------

@@ -80,7 +80,7 @@ def spatial_reunion(
     tensor([9., 9., 9., 9.])
     """
     check_spatial_reunion(features, local, coarse, weight, bias, normalisation)
-    if not has_kernels(features):
+    if features.is_cuda or not has_kernels(features):
         return reference.spatial_reunion(features, local, coarse, weight, bias, normalisation)
     output, _ = torch.ops.pydefect.spatial_reunion(
         to_positions(features),

@@ -1,4 +1,8 @@
-"""What the operators' tests share."""
+"""What the operators' tests share.
+
+With PYDEFECT_CUDA_EMULATION naming a library built from tests/cuda_emulation, the CUDA kernels run on the CPU
+and take the places of the CPU's: the same tests then hold for them (.ci/emulate).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,32 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+
+import pydefect.ops  # noqa: F401 - the CPU's kernels are there before others take their places
+
+EMULATION = os.environ.get("PYDEFECT_CUDA_EMULATION")
+
+if EMULATION:
+    torch.ops.load_library(EMULATION)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if EMULATION and ("at_level" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cpu")):
+            item.add_marker(pytest.mark.skip(reason="about the CPU's kernels alone"))
+
+
+@pytest.fixture(autouse=True)
+def _memory_full_of_nan() -> Iterator[None]:
+    """What a kernel leaves unwritten shows."""
+    if not EMULATION:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
 
 # Runs the code of every line it reads, each with names of its own, and answers with what went wrong.
 _WORKER = """

@@ -217,6 +217,7 @@ def test_wrong_arguments(assign, case):
         assign(bank, patches)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [

@@ -230,6 +230,7 @@ def test_opcheck(n):
     torch.library.opcheck(operators.hypersphere_backward.default, arguments)
 
 
+@pytest.mark.cpu
 def test_backward_refuses_foreign_indices():
     features, bank = data(5, 7, 6)
     distances, indices = torch.zeros(5, 2), torch.full((5, 2), 7)

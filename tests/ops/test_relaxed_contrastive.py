@@ -457,6 +457,7 @@ def test_wrong_arguments(case, loss):
         loss(*tensors, **{"neighbors": 1, **options} if len(tensors[0]) < 5 else options)
 
 
+@pytest.mark.cpu
 def test_the_operator_guards_its_neighbours():
     z = torch.zeros(4, 2)
     with pytest.raises(RuntimeError, match="neighbors must be between 0 and 3, got 4"):

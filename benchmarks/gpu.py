@@ -1,0 +1,553 @@
+"""Build, check and time everything on a CUDA card, in one command of under eight minutes.
+
+    python benchmarks/gpu.py --out gpu.json --build build/gpu
+
+In a bare copy of the repository, with PyTorch, nvcc, CMake and ninja on the machine and nothing installed:
+``--build FOLDER`` compiles the package for this card into FOLDER and goes on from there; without it the
+installed package is used. The steps, skipped with a word about it where the time is gone:
+
+1. the build;
+2. the kernels' tests (tests/ops/test_cuda_kernels.py), whose failures are listed and do not end the run;
+3. the card's limits: copy bandwidth, matrix products in float32, TF32 and bfloat16;
+4. every operation against its twin, eager and compiled, results compared before anything is timed;
+5. whole paths: images a second of scores, in a CUDA graph too, and of a fit; its peak memory at batches of
+   2, 8 and 32.
+
+Times are medians of CUDA events over single calls with the L2 cache flushed in between. The JSON holds
+everything, the table printed last what the targets say. Weights are random, which takes the same time as
+trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL_SECONDS = 470.0
+ROUNDS = 15
+Call = Callable[[], Any]
+began = time.monotonic()
+
+
+def left() -> float:
+    """Seconds until the command has to be done."""
+    return TOTAL_SECONDS - (time.monotonic() - began)
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - began:5.0f} s] {text}", flush=True)
+
+
+# --- Build and tests, in processes of their own ------------------------------------------------------------
+
+
+def build(folder: Path) -> dict[str, Any]:
+    """Compile the package for this machine's card into a folder that can stand on PYTHONPATH."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    started = time.monotonic()
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--upgrade", "--target", str(folder), "-C", "cmake.define.PYDEFECT_CUDA=ON"]
+    command += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={major}{minor}-real", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the build failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
+    return {"seconds": round(time.monotonic() - started, 1), "arch": f"sm_{major}{minor}"}
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """The kernels' tests on the card; what failed, and pytest's closing line."""
+    log = Path(tempfile.mkdtemp()) / "tests.log"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf"]
+    command += ["--rootdir", str(ROOT), str(ROOT / "tests" / "ops" / "test_cuda_kernels.py")]
+    with log.open("w") as file:
+        try:  # not in the source folder, which Python would put in front of the package
+            subprocess.run(command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
+            ended = "in time"
+        except subprocess.TimeoutExpired:
+            ended = f"stopped after {seconds:.0f} s"
+    lines = log.read_text().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"ended": ended, "failed": failed, "summary": lines[-1:], "log": lines[-400:] if failed else []}
+
+
+# --- Measuring ---------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Times calls on the card and keeps the results."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.rows: list[dict[str, Any]] = []
+        self.limits: dict[str, float] = {}
+        self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+
+    def milliseconds(self, call: Call, rounds: int = ROUNDS) -> float:
+        torch = self.torch
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(rounds):
+            self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        return statistics.median(times)
+
+    def peak_mib(self, call: Call) -> float:
+        torch = self.torch
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+    def measure_limits(self) -> None:
+        """Bytes read and written a second of a large copy; operations a second of large products."""
+        torch = self.torch
+        source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        seconds = self.milliseconds(lambda: target.copy_(source)) / 1e3
+        self.limits["copy GB/s"] = 2 * source.numel() / seconds / 1e9
+        side = 8192
+        for name, dtype, tf32 in (
+            ("float32", torch.float32, False),
+            ("tf32", torch.float32, True),
+            ("bf16", torch.bfloat16, False),
+        ):
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
+            self.limits[f"{name} TFLOP/s"] = 2 * side**3 / self.milliseconds(lambda a=a, b=b: a @ b, 5) / 1e9
+        torch.backends.cuda.matmul.allow_tf32 = False
+        # Three TF32 products make one as exact as float32's.
+        self.limits["3xtf32 TFLOP/s"] = self.limits["tf32 TFLOP/s"] / 3
+
+    def group(
+        self,
+        name: str,
+        contenders: dict[str, Call],
+        *,
+        flops: float = 0.0,
+        traffic: float = 0.0,
+        agree: Callable[[Any, Any], None] | None = None,
+        rounds: int = ROUNDS,
+    ) -> None:
+        """Time everybody; "pydefect" and "reference" are compared before that."""
+        if left() < 30:
+            say(f"{name}: no time left")
+            self.rows.append({"group": name, "skipped": "no time left"})
+            return
+        bound = 1e3 * max(
+            flops / self.limits["3xtf32 TFLOP/s"] / 1e12, traffic / self.limits["copy GB/s"] / 1e9
+        )
+        agreement = "not compared"
+        if agree is not None and "reference" in contenders:
+            try:
+                agree(contenders["pydefect"](), contenders["reference"]())
+                agreement = "agrees"
+            except AssertionError as error:
+                agreement = f"DIFFERS: {str(error)[:300]}"
+        for contender, call in contenders.items():
+            row: dict[str, Any] = {"group": name, "contender": contender, "agreement": agreement}
+            try:
+                row["ms"] = self.milliseconds(call, rounds)
+                row["peak_mib"] = self.peak_mib(call)
+                row["bound_ms"] = bound
+            except Exception as error:
+                # A contender that does not run (out of memory, a compiler's refusal) is a finding.
+                row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+                self.torch.cuda.empty_cache()
+            self.rows.append(row)
+            took = row.get("ms", float("nan"))
+            say(f"{name:<44} {contender:<14} {took:10.3f} ms  {row.get('failed', agreement)}")
+
+    def ms(self, group: str, contender: str = "pydefect") -> float | None:
+        for row in self.rows:
+            if row["group"] == group and row.get("contender") == contender:
+                return row.get("ms")
+        return None
+
+
+def operations(bench: Bench) -> None:
+    """Every operation against its twin and the twin compiled."""
+    torch = bench.torch
+    from pydefect import ops
+    from pydefect.ops import reference
+
+    def close(rtol: float, atol: float) -> Callable[[Any, Any], None]:
+        def agree(actual: Any, expected: Any) -> None:
+            torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+        return agree
+
+    def trained(loss: Callable[..., Any], *inputs: Any) -> Call:
+        def call() -> Any:
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            result = loss(*leaves)
+            parts = result if isinstance(result, tuple) else (result,)
+            total = sum(part.square().sum() for part in parts)
+            return torch.autograd.grad(total, leaves)
+
+        return call
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda")
+
+    torch.manual_seed(0)
+
+    def topk(queries: Any, bank: Any) -> Any:
+        return torch.cdist(queries, bank).topk(3, largest=False).values.square()
+
+    for n, m, d in ((3136, 784, 448), (100_352, 784, 448), (100_352, 784, 112)):
+        queries, bank = random(n, d), random(m, d)
+        fused = torch.compile(topk)
+        bench.group(
+            f"knn {n}x{m}x{d}",
+            {
+                "pydefect": lambda q=queries, b=bank: ops.knn(q, b, 3)[0],
+                # The twin proper measures in float64; this is what users would write.
+                "reference": lambda q=queries, b=bank: topk(q, b),
+                "compiled": lambda q=queries, b=bank, f=fused: f(q, b),
+            },
+            flops=2.0 * n * m * d,
+            traffic=4.0 * (n + m) * d,
+            agree=close(1e-3, 1e-2),
+        )
+
+    for n, d in ((6272, 112), (6272, 448), (100_352, 112)):
+        z = random(n, d)
+        target = z + 0.5 * random(n, d)
+        contenders = {"pydefect": trained(lambda z, t=target: ops.relaxed_contrastive(z, t), z)}
+        if n < 10_000:
+            twin = reference.relaxed_contrastive
+            contenders["reference"] = trained(lambda z, t=target, f=twin: f(z, t), z)
+            compiled = torch.compile(twin)
+            contenders["compiled"] = trained(lambda z, t=target, f=compiled: f(z, t), z)
+        # Forward half of each of three products of all pairs, backward two and the pulls' with the vectors.
+        bench.group(
+            f"relaxed_contrastive {n}x{d} forward+backward",
+            contenders,
+            flops=2.0 * n * n * d * 4.5,
+            traffic=16.0 * n * d,
+            agree=close(1e-3, 1e-9),
+            rounds=ROUNDS if n < 10_000 else 3,
+        )
+
+    features, bank = random(25_088, 112), random(784, 112)
+    contenders = {
+        name: trained(lambda x, b=bank, f=loss: f(x, b), features)
+        for name, loss in (("pydefect", ops.hypersphere), ("compiled", torch.compile(reference.hypersphere)))
+    }
+    bench.group("hypersphere 25088x784x112 forward+backward", contenders, flops=2.0 * 25_088 * 784 * 112)
+
+    maps = [random(32, c, s, s) for c, s in ((64, 56), (128, 28), (256, 14))]
+    weight, bias = random(112, 450) / 20, random(112)
+    flops = 2.0 * 32 * 112 * sum(one.shape[1] * one.shape[2] ** 2 for one in maps)
+    traffic = 4.0 * (sum(one.numel() for one in maps) + 32 * 56 * 56 * 112)
+    compiled = torch.compile(reference.project_levels)
+    bench.group(
+        "project_levels 32 images forward",
+        {
+            "pydefect": lambda: ops.project_levels(maps, weight, bias),
+            "reference": lambda: reference.project_levels(maps, weight, bias),
+            "compiled": lambda: compiled(maps, weight, bias),
+        },
+        flops=flops,
+        traffic=traffic,
+        agree=close(1e-3, 1e-3),
+    )
+    bench.group(
+        "project_levels 32 images forward+backward",
+        {
+            name: trained(lambda w, b, f=call: f(maps, w, b), weight, bias)
+            for name, call in (
+                ("pydefect", ops.project_levels),
+                ("reference", reference.project_levels),
+                ("compiled", compiled),
+            )
+        },
+        flops=2 * flops,
+        traffic=2 * traffic,
+        agree=close(1e-2, 1.0),
+    )
+
+    distances = random(32, 56, 56, 3).abs()
+    bench.group(
+        "score_maps 32 images",
+        {
+            "pydefect": lambda: ops.score_maps(distances, (224, 224), 4.0),
+            "reference": lambda: reference.score_maps(distances, (224, 224), 4.0),
+        },
+        traffic=4.0 * (distances.numel() + 32 * 224 * 224),
+        agree=close(1e-4, 1e-5),
+        rounds=5,
+    )
+
+    points = random(25_088, 448)
+    bench.group(
+        "kcenter_greedy 784 of 25088x448",
+        {
+            "pydefect": lambda: ops.kcenter_greedy(points, 784),
+            "reference": lambda: reference.kcenter_greedy(points, 784),
+        },
+        traffic=4.0 * points.numel() * 784,
+        rounds=3,
+    )
+    centres, added = random(784, 448), random(3136, 448)
+    bench.group(
+        "kcenter_reduce 784+3136 to 784",
+        {
+            "pydefect": lambda: ops.kcenter_reduce(centres, added, 784),
+            "reference": lambda: reference.kcenter_reduce(centres, added, 784),
+        },
+        rounds=3,
+    )
+    bench.group(
+        "assign_unique 784x3136x448",
+        {
+            "pydefect": lambda: ops.assign_unique(centres, added),
+            "reference": lambda: reference.assign_unique(centres, added),
+        },
+        rounds=3,
+    )
+    modules(bench, random, trained, close)
+
+
+def modules(bench: Bench, random: Callable[..., Any], trained: Callable[..., Call], close: Callable) -> None:
+    """The dual autoencoder's modules on maps, channels_last."""
+    torch = bench.torch
+    from pydefect import ops
+    from pydefect.ops import reference
+
+    batch, channels, side = 8, 384, 56
+    reduced = channels // 16
+
+    def map_() -> Any:
+        return random(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    first, second = map_(), map_()
+    coarse = random(batch, channels, side // 4, side // 4).contiguous(memory_format=torch.channels_last)
+    dense = [random(reduced, channels) / 20, random(reduced), random(channels, reduced) / 5, random(channels)]
+    head = [random(channels, reduced, 1, 1) / 5, random(channels)]
+    cases = {
+        "spatial_reunion": [first, second, coarse, random(1, channels, 3, 3) / 60, random(1)],
+        "channel_reunion": [
+            *(first, random(24, channels, 1, 1) / 20, random(24), random(1, 24, 1, 1) / 5, random(1)),
+            *dense,
+        ],
+        "selective_fusion": [first, second, *dense[:2], *head, *head],
+    }
+    for name, inputs in cases.items():
+        native, twin = getattr(ops, name), getattr(reference, name)
+        compiled = torch.compile(twin)
+        for what, wrap in (("forward", lambda f, x=inputs: lambda: f(*x)), ("forward+backward", None)):
+            calls = {"pydefect": native, "reference": twin, "compiled": compiled}
+            bench.group(
+                f"{name} {batch}x{channels}x{side}x{side} {what}",
+                {key: wrap(f) if wrap else trained(f, *inputs) for key, f in calls.items()},
+                traffic=4.0 * first.numel() * (2 if what == "forward" else 6),
+                agree=close(2e-3, 2e-3) if wrap else close(1e-2, 1.0),
+            )
+
+
+def whole_paths(bench: Bench) -> None:
+    """Scores and fits of ConPatch on a product made for it."""
+    torch = bench.torch
+    import pydefect
+    from pydefect.data.procedural import write_dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = write_dataset(Path(folder) / "product", n_train=32, n_test_good=1, n_per_defect=1, size=224)
+        files = sorted((root / "train" / "good").iterdir())
+
+        def fit(**settings: Any) -> Any:
+            return pydefect.fit(
+                files, weights="random", device="cuda", progress=False, calibration_folds=0, **settings
+            )
+
+        detector = fit(epochs=0)
+        for batch in (1, 8, 32):
+            images = torch.randn(batch, 3, 224, 224, device="cuda")
+            captured, replay = None, None
+            with torch.inference_mode():
+                try:
+                    detector.predict(images)
+                    captured = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(captured):
+                        detector.predict(images)
+                    replay = captured.replay
+                except RuntimeError as error:
+                    say(f"score batch {batch} cannot be captured: {str(error)[:200]}")
+                calls: dict[str, Call] = {"pydefect": lambda x=images: detector.predict(x)}
+                if replay is not None:
+                    calls["graph"] = replay
+                bench.group(f"score resnet18 batch {batch}", calls)
+        for batch in (2, 8, 32):
+            if left() < 20:
+                say(f"fit at batch {batch}: no time left")
+                continue
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.monotonic()
+            fit(epochs=1, batch_size=batch)
+            torch.cuda.synchronize()
+            seconds = time.monotonic() - started
+            peak = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            row = {"group": f"fit resnet18 batch {batch}", "contender": "pydefect", "ms": 1e3 * seconds}
+            bench.rows.append({**row, "peak_mib": peak, "images_per_second": len(files) / seconds})
+            say(f"fit at batch {batch}: {len(files) / seconds:.1f} images/s, peak {peak} MiB")
+
+
+# --- Targets -----------------------------------------------------------------------------------------------
+
+
+def targets(bench: Bench) -> list[dict[str, Any]]:
+    """The targets for an H200 or H100, each with what was measured."""
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, target: float, measured: float | None, *, at_most: bool = False) -> None:
+        met = None if measured is None else measured <= target if at_most else measured >= target
+        found.append({"what": what, "target": target, "measured": measured, "met": met})
+
+    def ratio(group: str, rival: str) -> float | None:
+        ours, theirs = bench.ms(group), bench.ms(group, rival)
+        return None if ours is None or theirs is None else theirs / ours
+
+    large = "knn 100352x784x448"
+    add(f"{large}: cdist+topk / ours", 3.0, ratio(large, "reference"))
+    ours = bench.ms(large)
+    rate = None if ours is None else 2.0 * 100_352 * 784 * 448 / ours / 1e9 / bench.limits["3xtf32 TFLOP/s"]
+    add(f"{large}: share of the limit of 3xTF32", 0.6, rate)
+    for d in (112, 448):
+        group = f"relaxed_contrastive 6272x{d} forward+backward"
+        add(f"{group}: reference / ours", 4.0, ratio(group, "reference"))
+    group = "relaxed_contrastive 100352x112 forward+backward"
+    peak = next((row.get("peak_mib") for row in bench.rows if row["group"] == group), None)
+    add(f"{group}: GB beyond inputs", 2.0, None if peak is None else peak * 2**20 / 1e9, at_most=True)
+    for name in ("spatial_reunion", "channel_reunion", "selective_fusion"):
+        group = f"{name} 8x384x56x56 forward+backward"
+        add(f"{group}: reference / ours", 2.0, ratio(group, "reference"))
+        add(f"{group}: compiled / ours", 1.1, ratio(group, "compiled"))
+    batch = bench.ms("score resnet18 batch 32")
+    add("score resnet18 batch 32: images a second", 2000.0, None if batch is None else 32e3 / batch)
+    return found
+
+
+def print_table(bench: Bench, met: list[dict[str, Any]]) -> None:
+    print(
+        "\n| what | contender | ms | of limit | peak MiB | agreement |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for row in bench.rows:
+        if "ms" not in row:
+            why = row.get("failed", row.get("skipped"))
+            print(f"| {row['group']} | {row.get('contender', '')} | {why} | | | |")
+            continue
+        share = f"{row['bound_ms'] / row['ms']:.0%}" if row.get("bound_ms") else ""
+        print(
+            f"| {row['group']} | {row['contender']} | {row['ms']:.3f} | {share} | {row.get('peak_mib', '')} "
+            f"| {row.get('agreement', '')} |"
+        )
+    print("\n| target | asked for | measured | |\n| --- | --- | --- | --- |")
+    for one in met:
+        measured = "" if one["measured"] is None else f"{one['measured']:.3g}"
+        verdict = {True: "met", False: "**missed**", None: "not measured"}[one["met"]]
+        print(f"| {one['what']} | {one['target']} | {measured} | {verdict} |")
+
+
+def measure(arguments: argparse.Namespace, built: dict[str, Any]) -> int:
+    import torch
+
+    tests = run_tests(min(150.0, left() / 3)) if arguments.tests else {}
+    if tests:
+        say(f"tests: {' '.join(tests['summary'])} ({tests['ended']})")
+        print("\n".join(tests["failed"]), flush=True)
+    bench = Bench()
+    bench.measure_limits()
+    say(", ".join(f"{name} {value:.0f}" for name, value in bench.limits.items()))
+    try:
+        for part in (operations, whole_paths):
+            part(bench)
+    finally:  # what was measured is kept whatever comes after it
+        met = targets(bench)
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        )
+        run = {
+            "datetime": datetime.now(timezone.utc).isoformat(),
+            "card": torch.cuda.get_device_name(),
+            "driver": driver.stdout.strip(),
+            "versions": {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "python": sys.version.split()[0],
+            },
+            "build": built,
+            "tests": tests,
+            "limits": bench.limits,
+            "rows": bench.rows,
+            "targets": met,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(run, indent=1) + "\n")
+        print_table(bench, met)
+    return int(bool(tests.get("failed")))
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the JSON")
+    parser.add_argument("--build", type=Path, help="compile the package into this folder and use that")
+    parser.add_argument("--built", help=argparse.SUPPRESS)
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the tests out")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.absolute()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA device; there is none here", file=sys.stderr)
+        return 2
+    if arguments.build is None:
+        return measure(arguments, json.loads(arguments.built or "{}"))
+    folder = arguments.build.absolute()
+    built = build(folder)
+    say(f"built for {built['arch']} in {built['seconds']} s")
+    # A process of its own that finds the package just built; what the build took is its time too.
+    command = [sys.executable, __file__, "--out", str(arguments.out), "--built", json.dumps(built)]
+    command += [] if arguments.tests else ["--no-tests"]
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYDEFECT_BENCHMARK_BEGAN": str(time.monotonic() - began),
+    }
+    return subprocess.run(command, env=environment, cwd=folder).returncode
+
+
+if __name__ == "__main__":
+    began -= float(os.environ.get("PYDEFECT_BENCHMARK_BEGAN", 0))
+    sys.exit(main())
