@@ -62,8 +62,8 @@ def selective_fusion(
     -----
     Native on the CPU and on CUDA for channels_last maps, the layout that convolutions prefer: the same result
     for every number of threads, in float32; maps of half precision are computed so too and rounded once.
-    Other layouts and float64 take the pure-PyTorch twin: a copy to channels_last would cost more than the whole
-    operation.
+    Other layouts and float64 take the pure-PyTorch twin: a copy to channels_last would cost more than the
+    whole operation.
 
     References
     ----------
