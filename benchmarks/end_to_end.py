@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py score --data mvtec_ad/bottle --weights resnet18.npz --out score.json
     python benchmarks/end_to_end.py fit --data mvtec_ad/bottle --weights resnet18.npz --out fit.json
+    python benchmarks/end_to_end.py dual_ae --data mvtec_ad/bottle --out dual_ae.json
     python benchmarks/end_to_end.py metrics --images 100 --size 1024 --rounds 3 --passes 1 --out metrics.json
 
 Everybody gets the same images at the same input size, the same backbone with the same weights, the same
@@ -9,7 +10,10 @@ number of threads. Scoring begins with the network's input and ends with image s
 and calibration are left out. Fitting begins with files; CFA's time for its epochs is that of a few measured
 training steps times their number, and ours for 30 epochs that of a fit with one epoch and one without.
 Metrics are those of drawn maps in memory, anomalib's and scikit-learn's timed once a pass, ours in every
-round. The peers' environment is made by the command in the README; without it only pydefect is timed.
+round. "dual_ae" times scoring and a training step of the dual autoencoder and of EfficientAD against
+anomalib's EfficientAD-S, all with random weights; our steps read the teacher's kept maps and draw penalty
+images, as in a fit, the peer's are its losses and optimiser alone. The peers' environment is made by the
+command in the README; without it only pydefect is timed.
 ``table.py`` makes tables of the results.
 """
 
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
@@ -42,7 +47,10 @@ from pydefect.conpatch import ConPatchConfig
 from pydefect.data.images import open_images
 from pydefect.data.layouts import read_dataset
 from pydefect.detector import batches
+from pydefect.dual_ae.pdn import PDN
+from pydefect.dual_ae.trainer import Trainer
 from pydefect.metrics import aupro, detection_metrics
+from pydefect.persistence import save_tensors
 from pydefect.preprocessing import Preprocessing
 
 # Images that banks are made of; enough for PatchCore's tenth of all patches.
@@ -268,12 +276,84 @@ def metrics(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict
         yield line
 
 
+def step_seconds(method: str, files: list[Path], settings: dict[str, Any], rounds: int) -> list[float]:
+    """Seconds of every training step of a fit, after one that does not count."""
+    times: list[float] = []
+    train_step = Trainer._train_step
+
+    def timed(trainer: Trainer) -> torch.Tensor:
+        began = time.perf_counter()
+        losses = train_step(trainer)
+        times.append(time.perf_counter() - began)
+        return losses
+
+    with unittest.mock.patch.object(Trainer, "_train_step", timed):
+        pydefect.fit(files, method=method, **{**settings, "steps": rounds + 1})
+    return times[1:]
+
+
+def dual_ae(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[str, Any]]:
+    """Time scoring and training steps, everybody in every pass."""
+    dataset = read_dataset(arguments.data)
+    files = [sample.image for sample in dataset.train][:4]
+    images = read_inputs([sample.image for sample in dataset.test[: max(arguments.batches)]], arguments.size)
+    contenders = [
+        (f"pydefect {method} {precision}", method, precision)
+        for method in ("efficientad", "dual_ae")
+        for precision in ("float32", "bfloat16")
+    ]
+    times: dict[tuple[str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = Path(folder) / "teacher.safetensors"
+        save_tensors(teacher, PDN().state_dict(), {})
+        common = {"teacher": teacher, "resize": arguments.size, "held_out_share": 0, "progress": False}
+        settings = {name: {**common, "precision": precision} for name, _, precision in contenders}
+        detectors = {
+            name: pydefect.fit(files, method=method, steps=1, **settings[name])
+            for name, method, _ in contenders
+        }
+        for _ in range(arguments.passes):
+            for name, method, _ in contenders:
+                found = step_seconds(method, files, settings[name], arguments.rounds)
+                times.setdefault(("step", name), []).extend(found)
+                for batch in arguments.batches:
+                    detectors[name].predict(images[:batch])
+                    for _ in range(arguments.rounds):
+                        began = time.perf_counter()
+                        detectors[name].predict(images[:batch])
+                        seconds = time.perf_counter() - began
+                        times.setdefault((f"score batch {batch}", name), []).append(seconds)
+            if python is None:
+                continue
+            peer = "EfficientAD-S"
+            task = {
+                "models": [peer],
+                "train": read_inputs(files, arguments.size),
+                "images": images,
+                "batches": arguments.batches,
+                "rounds": arguments.rounds,
+                "threads": arguments.threads,
+            }
+            stepped = peer_times(python, {**task, "what": "efficientad step"})
+            times.setdefault(("step", peer), []).extend(stepped["times"]["step"])
+            scored = peer_times(python, {**task, "what": "score"})
+            machine.peers |= scored["versions"]
+            for batch in arguments.batches:
+                measured = scored["times"][peer][str(batch)]
+                times.setdefault((f"score batch {batch}", peer), []).extend(measured)
+    for (what, name), measured in times.items():
+        yield record(f"dual_ae {what}", name, arguments.threads, measured, f"{arguments.size} px")
+
+
+WHAT = {"score": score, "fit": fit, "dual_ae": dual_ae, "metrics": metrics}
+
+
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["score", "fit", "metrics"])
+    parser.add_argument("what", choices=list(WHAT))
     parser.add_argument("--data", type=Path, help="a product's folder: mvtec_ad/bottle; not for metrics")
     parser.add_argument("--backbone", default="resnet18", choices=["resnet18", "wide_resnet50_2"])
     parser.add_argument("--weights", default="random", help="a file with torchvision's names, or 'random'")
@@ -307,7 +387,7 @@ def main() -> None:
         python = None
     machine.measure_limits(arguments.threads)
     results = []
-    for line in {"score": score, "fit": fit, "metrics": metrics}[arguments.what](arguments, python):
+    for line in WHAT[arguments.what](arguments, python):
         results.append(line)
         name, milliseconds = line["extra_info"]["contender"], 1e3 * line["stats"]["median"]
         print(f"{line['group']:<40} {name:<24} {milliseconds:>10.1f} ms")
