@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -174,3 +175,15 @@ def test_methods_that_are_not_there_are_named(
 def test_logical_and_structural_anomalies_apart(dual_ae: ModuleType) -> None:
     row = {"metrics": {"image_auroc_by_defect": {"logical_anomalies": 0.95}}}
     assert dual_ae.by_kind(row) == (95.0, None)
+
+
+def test_the_page_of_results_shows_the_lines_that_are_kept() -> None:
+    sys.path.insert(0, str(FOLDER.parent))
+    try:
+        page = importlib.import_module("results_page")
+    finally:
+        sys.path.remove(str(FOLDER.parent))
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.with_tables(text, page.LINES) == text
+    # Nobody's folders.
+    assert not re.search(r'"/\w', page.LINES.read_text(encoding="utf-8"))

@@ -95,12 +95,15 @@ def main() -> None:
     arguments.add_argument(
         "--teacher", help="the setting teacher: a name, or a file  [default: the preset's]"
     )
+    arguments.add_argument(
+        "--resnet18", metavar="WEIGHTS", help="for --teacher resnet18: imagenet, or a file"
+    )
     arguments.add_argument("--wide-resnet50", metavar="WEIGHTS", help="for SPADE: imagenet, or a file")
     arguments.add_argument("--preset", default="paper", help="of the dual autoencoder: paper or default")
     options = arguments.parse_args()
     show(
         chosen(tables(options.preset, options.teacher), options.tables),
-        given(options, ["loco"], {"wide_resnet50_2": options.wide_resnet50}),
+        given(options, ["loco"], {"resnet18": options.resnet18, "wide_resnet50_2": options.wide_resnet50}),
         by_kind,
     )
 

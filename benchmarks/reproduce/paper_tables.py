@@ -208,6 +208,8 @@ def _run(
             notes.append(f"{row.label}: not run, no weights of {backbone} given")
             return None
         settings["backbone"], weights = backbone, given.weights[backbone]
+    elif settings.get("teacher") in given.weights:
+        weights = given.weights[settings["teacher"]]
     try:
         variant = Variant(row.fit.method, row.fit.preset, settings, row.label).with_known(given.settings)
     except InputError as error:
