@@ -1,6 +1,7 @@
 """How much of a backbone's features a teacher explains, on procedural and on real normal images.
 
     python benchmarks/teacher.py --weights resnet18.npz --images bottle/train/good --images ... TEACHER ...
+    python benchmarks/teacher.py --sheet docs/textures.jpg
 
 A teacher is the path of a file, or ``shipped``. Teacher and source are compared after both have been shifted
 and scaled per channel to mean 0 and deviation 1 over the images measured, because the dual autoencoder
@@ -14,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,16 +49,31 @@ def measure(teacher: torch.nn.Module, source: BackboneTeacher, images: Tensor) -
     }
 
 
+def draw_sheet(out: Path, rows: int = 5, columns: int = 12, edge: int = 128) -> None:
+    """Write the first procedural images of a run of seed 0 as one picture."""
+    images = [texture((0, 0, number), 2 * edge) for number in range(rows * columns)]
+    small = [cv2.resize(image, (edge, edge), interpolation=cv2.INTER_AREA) for image in images]
+    sheet = np.concatenate(
+        [np.concatenate(small[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
+    )
+    cv2.imwrite(str(out), cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("teachers", nargs="+", metavar="TEACHER")
+    parser.add_argument("teachers", nargs="*", metavar="TEACHER")
     parser.add_argument("--source", default="resnet18")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--images", action="append", default=[], type=Path, metavar="FOLDER")
     parser.add_argument("--count", type=int, default=24, help="images of each kind")
+    parser.add_argument("--sheet", type=Path, metavar="JPG", help="draw docs/textures.jpg")
     arguments = parser.parse_args()
+    if arguments.sheet:
+        draw_sheet(arguments.sheet)
+    if not arguments.teachers:
+        return
     source = BackboneTeacher(build_backbone(arguments.source, arguments.weights))
     preprocessing = Preprocessing.create(resize=256)
     sets = {

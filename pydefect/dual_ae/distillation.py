@@ -107,7 +107,7 @@ class DistillationConfig(Settings):
     """Steps over which the rate rises to its value."""
     decay: float = 0.0
     """Share of the steps, at the end, over which the rate falls in a straight line, to a hundredth. Until
-    then a run does not depend on ``steps``: it can be resumed with another number."""
+    then a run depends on neither: it can be resumed with another number of steps and another share."""
     procedural: float = 0.0
     """Share of procedural images among all; 1 without folders."""
     windows: int = 4
@@ -529,6 +529,7 @@ class Distillation:
         state = {
             "step": self.step,
             "steps": self.config.steps,
+            "decay": self.config.decay,
             "losses": self._losses,
             "history": [list(record) for record in self.history],
         }
@@ -536,16 +537,17 @@ class Distillation:
         self._saved_at = time.monotonic()
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        step, planned = int(state["step"]), int(state["steps"])
-        if planned != self.config.steps:
-            # Up to here the rate must have been the same under both numbers of steps.
-            theirs = replace(self.config, steps=planned)
-            same_until = min(theirs.decay_begins, self.config.decay_begins)
+        step = int(state["step"])
+        before = replace(self.config, steps=int(state["steps"]), decay=float(state["decay"]))
+        if before != self.config:
+            # Up to here the rate must have been the same under both plans.
+            same_until = min(before.decay_begins, self.config.decay_begins)
             if step > same_until:
                 raise InputError(
-                    f"steps: {self.config.steps} given, but the checkpoint is at step {step} of {planned}, "
-                    f"and the rate would have begun to fall at step {same_until}; repeat steps={planned} to "
-                    "resume it, or name another folder"
+                    f"steps: {self.config.steps} with decay={self.config.decay:g} given, but the checkpoint "
+                    f"is at step {step} of {before.steps} with decay={before.decay:g}, and under one of the "
+                    f"two the rate falls from step {same_until} on; repeat the former to resume it, or name "
+                    "another folder"
                 )
         self.network.load_state_dict(
             {
@@ -693,8 +695,8 @@ def pretrain_teacher(
 def _identity(
     config: DistillationConfig, images: DistillationImages, source: str, fingerprint: str, seed: int
 ) -> Mapping[str, Any]:
-    """What a checkpoint is of; the number of steps may change (see ``decay``)."""
-    settings = {name: value for name, value in config.to_dict().items() if name != "steps"}
+    """What a checkpoint is of; when the rate falls may change until it does (see ``decay``)."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("steps", "decay")}
     files = [[path.name, path.stat().st_size] for path in (*images.training, *images.held_out)]
     return {**settings, "seed": seed, "source": source, "weights": fingerprint, "images": files}
 

@@ -365,11 +365,17 @@ def test_an_interrupted_run_goes_on_to_the_same_teacher(tmp_path, folder, stoppe
 def test_a_run_can_be_made_longer_until_its_rate_falls(tmp_path):
     make(tmp_path / "whole.safetensors", steps=8)
     with pytest.raises(StopError):
-        make(tmp_path / "x.safetensors", steps=6, checkpoint=tmp_path / "state", progress=stop_at(3))
+        make(
+            tmp_path / "x.safetensors",
+            steps=12,
+            decay=0.75,
+            checkpoint=tmp_path / "state",
+            progress=stop_at(3),
+        )
     make(tmp_path / "longer.safetensors", steps=8, checkpoint=tmp_path / "state")
     whole, longer = (tensors(tmp_path / f"{name}.safetensors") for name in ("whole", "longer"))
     assert all(torch.equal(value, longer[name]) for name, value in whole.items())
-    with pytest.raises(InputError, match=r"^steps: 20 given, but the checkpoint is at step 8 of 8"):
+    with pytest.raises(InputError, match=r"^steps: 20 with decay=0.5 given, but the .* step 8 of 8 with"):
         make(tmp_path / "x.safetensors", steps=20, checkpoint=tmp_path / "state")
 
 
