@@ -6,6 +6,7 @@ later with identical results.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
 from pydefect.config import Settings
@@ -53,6 +55,8 @@ _RECORD = 100
 _FLOOR = 0.01
 # Factor of the last convolution's weights before the first step.
 _FIRST_ANSWER = 0.1
+# Share of a step in the normalisation's running statistics: windows of few images make those of a step noisy.
+_STATISTICS_MOMENTUM = 0.02
 # Which numbers a generator is for; the second part of its seed.
 _TRAINING, _HELD_OUT, _SPLIT, _PARTS = range(4)
 
@@ -100,9 +104,16 @@ class DistillationConfig(Settings):
     steps: int = 60_000
     """Steps in all."""
     learning_rate: float = 1e-4
-    """Of Adam."""
+    """Of the optimiser."""
     weight_decay: float = 1e-5
-    """Of Adam."""
+    """Of the optimiser; Adam adds it to the gradient, Muon takes it off the weights."""
+    optimiser: Literal["adam", "muon"] = "adam"
+    """``"muon"``: the convolutions' weights move in directions whose singular values are all alike, by the
+    size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``); biases and normalisations stay with
+    Adam. Fewer steps reach the same loss."""
+    batch_normalisation: bool = False
+    """In front of every ReLU while the PDN learns; folded into the convolutions at the end, so that the
+    teacher is a plain PDN."""
     warmup: int = 0
     """Steps over which the rate rises to its value."""
     decay: float = 0.0
@@ -396,7 +407,8 @@ class Distillation:
     Attributes
     ----------
     network
-        The PDN as it stands now.
+        The learning network: a PDN, with ``batch_normalisation`` one that has more layers; :meth:`teacher`
+        is the plain PDN that it stands for.
     mean, std
         Of the source's channels.
     step
@@ -412,7 +424,7 @@ class Distillation:
     device: torch.device
     checkpoint: Checkpoint | None = None
     progress: Progress | None = None
-    network: PDN = field(init=False)
+    network: nn.Sequential = field(init=False)
     mean: Tensor = field(init=False)
     std: Tensor = field(init=False)
     step: int = field(init=False, default=0)
@@ -420,14 +432,10 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Restore the checkpoint, or begin."""
-        self.network = _fresh_network(self.config, self.seed, self.images.batch(0)[0]).to(self.device)
-        self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimiser = torch.optim.Adam(
-            self.network.parameters(),
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        plain = _fresh_network(self.config, self.seed, self.images.batch(0)[0])
+        network = _with_normalisation(plain) if self.config.batch_normalisation else plain
+        self.network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimisers = _Optimisers(self.network, self.config)
         self._losses: list[float] = []
         self._saved_at = time.monotonic()
         saved = self.checkpoint.load("teacher") if self.checkpoint else None
@@ -436,13 +444,19 @@ class Distillation:
         else:
             self._restore(*saved)
 
+    def teacher(self) -> PDN:
+        """The plain PDN that the learning network stands for now, in eval mode; a copy where it is folded."""
+        if isinstance(self.network, PDN):
+            return self.network.eval()
+        return _folded(self.network, self.config).eval()
+
     def run(self) -> PDN:
         """Train to the last step.
 
         Returns
         -------
         PDN
-            ``network``.
+            :meth:`teacher`.
 
         Raises
         ------
@@ -464,7 +478,7 @@ class Distillation:
                 self._save()
             if self.progress is not None:
                 self.progress("distillation", self.step, self.config.steps)
-        return self.network
+        return self.teacher()
 
     def measure(self, count: int = 64) -> dict[str, dict[str, float]]:
         """Explained variance on windows that no step draws.
@@ -486,7 +500,7 @@ class Distillation:
             if windows is not None:
                 images, enlarged = (part.to(self.device) for part in windows)
                 targets = torch.cat([self._target(part) for part in enlarged.split(8)])
-                found[kind] = explained_variance(self.network, images, targets, self.config.padding)
+                found[kind] = explained_variance(self.teacher(), images, targets, self.config.padding)
         return found
 
     def _target(self, enlarged: Tensor) -> Tensor:
@@ -497,14 +511,12 @@ class Distillation:
         target = _on_grid(self._target(enlarged), images, self.config.padding)
         if self.config.part is not None:
             images, target = self._part(images, target)
-        for group in self._optimiser.param_groups:
-            group["lr"] = self.config.rate(self.step)
         with arithmetic(network_precision(self.config.precision, self.device), self.device):
             described = self.network(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(described.float(), target)
-        self._optimiser.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         loss.backward()
-        self._optimiser.step()
+        self._optimisers.step(self.config.rate(self.step))
         return float(loss.detach())
 
     def _part(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -523,8 +535,7 @@ class Distillation:
         if self.checkpoint is None:
             return
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        for index, moments in self._optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
+        tensors |= self._optimisers.state()
         tensors |= {"mean": self.mean, "std": self.std}
         state = {
             "step": self.step,
@@ -556,22 +567,108 @@ class Distillation:
                 if name.startswith("network.")
             }
         )
-        parameters = list(self.network.parameters())
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".")
-                if value.ndim:
-                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
-                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
-                moments.setdefault(int(index), {})[key] = value
-        optimiser = self._optimiser.state_dict()
-        optimiser["state"] = moments
-        self._optimiser.load_state_dict(optimiser)
+        self._optimisers.restore(tensors)
         self.mean, self.std = (tensors[name].to(self.device) for name in ("mean", "std"))
         self.step = step
         self._losses = list(state["losses"])
         self.history = [(int(at), float(loss)) for at, loss in state["history"]]
+
+
+class _Optimisers:
+    """Adam for all parameters, or Muon for the convolutions' weights and Adam for the others.
+
+    Muon takes matrices: a convolution's weights are one with a row for every output channel. The matrices
+    share the weights' memory, so that nothing is copied back.
+    """
+
+    def __init__(self, network: nn.Module, config: DistillationConfig) -> None:
+        self._weights = [
+            module.weight
+            for module in network.modules()
+            if isinstance(module, nn.Conv2d) and config.optimiser == "muon"
+        ]
+        self._matrices = [nn.Parameter(_as_matrix(weight.detach())) for weight in self._weights]
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            assert weight.data_ptr() == matrix.data_ptr(), "the weights must be channels last"
+        apart = {id(weight) for weight in self._weights}
+        self._others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+        rate, decay = config.learning_rate, config.weight_decay
+        self._all: dict[str, torch.optim.Optimizer] = {
+            "adam": torch.optim.Adam(self._others, lr=rate, weight_decay=decay, fused=True)
+        }
+        if self._matrices:
+            self._all["muon"] = torch.optim.Muon(
+                self._matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            )
+
+    def step(self, rate: float) -> None:
+        """Take a step along the parameters' gradients."""
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            assert weight.grad is not None
+            matrix.grad = _as_matrix(weight.grad)
+        for optimiser in self._all.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a later run needs to go on."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, optimiser in self._all.items()
+            for index, moments in optimiser.state_dict()["state"].items()
+            for key, value in moments.items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`; other names are ignored."""
+        for name, parameters in (("adam", self._others), ("muon", self._matrices)):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for full_name, value in tensors.items():
+                owner, _, rest = full_name.partition(".")
+                if owner != name:
+                    continue
+                index, key = rest.split(".")
+                if value.ndim:
+                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
+                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
+                moments.setdefault(int(index), {})[key] = value
+            if name in self._all:
+                state = self._all[name].state_dict()
+                state["state"] = moments
+                self._all[name].load_state_dict(state)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """[out, in, h, w], channels last in memory, to [out, h w in], of the same memory."""
+    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], -1)
+
+
+def _with_normalisation(network: PDN) -> nn.Sequential:
+    """The same network with batch normalisation in front of every ReLU."""
+    layers: list[nn.Module] = []
+    for module in network:
+        if isinstance(module, nn.ReLU):
+            convolution = layers[-1]
+            assert isinstance(convolution, nn.Conv2d)
+            layers.append(nn.BatchNorm2d(convolution.out_channels, momentum=_STATISTICS_MOMENTUM))
+        layers.append(module)
+    return nn.Sequential(*layers)
+
+
+def _folded(network: nn.Sequential, config: DistillationConfig) -> PDN:
+    """The plain PDN that says the same as a network with batch normalisation in eval mode."""
+    plain = PDN(config.size, padding=config.padding)
+    folded: list[nn.Conv2d] = []
+    for module in copy.deepcopy(network).eval():
+        if isinstance(module, nn.Conv2d):
+            folded.append(module)
+        elif isinstance(module, nn.BatchNorm2d):
+            folded[-1] = fuse_conv_bn_eval(folded[-1], module)
+    convolutions = [module for module in plain if isinstance(module, nn.Conv2d)]
+    for convolution, source in zip(convolutions, folded, strict=True):
+        convolution.load_state_dict(source.state_dict())
+    return plain.to(next(network.parameters()).device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 @torch.no_grad()
