@@ -219,13 +219,51 @@ def test_failures_interruptions_and_repetitions(
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: started.append(args) or popen(*args, **how))
     damaged.write_bytes(content)
-    again = run(keep_maps=True)
+    again = run()
     assert len(started) == 1
     assert [row["status"] for row in again] == ["finished", "finished"]
     assert again[0] == rows[0]
     assert run() == again
     assert len(started) == 1
-    assert len(list((out / "runs").rglob("maps.npz"))) == 1
+    assert not (out / "runs").exists()
+
+
+@pytest.mark.slow
+def test_kept_maps_are_runs_that_report_takes_and_cost_no_second_fit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    categories = find_categories([data / "first"])
+
+    def run(*variants: Variant, keep_maps: bool) -> list[dict[str, Any]]:
+        return run_benchmark(variants, categories, out, weights="random", threads=1, keep_maps=keep_maps)
+
+    started: list[Any] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: started.append(args) or popen(*args, **how))
+    ours = Variant("conpatch", settings=FAST)
+    (row,) = run(ours, keep_maps=True)
+    (folder,) = [path.parent for path in (out / "runs").rglob("evaluation.json")]
+    kept = read_run(folder).evaluation
+    # The figures' own evaluation wrote it: another one would have taken another time.
+    assert kept["seconds_per_image"] == row["seconds_per_image"]
+    assert {name: kept[name] for name in row["metrics"]} == row["metrics"]
+
+    # Found there, it is not repeated; without maps it is, once they are asked for.
+    assert run(ours, keep_maps=True) == [row]
+    assert len(started) == 1
+    other = Variant("padim", settings={"resize": 64, "levels": [1], "calibration_folds": 0})
+    run(ours, other, keep_maps=False)
+    assert len(started) == 2
+    run(ours, other, keep_maps=True)
+    assert len(started) == 3
+
+    done = CliRunner().invoke(app, ["report", str(out / "runs"), "--quiet"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    index = (out / "runs" / "index.html").read_text(encoding="utf-8")
+    for method in ("conpatch", "padim"):
+        (report,) = (out / "runs" / method / "flange").glob("seed-0-*/report.html")
+        assert report.relative_to(out / "runs").as_posix() in index
 
 
 def test_bad_arguments_are_refused_before_any_work(data: Path, tmp_path: Path) -> None:

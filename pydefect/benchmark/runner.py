@@ -20,10 +20,11 @@ from pydefect.benchmark.worker import Job
 from pydefect.detector import resolve_device
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
+from pydefect.run import is_run
 
 __all__ = ["run_benchmark"]
 
-RESULTS = "results.jsonl"
+RESULTS, RUNS = "results.jsonl", "runs"
 _POLL_SECONDS = 0.05
 
 
@@ -81,7 +82,8 @@ def run_benchmark(
     threads
         Of each process; None: all cores over `jobs`.
     keep_maps
-        Keep a run folder of every pair.
+        Keep a run folder of every pair, written by the evaluation that the figures are from. A finished pair
+        without one is repeated.
     best_epoch
         Also fit with every smaller number of epochs and record the best figures, chosen on the test set: an
         upper bound that other papers report, and no estimate of what a user gets. For methods that train in
@@ -120,11 +122,15 @@ def run_benchmark(
         for seed in seeds
         for variant in variants
     ]
-    waiting = {
-        pair.key: pair
-        for pair in reversed(pairs)
-        if results.finished(pair.key, best_epoch=best_epoch) is None
-    }
+
+    def run_folder(pair: Pair) -> Path:
+        return folder / RUNS / pair.place
+
+    def is_finished(pair: Pair) -> bool:
+        row = results.finished(pair.key, best_epoch=best_epoch)
+        return row is not None and (not keep_maps or is_run(run_folder(pair)))
+
+    waiting = {pair.key: pair for pair in reversed(pairs) if not is_finished(pair)}
     queue = list(waiting.values())
     if threads is None:
         threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -141,7 +147,7 @@ def run_benchmark(
             device=device,
             batch_size=batch_size,
             checkpoint=str(work / "checkpoint"),
-            run=str(folder / "runs" / pair.place) if keep_maps else None,
+            run=str(run_folder(pair)) if keep_maps else None,
             best_epoch=best_epoch,
             threads=threads,
         )
