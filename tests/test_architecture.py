@@ -21,7 +21,7 @@ PACKAGE = Path(pydefect.__file__).parent
 FLOORS = [
     ["version", "errors"],
     ["config", "ops", "data", "preprocessing", "backbones"],
-    ["progress", "persistence", "metrics", "calibration"],
+    ["progress", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "scoring", "crossfit"],
     ["detector"],
     ["feature_detector"],

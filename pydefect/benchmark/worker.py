@@ -21,6 +21,7 @@ from pydefect.buildinfo import versions
 from pydefect.data.layouts import Dataset, read_dataset
 from pydefect.detector import Detector
 from pydefect.evaluation import Evaluation, peak_rss_mb
+from pydefect.heap import return_large_blocks
 from pydefect.persistence import write_atomically
 from pydefect.run import machine
 
@@ -152,6 +153,7 @@ def _best_epoch(
 
 def main(job: str, result: str) -> None:
     """Read a job, write its result."""
+    return_large_blocks()
     row = run_job(Job(**json.loads(Path(job).read_text(encoding="utf-8"))))
     write_atomically(result, json.dumps(row, allow_nan=False).encode())
 

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from pydefect.cli._console import OneLineErrors, say
-from pydefect.cli._heap import return_large_blocks
 from pydefect.cli.benchmark import benchmark
 from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
@@ -21,6 +20,7 @@ from pydefect.cli.info import info
 from pydefect.cli.pretrain_teacher import pretrain_teacher
 from pydefect.cli.report import report
 from pydefect.cli.score import score
+from pydefect.heap import return_large_blocks
 from pydefect.version import VERSION
 
 __all__ = ["app", "main"]

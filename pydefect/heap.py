@@ -1,4 +1,4 @@
-"""What the command line asks of the process's allocator."""
+"""What the processes of our own, the command line's and a benchmark's, ask of the allocator."""
 
 from __future__ import annotations
 
