@@ -418,7 +418,11 @@ def test_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(data: Path, tmp_path: Path) -> None:
+def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A checkout as the current folder: the installed package is meant, not the sources without libraries.
+    (tmp_path / "pydefect").mkdir()
+    (tmp_path / "pydefect" / "__init__.py").write_text("raise ImportError('sources')")
+    monkeypatch.chdir(tmp_path)
     arguments = ["benchmark", "--data", str(data), "--categories", "flange", "--out", str(tmp_path / "out")]
     arguments += ["--methods", "conpatch", "--weights", "random", "--threads", "1"]
     arguments += [f"--set={name}={json.dumps(value)}" for name, value in FAST.items()]

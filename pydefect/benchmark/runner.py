@@ -26,6 +26,15 @@ __all__ = ["run_benchmark"]
 
 RESULTS, RUNS = "results.jsonl", "runs"
 _POLL_SECONDS = 0.05
+# Not ``-m``: with it Python looks for the package in the current folder first, and in a checkout would find
+# sources without their native libraries. Settings may name files relative to that folder, so it stays.
+_WORKER = """
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+from pydefect.benchmark.worker import main
+main(*sys.argv[1:])
+"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def run_benchmark(
         log = work / "log.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pydefect.benchmark.worker", work / "job.json", work / "result.json"],
+                [sys.executable, "-c", _WORKER, work / "job.json", work / "result.json"],
                 stdout=file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,

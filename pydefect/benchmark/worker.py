@@ -1,4 +1,4 @@
-"""One pair in a process of its own: ``python -m pydefect.benchmark.worker JOB.json RESULT.json``.
+"""One pair in a process of its own.
 
 Its peak memory is the pair's, and nothing that happens to it happens to the other pairs.
 """
@@ -25,7 +25,7 @@ from pydefect.heap import return_large_blocks
 from pydefect.persistence import write_atomically
 from pydefect.run import machine
 
-__all__ = ["Job", "run_job"]
+__all__ = ["Job", "main", "run_job"]
 
 CHOSEN_BY = ("image_auroc", "pixel_auroc")
 """What the best number of epochs is chosen by, each for itself."""
@@ -152,11 +152,7 @@ def _best_epoch(
 
 
 def main(job: str, result: str) -> None:
-    """Read a job, write its result."""
+    """Read a job's file, write its result's: all that the process of a pair does."""
     return_large_blocks()
     row = run_job(Job(**json.loads(Path(job).read_text(encoding="utf-8"))))
     write_atomically(result, json.dumps(row, allow_nan=False).encode())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
