@@ -52,8 +52,9 @@ def fit(
         of paths, a uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes,
         torch tensors, or any iterable of these; see ``docs/data.md``.
     method
-        ``"conpatch"``, or one to compare with: ``"patchcore"``, ``"padim"``, ``"spade"``, ``"cfa"``,
-        ``"reconpatch"`` (``docs/baselines.md``).
+        ``"conpatch"`` (``docs/conpatch.md``); ``"dual_ae"``, the spatial-channel dual autoencoder, or
+        ``"efficientad"`` (``docs/dual_ae.md``); or one to compare with: ``"patchcore"``, ``"padim"``,
+        ``"spade"``, ``"cfa"``, ``"reconpatch"`` (``docs/baselines.md``).
     preset
         ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``, where the method
         has it: the printed method to the letter.
