@@ -1,18 +1,24 @@
-"""The README's examples, run word for word on a drawn product in place of the bottle."""
+"""The README's examples, run word for word on few and small drawings, and the pages' links."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import pydefect
+import pydefect.data
 from pydefect.backbones import IMAGENET_WEIGHTS, build_backbone
 from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
+from pydefect.dual_ae.config import DualAEConfig
+from pydefect.dual_ae.pdn import PDN
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -23,37 +29,97 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as the README expects it, and random weights where torch hub keeps the published ones."""
-    write_dataset(tmp_path / "bottle", n_train=4, n_test_good=2, n_per_defect=1, size=128, seed=0)
-    write_dataset(tmp_path / "later", n_train=2, n_test_good=1, n_per_defect=1, size=128, seed=1)
-    (tmp_path / "later" / "train" / "good").rename(tmp_path / "new_images")
-    (tmp_path / "bottle" / "new_good_images").symlink_to(tmp_path / "new_images")
+    """A folder as the README expects it, its drawings small and few.
+
+    Random weights lie where torch hub keeps the published ones.
+    """
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pydefect.data, "write_dataset", lambda root, seed=0: write_dataset(root, 4, 2, 1, 128, seed)
+        )
+        (drawing,) = [block for block in blocks("bash") if "write_dataset" in block]
+        program, option, code = shlex.split(drawing)
+        assert (program, option) == ("python", "-c")
+        exec(code, {})
     cache = tmp_path / "hub" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     weights = build_backbone("resnet18", "random").state_dict()
     torch.save(weights, cache / IMAGENET_WEIGHTS["resnet18"].filename)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("PYDEFECT_WEIGHTS_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def logical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a product and photographs for the dual autoencoder.
+
+    It makes two steps with an untrained teacher.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_dataset("juice_bottle", 4, 1, 1, 64, scene="tray")
+    shutil.copytree("juice_bottle/train/good", "photographs")
+    torch.manual_seed(0)
+    save_file(PDN().state_dict(), "untrained.safetensors")
+    quick = {"teacher": "untrained.safetensors", "resize": 64, "steps": 2, "held_out_share": 0.5}
+    monkeypatch.setitem(DualAEConfig.PRESETS, "default", quick)  # type: ignore[index]
+    return tmp_path
+
+
+def run_commands(example: str, **more: str) -> None:
+    """Run every line of an example, with further options for some commands."""
+    for line in example.splitlines():
+        program, command, *arguments = shlex.split(line, comments=True)
+        assert program == "pydefect"
+        arguments += shlex.split(more.get(command.replace("-", "_"), ""))
+        done = CliRunner().invoke(app, [command, *arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
 def test_the_python_example(workplace: Path) -> None:
-    (example,) = blocks("python")
+    (example,) = [block for block in blocks("python") if "conpatch" in block]
     names: dict[str, object] = {}
     exec(example, names)
     assert len(names["result"]) == 2 + 6  # type: ignore[arg-type]
-    assert (workplace / "bottle.safetensors").is_file()
+    assert (workplace / "flange.safetensors").is_file()
 
 
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
 def test_the_command_lines(workplace: Path) -> None:
     (example,) = [block for block in blocks("bash") if "pydefect score" in block]
-    for line in example.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
-        assert program == "pydefect"
-        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-    assert (workplace / "report" / "scores.csv").is_file()
-    assert (workplace / "bottle.json").is_file()
+    run_commands(example, benchmark="--threads 1 --set resize=64 --set levels=[1] --set calibration_folds=0")
+    for written in ("scores/scores.csv", "flange.json", "runs/flange/report.html", "comparison/table.md"):
+        assert (workplace / written).is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_the_dual_autoencoders_example(logical: Path) -> None:
+    (example,) = [block for block in blocks("python") if "dual_ae" in block]
+    names: dict[str, object] = {"pydefect": pydefect}
+    exec(example, names)
+    assert set(names["result"].kind) <= {"structural", "logical", "both", None}  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_the_command_lines_for_a_teacher(logical: Path) -> None:
+    (example,) = [block for block in blocks("bash") if "pretrain-teacher" in block]
+    few = "--weights random --steps 1 --image-size 64 --batch-size 1 --set statistics_images=2"
+    run_commands(example, pretrain_teacher=few)
+    assert (logical / "juice.safetensors").is_file()
+
+
+def test_every_link_leads_somewhere() -> None:
+    root = Path(__file__).parents[1]
+    if not (root / ".ci").exists():
+        pytest.skip("a source distribution, which leaves pictures out")
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]
+    linked = set()
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                linked.add((page.parent / link).resolve())
+    # The README leads to every page, or to a page that does.
+    assert {page.resolve() for page in root.glob("docs/*.md")} <= linked
