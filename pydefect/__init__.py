@@ -60,6 +60,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)
+    if name == "_native":
+        # `from pydefect import _native` asks here first.
+        try:
+            return importlib.import_module("pydefect._native")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"pydefect has no compiled code in {__path__[0]}. If that is the source folder, where Python "
+                "looks first: run Python in another one. If not: install pydefect from its source folder, "
+                "`pip install .`"
+            ) from error
     raise AttributeError(f"module 'pydefect' has no attribute {name!r}")
 
 

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata, resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +45,19 @@ def test_build_info_is_complete():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these levels are x86-64's")
 def test_x86_levels_are_compiled():
     assert build_info().cpu_levels_compiled == ("portable", "avx2", "avx512", "avx512bf16")
+
+
+def test_the_source_folder_says_that_it_is_not_compiled(tmp_path):
+    shutil.copytree(
+        Path(__file__).parents[1] / "pydefect",
+        tmp_path / "pydefect",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    # As with a package that was installed: an editable one is found before the folder.
+    code = "import sys; sys.meta_path = sys.meta_path[-3:]; import pydefect; pydefect.fit"
+    result = run_python(code, tmp_path)
+    assert f"ImportError: pydefect has no compiled code in {tmp_path / 'pydefect'}" in result.stderr
+    assert "run Python in another one" in result.stderr
 
 
 def test_cuda_library_is_there_where_nvcc_was():
