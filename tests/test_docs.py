@@ -105,8 +105,8 @@ def test_the_dual_autoencoders_example(logical: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
 def test_the_command_lines_for_a_teacher(logical: Path) -> None:
     (example,) = [block for block in blocks("bash") if "pretrain-teacher" in block]
-    few = "--weights random --steps 1 --image-size 64 --batch-size 1 --set statistics_images=2"
-    run_commands(example, pretrain_teacher=few)
+    small = "--source resnet18 --weights random --image-size 64 --batch-size 1"
+    run_commands(example, pretrain_teacher=f"{small} --steps 1 --set statistics_images=2")
     assert (logical / "juice.safetensors").is_file()
 
 
