@@ -10,42 +10,12 @@
 #include "../checks.h"
 #include "common.cuh"
 #include "maps.cuh"
+#include "reunion.cuh"
 
 namespace pydefect::cuda {
 namespace {
 
 constexpr const char* kName = "channel_reunion";
-
-// dots[image, position] = map . vector + offset, a warp a position; each image has its own vector where
-// `vector_stride` is not 0.
-__global__ void find_dots(const float* map, const float* vectors, int64_t vector_stride,
-                          const float* offset,  // one, or null
-                          MapSize size,
-                          float* dots) {  // [images, positions]
-  const int lane = threadIdx.x % kWarp;
-  const int64_t count = size.images * size.positions;
-  for (int64_t p = int64_t{blockIdx.x} * (kMapThreads / kWarp) + threadIdx.x / kWarp; p < count;
-       p += int64_t{gridDim.x} * (kMapThreads / kWarp)) {
-    const float* vector = vectors + p / size.positions * vector_stride;
-    float sum = 0.0f;
-    for (int c = lane; c < size.channels; c += kWarp) sum += map[p * size.channels + c] * vector[c];
-    sum = warp_sum(sum);
-    if (lane == 0) dots[p] = sum + (offset == nullptr ? 0.0f : *offset);
-  }
-}
-
-// The map's positions weighed and added up.
-__global__ void add_weighted(const float* map, const float* weights, MapSize size,
-                             float* parts) {  // [images, parts, channels]
-  const Part part(size);
-  if (part.channel >= size.channels) return;
-  float sum = 0.0f;
-  for (int64_t p = part.begin; p < part.end; ++p) {
-    const int64_t position = blockIdx.z * size.positions + p;
-    sum += map[position * size.channels + part.channel] * weights[position];
-  }
-  parts[part.place(size)] = sum;
-}
 
 __global__ void add_products(const float* a, const float* b, MapSize size,
                              float* parts) {  // [images, parts, channels]
@@ -143,10 +113,6 @@ __global__ void finish_direction(const float* parts, MapSize size, const float* 
   }
 }
 
-unsigned warps_for(const Device& device, const MapSize& size) {
-  return blocks_for(device, divide_up(size.images * size.positions, kMapThreads / kWarp));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
     const Tensor& features_given, const Tensor& direction_given, const Tensor& offset,
     const Tensor& reduce_weight_given, const Tensor& reduce_bias_given, const Tensor& expand_weight_given,
@@ -177,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
   device.launch("channel_reunion: find_dots", find_dots, warps_for(device, size), kMapThreads, 0, map,
                 direction.const_data_ptr<float>(), 0, offset.const_data_ptr<float>(), size,
                 weights.mutable_data_ptr<float>());
-  device.launch("channel_reunion: add_weighted", add_weighted, part_grid(size), kChannelThreads, 0, map,
+  device.launch("channel_reunion: add_weighted", add_weighted<true>, part_grid(size), kChannelThreads, 0, map,
                 weights.const_data_ptr<float>(), size, parts.mutable_data_ptr<float>());
   device.launch("channel_reunion: find_gate", find_gate, size.images, kMapThreads, 0,
                 parts.const_data_ptr<float>(), size, reduced, layers, pooled.mutable_data_ptr<float>(),
@@ -238,8 +204,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
                   weights.const_data_ptr<float>(), d_pooled.const_data_ptr<float>(),
                   d_weights.const_data_ptr<float>(), direction.const_data_ptr<float>(), size, size.elements(),
                   d_features.mutable_data_ptr<float>());
-    device.launch("channel_reunion_backward: add_weighted", add_weighted, part_grid(size), kChannelThreads, 0,
-                  map, d_weights.const_data_ptr<float>(), size, parts.mutable_data_ptr<float>());
+    device.launch("channel_reunion_backward: add_weighted", add_weighted<true>, part_grid(size),
+                  kChannelThreads, 0, map, d_weights.const_data_ptr<float>(), size,
+                  parts.mutable_data_ptr<float>());
   }
   device.launch("channel_reunion_backward: finish_direction", finish_direction, 2, kMapThreads, 0,
                 parts.const_data_ptr<float>(), size, d_weights.const_data_ptr<float>(),

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library
+from pydefect.ops._library import load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, to_positions
 from pydefect.ops.reference.spatial_reunion import NORMALISATIONS, Normalisation, check_spatial_reunion
 
 __all__ = ["spatial_reunion"]
 
 load_cpu_library()
+load_cuda_library()
 
 
 def spatial_reunion(
@@ -62,9 +63,10 @@ def spatial_reunion(
 
     Notes
     -----
-    Native on the CPU, with the same result for every number of threads, in float32; maps of half precision
-    are computed so too and rounded once. The fast layout is channels_last, which convolutions prefer there;
-    other maps are copied to it and back. Float64 and other devices take the pure-PyTorch twin.
+    Native on the CPU, with the same result for every number of threads, and on CUDA, with the same one in
+    every run, in float32; maps of half precision are computed so too and rounded once. The fast layout is
+    channels_last, which convolutions prefer there; other maps are copied to it and back. On CUDA the backward
+    pass keeps one map beyond its results. Float64 and other devices take the pure-PyTorch twin.
 
     References
     ----------
@@ -80,7 +82,7 @@ def spatial_reunion(
     tensor([9., 9., 9., 9.])
     """
     check_spatial_reunion(features, local, coarse, weight, bias, normalisation)
-    if features.is_cuda or not has_kernels(features):
+    if not has_kernels(features):
         return reference.spatial_reunion(features, local, coarse, weight, bias, normalisation)
     output, _ = torch.ops.pydefect.spatial_reunion(
         to_positions(features),

@@ -267,6 +267,16 @@ STREAMED = {
     "assign_unique": lambda x: (ops.assign_unique(x[:9].contiguous(), x),),
     "project_levels": lambda x: (ops.project_levels([x.reshape(1, 16, 20, -1)], x.new_ones(4, 18)),),
     "score_maps": lambda x: ops.score_maps(x.abs().reshape(1, 20, 16, -1), (32, 32), 2.0),
+    "spatial_reunion": lambda x: (
+        ops.spatial_reunion(
+            x.reshape(1, 64, 20, 16),
+            x.reshape(1, 64, 20, 16),
+            x[:1].reshape(1, 64, 1, 1),
+            x[:9].reshape(1, 64, 3, 3),
+            x.new_zeros(1),
+            normalisation="softmax",
+        ),
+    ),
 }
 
 
@@ -405,3 +415,47 @@ def test_selective_fusion(shape):
     inputs = [random(*shape), random(*shape, seed=1), reduce_weight, reduce_bias]
     inputs += [head, expand_bias, head.flip(0), expand_bias.flip(0)]
     assert_modules_agree(ops.selective_fusion, reference.selective_fusion, 2, *inputs)
+
+
+# The coarse grid as a point, a line, as fine as the map, finer.
+@pytest.mark.parametrize(
+    ("shape", "coarse"),
+    [
+        ((0, 5, 2, 2), (1, 1)),
+        ((1, 1, 1, 1), (1, 1)),
+        ((2, 40, 9, 8), (3, 1)),
+        ((3, 130, 7, 10), (7, 10)),
+        ((1, 33, 5, 17), (2, 20)),
+        ((1, 7, 13, 15), (4, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("normalisation", ["none", "mean", "softmax"])
+def test_spatial_reunion(shape, coarse, normalisation):
+    batch, channels = shape[:2]
+    inputs = [random(*shape), random(*shape, seed=1), random(batch, channels, *coarse)]
+    inputs += [random(1, channels, 3, 3) / channels**0.5 / 3, random(1)]
+    if normalisation != "softmax":  # the context is a sum over positions, and the gradient one of its squares
+        inputs[3:] = [one / (shape[2] * shape[3]) for one in inputs[3:]]
+
+    def with_(module):
+        return lambda *maps: module(*maps, normalisation=normalisation)
+
+    assert_modules_agree(with_(ops.spatial_reunion), with_(reference.spatial_reunion), 3, *inputs)
+
+
+def test_spatial_reunion_gives_the_same_bits_twice():
+    inputs = [random(2, 40, 9, 11), random(2, 40, 9, 11, seed=1), random(2, 40, 3, 2)]
+    inputs += [random(1, 40, 3, 3) / 20, random(1)]
+    found = [gradients(ops.spatial_reunion, *inputs) for _ in range(2)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert_identical(found[0][1], found[1][1])
+
+
+def test_spatial_reunion_does_not_saturate_to_nan():
+    # exp overflows in float32 beyond 88; the gate is then 0 or 1.
+    maps = [1e4 * random(1, 20, 6, 6), random(1, 20, 6, 6, seed=1), random(1, 20, 2, 2)]
+    found = gradients(
+        lambda *x: ops.spatial_reunion(*x, normalisation="mean"), *maps, random(1, 20, 3, 3), random(1)
+    )
+    assert all(torch.isfinite(one).all() for one in (found[0], *found[1]))
