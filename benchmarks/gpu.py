@@ -10,7 +10,8 @@ installed package is used. The steps, skipped with a word about it where the tim
 2. the kernels' tests (tests/ops/test_cuda_kernels.py), whose failures are listed and do not end the run;
 3. the card's limits: copy bandwidth, matrix products in float32, TF32 and bfloat16;
 4. every operation against its twin, eager and compiled, results compared before anything is timed;
-5. whole paths: images a second of scores, in a CUDA graph too, and of a fit; its peak memory at batches of
+5. training steps of the dual autoencoder, eager and captured in a CUDA graph;
+6. whole paths: images a second of scores, in a CUDA graph too, and of a fit; its peak memory at batches of
    2, 8 and 32.
 
 Times are medians of CUDA events over single calls with the L2 cache flushed in between. The JSON holds
@@ -369,6 +370,61 @@ def modules(bench: Bench, random: Callable[..., Any], trained: Callable[..., Cal
             )
 
 
+def training_steps(bench: Bench) -> None:
+    """The dual autoencoder's step from images on the card to new weights, eager and as a CUDA graph."""
+    torch = bench.torch
+    from pydefect.dual_ae import DualAEConfig
+    from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic, network_precision
+    from pydefect.dual_ae.pdn import PDN
+    from pydefect.dual_ae.trainer import build_network, step_losses
+
+    device = torch.device("cuda")
+    config = DualAEConfig()
+    precision = network_precision(config.precision, device)
+    teacher = NormalisedTeacher(PDN(config.size).to(device, memory_format=torch.channels_last), precision)
+    teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))
+
+    def stepping(images: list[Any], *, capturable: bool) -> Call:
+        network = build_network(config, (256, 256), 0).to(device).train()
+        optimiser = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True, capturable=capturable)
+        targets = teacher.normalise(teacher.describe(images[0]))
+
+        def step() -> Any:
+            with arithmetic(precision, device):
+                of_augmented = teacher(images[1])
+                losses = step_losses(network, config, images[0], targets, images[1], of_augmented, images[2])
+            optimiser.zero_grad(set_to_none=True)
+            losses.sum().backward()
+            optimiser.step()
+            return losses.detach()
+
+        return step
+
+    for batch in (1, 8):
+        images = [torch.randn(batch, 3, 256, 256, device=device) for _ in range(3)]
+        images = [one.contiguous(memory_format=torch.channels_last) for one in images]
+        calls = {"eager": stepping(images, capturable=False)}
+        try:
+            calls["graph"] = captured(torch, stepping(images, capturable=True)).replay
+        except RuntimeError as error:
+            say(f"the step at batch {batch} cannot be captured: {str(error)[:200]}")
+        bench.group(f"dual_ae step batch {batch}", calls)
+
+
+def captured(torch: Any, call: Call) -> Any:
+    """A CUDA graph of the call, after three runs of it on another stream, as PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
 def whole_paths(bench: Bench) -> None:
     """Scores and fits of ConPatch on a product made for it."""
     torch = bench.torch
@@ -387,19 +443,12 @@ def whole_paths(bench: Bench) -> None:
         detector = fit(epochs=0)
         for batch in (1, 8, 32):
             images = torch.randn(batch, 3, 224, 224, device="cuda")
-            captured, replay = None, None
             with torch.inference_mode():
+                calls: dict[str, Call] = {"pydefect": lambda x=images: detector.predict(x)}
                 try:
-                    detector.predict(images)
-                    captured = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(captured):
-                        detector.predict(images)
-                    replay = captured.replay
+                    calls["graph"] = captured(torch, calls["pydefect"]).replay
                 except RuntimeError as error:
                     say(f"score batch {batch} cannot be captured: {str(error)[:200]}")
-                calls: dict[str, Call] = {"pydefect": lambda x=images: detector.predict(x)}
-                if replay is not None:
-                    calls["graph"] = replay
                 bench.group(f"score resnet18 batch {batch}", calls)
         for batch in (2, 8, 32):
             if left() < 20:
@@ -447,6 +496,10 @@ def targets(bench: Bench) -> list[dict[str, Any]]:
         group = f"{name} 8x384x56x56 forward+backward"
         add(f"{group}: reference / ours", 2.0, ratio(group, "reference"))
         add(f"{group}: compiled / ours", 1.1, ratio(group, "compiled"))
+    group = "dual_ae step batch 1"
+    eager, graph = bench.ms(group, "eager"), bench.ms(group, "graph")
+    share = None if eager is None or graph is None else eager / graph
+    add(f"{group}: eager / captured in a graph", 1.5, share)
     batch = bench.ms("score resnet18 batch 32")
     add("score resnet18 batch 32: images a second", 2000.0, None if batch is None else 32e3 / batch)
     return found
@@ -484,7 +537,7 @@ def measure(arguments: argparse.Namespace, built: dict[str, Any]) -> int:
     bench.measure_limits()
     say(", ".join(f"{name} {value:.0f}" for name, value in bench.limits.items()))
     try:
-        for part in (operations, whole_paths):
+        for part in (operations, training_steps, whole_paths):
             part(bench)
     finally:  # what was measured is kept whatever comes after it
         met = targets(bench)

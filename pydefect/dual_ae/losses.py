@@ -95,9 +95,32 @@ def hard_feature_loss(teacher: Tensor, student: Tensor, quantile: float = 0.999)
     Batzner et al., EfficientAD, WACV 2024, section 3.2. There the quantile goes over the whole batch, so that
     one difficult image silences the others.
     """
+    if student.is_cuda:
+        return _hard_feature_loss_on_device(teacher, student, quantile)
     indices, weights = hard_features(teacher, student, quantile)
     target = _by_position(teacher.detach()).flatten()[indices]
     return ((_by_position(student).flatten()[indices] - target).square() * weights).sum()
+
+
+def _hard_feature_loss_on_device(teacher: Tensor, student: Tensor, quantile: float) -> Tensor:
+    """Compute the same with every value's weight, most of them 0, instead of the hard ones' indices.
+
+    How many these are is not known before they are found: gathering them would make the host wait for the
+    device in every step, and a CUDA graph cannot capture that.
+    """
+    squared = (_by_position(student) - _by_position(teacher.detach())).square().flatten(1)
+    count = squared.shape[1]
+    place = quantile * (count - 1)
+    below = math.floor(place)
+    with torch.no_grad():
+        largest = torch.topk(squared, count - below, dim=1).values
+        threshold = largest[:, -1:]
+        if place > below:
+            threshold = torch.lerp(threshold, largest[:, -2:-1], place - below)
+        # Not >=, which is false for NaN: a loss that is none must show.
+        hard = ~(squared < threshold)
+        weights = hard / (len(squared) * hard.sum(1, keepdim=True))
+    return (squared * weights).sum()
 
 
 def penalty_loss(student: Tensor) -> Tensor:

@@ -30,24 +30,37 @@ def hard_reference(teacher: torch.Tensor, student: torch.Tensor, quantile: float
     return torch.stack(losses).mean()
 
 
+# As on the CPU, and as on CUDA.
+HARD = [hard_feature_loss, losses._hard_feature_loss_on_device]
+
+
 @pytest.mark.parametrize("quantile", [0.0, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_hard_features_are_those_at_or_above_the_quantile(quantile, layout):
+@pytest.mark.parametrize("loss", HARD)
+def test_hard_features_are_those_at_or_above_the_quantile(loss, quantile, layout):
     teacher = maps(0, 3, 8, 5, 7).contiguous(memory_format=layout)
     student = maps(1, 3, 8, 5, 7).contiguous(memory_format=layout).requires_grad_()
-    found = hard_feature_loss(teacher, student, quantile)
+    found = loss(teacher, student, quantile)
     expected = hard_reference(teacher, student, quantile)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (found, expected)))
 
 
+@pytest.mark.parametrize("loss", HARD)
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]))
-def test_ties_at_the_quantile_are_all_taken(values, quantile):
+def test_ties_at_the_quantile_are_all_taken(loss, values, quantile):
     teacher = torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
     student = torch.zeros_like(teacher)
-    found = hard_feature_loss(teacher, student, quantile)
+    found = loss(teacher, student, quantile)
     torch.testing.assert_close(found, hard_reference(teacher, student, quantile))
+
+
+@pytest.mark.parametrize("loss", HARD)
+def test_a_loss_that_is_no_number_shows(loss):
+    teacher, student = maps(0, 2, 8, 3, 3), maps(1, 2, 8, 3, 3)
+    student[1, 3, 1, 1] = torch.nan
+    assert torch.isnan(loss(teacher, student, 0.9))
 
 
 def test_a_difficult_image_does_not_silence_the_others():
@@ -61,6 +74,7 @@ def test_a_difficult_image_does_not_silence_the_others():
 
 LOSSES = {
     "hard": lambda a, b: hard_feature_loss(a, b, 0.97),
+    "hard on a device": lambda a, b: losses._hard_feature_loss_on_device(a, b, 0.97),
     "penalty": lambda _a, b: penalty_loss(b),
     "autoencoder": autoencoder_loss,
     "student": lambda a, b: sum(student_autoencoder_loss(a, b, 0.5)),
@@ -87,7 +101,8 @@ def test_the_cosine_term_is_one_minus_the_cosine_at_each_position():
 
 def test_gradients_flow_where_they_should():
     teacher, student, fused = (maps(seed, 1, 8, 4, 4).requires_grad_() for seed in range(3))
-    assert torch.autograd.grad(hard_feature_loss(teacher, student), teacher, allow_unused=True)[0] is None
+    for loss in HARD:
+        assert torch.autograd.grad(loss(teacher, student, 0.999), teacher, allow_unused=True)[0] is None
     for one in torch.autograd.grad(sum(student_autoencoder_loss(fused, student, 0.5)), (fused, student)):
         assert one.abs().min() > 0
 

@@ -10,7 +10,7 @@ import torch
 from pydefect.dual_ae.augmentation import PenaltyImages
 from pydefect.dual_ae.frozen import NormalisedTeacher
 from pydefect.dual_ae.pdn import PDN
-from pydefect.dual_ae.trainer import Trainer
+from pydefect.dual_ae.trainer import Trainer, build_network, step_losses
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
 from pydefect.persistence import Checkpoint
@@ -111,3 +111,40 @@ def test_a_loss_that_is_not_finite_ends_the_run(make):
     torch.nn.init.constant_(trainer.network.student[0].weight, float("nan"))
     with pytest.raises(PydefectError, match="not finite"):
         trainer.train()
+
+
+@pytest.mark.gpu
+def test_a_graph_can_capture_the_losses_and_their_gradients(config):
+    device = torch.device("cuda")
+    own = dataclasses.replace(config, dropout=0.0)
+    network = build_network(own, (64, 72), 0).to(device).train()
+    teacher = NormalisedTeacher(PDN().to(device), "float32")
+    teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))
+    images, augmented, penalty = (torch.randn(1, 3, 64, 72, device=device) for _ in range(3))
+
+    def step():
+        losses = step_losses(network, own, images, teacher(images), augmented, teacher(augmented), penalty)
+        return losses, torch.autograd.grad(losses.sum(), list(network.parameters()))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # runs before the capture, as PyTorch asks for
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for one in (images, augmented, penalty):
+        one.copy_(torch.randn_like(one))
+    graph.replay()
+    losses, gradients = step()
+    # cuDNN may choose another convolution for the capture, and some of them add in any order.
+    torch.testing.assert_close(captured[0], losses, rtol=1e-3, atol=1e-5)
+    for actual, expected in zip(captured[1], gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
