@@ -95,24 +95,6 @@ __global__ void find_map_gradient(const float* d_output, const float* gate, cons
   }
 }
 
-// One block for the direction, over all images' parts; the second one for the offset.
-__global__ void finish_direction(const float* parts, MapSize size, const float* d_weights,
-                                 float* d_direction,  // [channels]
-                                 float* d_offset) {   // one
-  if (blockIdx.x == 1) {
-    double sum = 0.0;
-    for (int64_t p = threadIdx.x; p < size.images * size.positions; p += kMapThreads) sum += d_weights[p];
-    sum = block_sum<kMapThreads>(sum);
-    if (threadIdx.x == 0) *d_offset = static_cast<float>(sum);
-    return;
-  }
-  for (int c = threadIdx.x; c < size.channels; c += kMapThreads) {
-    float sum = 0.0f;
-    for (int64_t part = 0; part < size.images * size.parts(); ++part) sum += parts[part * size.channels + c];
-    d_direction[c] = sum;
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
     const Tensor& features_given, const Tensor& direction_given, const Tensor& offset,
     const Tensor& reduce_weight_given, const Tensor& reduce_bias_given, const Tensor& expand_weight_given,
@@ -208,9 +190,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
                   kChannelThreads, 0, map, d_weights.const_data_ptr<float>(), size,
                   parts.mutable_data_ptr<float>());
   }
-  device.launch("channel_reunion_backward: finish_direction", finish_direction, 2, kMapThreads, 0,
-                parts.const_data_ptr<float>(), size, d_weights.const_data_ptr<float>(),
-                d_direction.mutable_data_ptr<float>(), d_offset.mutable_data_ptr<float>());
+  device.launch("channel_reunion_backward: finish_parameters", finish_parameters<float>,
+                divide_up(size.channels, kWarp) + 1, kMapThreads, 0, parts.const_data_ptr<float>(),
+                size.images * size.parts(), size.channels, d_weights.const_data_ptr<float>(),
+                size.images * size.positions, d_direction.mutable_data_ptr<float>(),
+                d_offset.mutable_data_ptr<float>());
   launch_layer_gradient(device, d_logits, hidden, d_expand_weight, d_expand_bias);
   launch_layer_gradient(device, d_hidden, pooled, d_reduce_weight, d_reduce_bias);
   return {d_features, d_direction, d_offset, d_reduce_weight, d_reduce_bias, d_expand_weight, d_expand_bias};

@@ -1,5 +1,5 @@
-// What the two reunion modules share on CUDA: sums of a map's positions, weighed by one number each, and the
-// adjoint of that, a dot product a position.
+// What the two reunion modules share on CUDA: sums of a map's positions, weighed by one number each, the
+// adjoint of that, a dot product a position, and the end of their parameters' gradients.
 #pragma once
 
 #include "common.cuh"
@@ -41,6 +41,38 @@ static __global__ void add_weighted(const float* map,
     sum += weighed ? value * weights[position] : value;
   }
   parts[part.place(size)] = sum;
+}
+
+// The gradients of a weight and a bias out of sums, in a fixed order. A block has 32 elements of the weight
+// and a warp every eighth row of their sums; the last block has the bias.
+template <class Real>
+static __global__ void finish_parameters(const float* parts,  // [rows, elements]
+                                         int64_t rows, int64_t elements,
+                                         const Real* bias_parts,  // [count]
+                                         int64_t count,
+                                         float* d_weight,  // [elements]
+                                         float* d_bias) {  // one
+  if (blockIdx.x + 1 == gridDim.x) {
+    double sum = 0.0;
+    for (int64_t i = threadIdx.x; i < count; i += kMapThreads) sum += bias_parts[i];
+    sum = block_sum<kMapThreads>(sum);
+    if (threadIdx.x == 0) *d_bias = static_cast<float>(sum);
+    return;
+  }
+  constexpr int kWarps = kMapThreads / kWarp;
+  __shared__ float sums[kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int64_t element = int64_t{blockIdx.x} * kWarp + lane;
+  float sum = 0.0f;
+  if (element < elements) {
+    for (int64_t row = warp; row < rows; row += kWarps) sum += parts[row * elements + element];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || element >= elements) return;
+  for (int other = 1; other < kWarps; ++other) sum += sums[other][lane];
+  d_weight[element] = sum;
 }
 
 // Blocks for a warp a position.

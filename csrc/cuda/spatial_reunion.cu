@@ -297,37 +297,6 @@ __global__ void find_coarse_gradient(const float* d_up,  // [images, positions, 
   }
 }
 
-// A block 32 elements of the weight, over all images' parts, a warp every eighth of them; the last block the
-// bias.
-__global__ void finish_weight(const float* parts,  // [rows, elements]
-                              int64_t rows, int64_t elements,
-                              const double* bias_sums,  // [images]
-                              int64_t images,
-                              float* d_weight,  // [elements]
-                              float* d_bias) {  // one
-  if (blockIdx.x + 1 == gridDim.x) {
-    double sum = 0.0;
-    for (int64_t image = threadIdx.x; image < images; image += kMapThreads) sum += bias_sums[image];
-    sum = block_sum<kMapThreads>(sum);
-    if (threadIdx.x == 0) *d_bias = static_cast<float>(sum);
-    return;
-  }
-  constexpr int kWarps = kMapThreads / kWarp;
-  __shared__ float sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const int64_t element = int64_t{blockIdx.x} * kWarp + lane;
-  float sum = 0.0f;
-  if (element < elements) {
-    for (int64_t row = warp; row < rows; row += kWarps) sum += parts[row * elements + element];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp > 0 || element >= elements) return;
-  for (int other = 1; other < kWarps; ++other) sum += sums[other][lane];
-  d_weight[element] = sum;
-}
-
 // The sum of a map's positions, each image's own: [images, channels].
 template <bool weighed>
 Tensor summed(const Device& device, const char* name, const Tensor& map, const float* weights,
@@ -435,10 +404,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spatial_reunion_backward(
                   d_coarse.mutable_data_ptr<float>());
   }
   const int64_t elements = d_weight.numel();
-  device.launch("spatial_reunion_backward: finish_weight", finish_weight, divide_up(elements, kWarp) + 1,
-                kMapThreads, 0, weight_parts.const_data_ptr<float>(), size.images * size.parts(), elements,
-                bias_sums.const_data_ptr<double>(), size.images, d_weight.mutable_data_ptr<float>(),
-                d_bias.mutable_data_ptr<float>());
+  device.launch("spatial_reunion_backward: finish_parameters", finish_parameters<double>,
+                divide_up(elements, kWarp) + 1, kMapThreads, 0, weight_parts.const_data_ptr<float>(),
+                size.images * size.parts(), elements, bias_sums.const_data_ptr<double>(), size.images,
+                d_weight.mutable_data_ptr<float>(), d_bias.mutable_data_ptr<float>());
   return {d_features, d_local, d_coarse, d_weight, d_bias};
 }
 
