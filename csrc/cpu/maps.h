@@ -50,6 +50,12 @@ inline torch::stable::Tensor new_map(const torch::stable::Tensor& map) {
   return result;
 }
 
+// Whether `count` maps of this size are more than caches hold until somebody reads them: half of the 32 MiB
+// that eight cores share in today's servers.
+inline bool past_caches(const MapSize& size, int64_t count) {
+  return count * size.images * size.image() * static_cast<int64_t>(sizeof(float)) >= int64_t{16} << 20;
+}
+
 // Fixed cuts of 0..length.
 class Blocks {
  public:

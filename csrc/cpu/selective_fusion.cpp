@@ -45,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
   Tensor share = torch::stable::new_empty(first, {size.images, channels});
 
   const SelectiveFusionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(selective_fusion_kernel);
+  const auto scale_shift = past_caches(size, 2) ? kernel.scale_shift_streamed : kernel.scale_shift;
   const Blocks blocks = position_blocks(size);
   BlockSums sums(blocks.count(), channels);
   const std::vector<float> zeros(static_cast<size_t>(channels), 0.0f);
@@ -79,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
     float* y2 = fused_second.mutable_data_ptr<float>() + image * size.image();
     blocks.for_each([&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * channels;
-      kernel.scale_shift(a + at, first_share, zeros.data(), end - begin, channels, y1 + at);
-      kernel.scale_shift(b + at, second_share.data(), zeros.data(), end - begin, channels, y2 + at);
+      scale_shift(a + at, first_share, zeros.data(), end - begin, channels, y1 + at);
+      scale_shift(b + at, second_share.data(), zeros.data(), end - begin, channels, y2 + at);
     });
   }
   return {fused_first, fused_second, pooled, hidden, share};
@@ -117,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
   Tensor d_second_bias = torch::stable::new_zeros(first, {channels});
 
   const SelectiveFusionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(selective_fusion_kernel);
+  const auto scale_shift = past_caches(size, 2) ? kernel.scale_shift_streamed : kernel.scale_shift;
   const Blocks blocks = position_blocks(size);
   BlockSums sums(blocks.count(), 2 * channels);
   for (int64_t image = 0; image < size.images; ++image) {
@@ -163,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     float* db = d_second.mutable_data_ptr<float>() + image * size.image();
     blocks.for_each([&](int64_t, int64_t begin, int64_t end) {
       const int64_t at = begin * channels;
-      kernel.scale_shift(d1 + at, n1, d_mean.data(), end - begin, channels, da + at);
-      kernel.scale_shift(d2 + at, n2.data(), d_mean.data(), end - begin, channels, db + at);
+      scale_shift(d1 + at, n1, d_mean.data(), end - begin, channels, da + at);
+      scale_shift(d2 + at, n2.data(), d_mean.data(), end - begin, channels, db + at);
     });
   }
   return {d_first,        d_second,     d_reduce_weight, d_reduce_bias,

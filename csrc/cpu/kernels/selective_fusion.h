@@ -17,6 +17,11 @@ struct SelectiveFusionKernel {
   // out[p][c] = map[p][c] * scale[c] + shift[c]
   void (*scale_shift)(const float* map, const float* scale, const float* shift, int64_t positions,
                       int64_t channels, float* out);
+
+  // The same for an `out` that no cache will hold: written past the caches where its place in memory allows
+  // it, which spares the reading of every line that is about to be overwritten.
+  void (*scale_shift_streamed)(const float* map, const float* scale, const float* shift, int64_t positions,
+                               int64_t channels, float* out);
 };
 
 PYDEFECT_KERNEL(SelectiveFusionKernel, selective_fusion_kernel)

@@ -36,6 +36,9 @@ struct SimdBase {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
   }
   static void store(float* to, type value) { _mm512_storeu_ps(to, value); }
+  // Past the caches; `to` is aligned to a whole vector, and finish_streams() comes before anyone reads.
+  static void stream(float* to, type value) { _mm512_stream_ps(to, value); }
+  static void finish_streams() { _mm_sfence(); }
   static type broadcast(float value) { return _mm512_set1_ps(value); }
   static type multiply_add(type a, type b, type c) { return _mm512_fmadd_ps(a, b, c); }
   static type maximum(type a, type b) { return _mm512_max_ps(a, b); }
@@ -89,6 +92,8 @@ struct SimdBase {
     return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), places));
   }
   static void store(float* to, type value) { _mm256_storeu_ps(to, value); }
+  static void stream(float* to, type value) { _mm256_stream_ps(to, value); }
+  static void finish_streams() { _mm_sfence(); }
   static type broadcast(float value) { return _mm256_set1_ps(value); }
   static type multiply_add(type a, type b, type c) { return _mm256_fmadd_ps(a, b, c); }
   static type maximum(type a, type b) { return _mm256_max_ps(a, b); }
@@ -142,6 +147,8 @@ struct SimdBase {
     return value;
   }
   static void store(float* to, type value) { std::memcpy(to, &value, sizeof(value)); }
+  static void stream(float* to, type value) { store(to, value); }
+  static void finish_streams() {}
   static type broadcast(float value) { return type{value, value, value, value}; }
   static type multiply_add(type a, type b, type c) { return a * b + c; }
   static type maximum(type a, type b) { return a > b ? a : b; }
