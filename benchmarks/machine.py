@@ -33,9 +33,16 @@ def taken_by_others() -> float:
 
 
 def cpu_name() -> str:
-    """Return the processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    """Return the processor's name, with its family and model where the system tells them."""
+    named: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        named.setdefault(name.strip(), value.strip())
+    found = named.get("model name", "")
+    # Virtual machines hide the model; family and number still tell generations apart.
+    if "cpu family" in named:
+        found += f" (family {named['cpu family']}, model {named.get('model', '?')})"
+    return found
 
 
 def measure_limits(threads: int) -> None:

@@ -93,3 +93,18 @@ def test_a_group_is_taken_from_the_last_run_that_holds_it(table):
     kept = table.latest([run("1", "a"), run("2", "b", "b", "c"), run("3", "a", "c")])
     assert [one["datetime"] for one in kept] == ["2", "3"]
     assert [[bench["group"] for bench in one["benchmarks"]] for one in kept] == [["b", "b"], ["a", "c"]]
+
+
+def test_runs_of_one_machine_and_day_share_a_line_with_the_range_of_their_limits(table):
+    def run(hour: int, gflops: float, cpu: str = "a processor") -> dict:
+        limits = {"2": {"float32_gflops": gflops, "bf16_gflops": 0.0, "copy_gbs": 30.2}}
+        machine = {"cpu": cpu, "cores": 2, "versions": {"a": "1", f"b{hour}": "2"}, "limits": limits}
+        return {"datetime": f"2026-01-01T0{hour}", "machine_info": {**machine, "taken_by_others": hour / 10}}
+
+    lines = table.machine_lines([run(1, 231.4), run(2, 235.2), run(3, 500, "another")])
+    assert lines == [
+        "- 2026-01-01: a processor, 2 cores; a 1, b1 2, b2 2. Limits: 2 threads: 231 to 235 GFLOP/s float32, "
+        "no bf16, 30 GB/s copy. Other processes kept at most 0.2 cores busy.",
+        "- 2026-01-01: another, 2 cores; a 1, b3 2. Limits: 2 threads: 500 GFLOP/s float32, "
+        "no bf16, 30 GB/s copy. Other processes kept at most 0.3 cores busy.",
+    ]
