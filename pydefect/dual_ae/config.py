@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydefect.config import MethodConfig
+from pydefect.dual_ae.optimisers import Optimiser
 from pydefect.dual_ae.pdn import Size, output_size
 from pydefect.errors import InputError
 from pydefect.ops.reference.spatial_reunion import Normalisation
@@ -139,7 +140,11 @@ class DualAEConfig(MethodConfig):
     steps: int = 10_000
     batch_size: int = 1
     learning_rate: float = 1e-4
-    """Falls to a tenth after 95 % of the steps."""
+    schedule: Literal["drop", "fall"] = "drop"
+    """``"drop"``: the learning rate falls to a tenth after 95 % of the steps, as in EfficientAD's code.
+    ``"fall"``: it rises over the first 2 % and falls over the last 40 %, in a straight line to a hundredth."""
+    optimiser: Optimiser = "adam"
+    """``"muon"``: for the convolutions' weights, see :class:`pydefect.dual_ae.optimisers.Optimisers`."""
     weight_decay: float = 1e-5
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the networks; ``"auto"``: bfloat16 on processors and cards with instructions for it. A
@@ -158,6 +163,14 @@ class DualAEConfig(MethodConfig):
     # -- resources -----------------------------------------------------------------------------------------
     cache_memory_mb: int = 2048
     """Teacher features and training images beyond this go to temporary files."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if self.schedule == "drop":
+            return self.learning_rate * (0.1 if step >= int(0.95 * self.steps) else 1)
+        rising, falling = 0.02 * self.steps, 0.4 * self.steps
+        left = (self.steps - step - 1) / falling
+        return self.learning_rate * min(1.0, (step + 1) / (rising + 1), 0.01 + 0.99 * left)
 
     @property
     def addition(self) -> Additions:

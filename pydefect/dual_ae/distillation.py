@@ -29,6 +29,7 @@ from pydefect.config import Settings
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
 from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic, network_precision
+from pydefect.dual_ae.optimisers import Optimiser, Optimisers
 from pydefect.dual_ae.pdn import PDN, Size, output_size
 from pydefect.dual_ae.teacher import BackboneTeacher
 from pydefect.errors import InputError, PydefectError
@@ -107,7 +108,7 @@ class DistillationConfig(Settings):
     """Of the optimiser."""
     weight_decay: float = 1e-5
     """Of the optimiser; Adam adds it to the gradient, Muon takes it off the weights."""
-    optimiser: Literal["adam", "muon"] = "adam"
+    optimiser: Optimiser = "adam"
     """``"muon"``: the convolutions' weights move in directions whose singular values are all alike, by the
     size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``); biases and normalisations stay with
     Adam. Fewer steps reach the same loss."""
@@ -435,7 +436,9 @@ class Distillation:
         plain = _fresh_network(self.config, self.seed, self.images.batch(0)[0])
         network = _with_normalisation(plain) if self.config.batch_normalisation else plain
         self.network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimisers = _Optimisers(self.network, self.config)
+        self._optimisers = Optimisers(
+            self.network, self.config.optimiser, self.config.learning_rate, self.config.weight_decay
+        )
         self._losses: list[float] = []
         self._saved_at = time.monotonic()
         saved = self.checkpoint.load("teacher") if self.checkpoint else None
@@ -572,76 +575,6 @@ class Distillation:
         self.step = step
         self._losses = list(state["losses"])
         self.history = [(int(at), float(loss)) for at, loss in state["history"]]
-
-
-class _Optimisers:
-    """Adam for all parameters, or Muon for the convolutions' weights and Adam for the others.
-
-    Muon takes matrices: a convolution's weights are one with a row for every output channel. The matrices
-    share the weights' memory, so that nothing is copied back.
-    """
-
-    def __init__(self, network: nn.Module, config: DistillationConfig) -> None:
-        self._weights = [
-            module.weight
-            for module in network.modules()
-            if isinstance(module, nn.Conv2d) and config.optimiser == "muon"
-        ]
-        self._matrices = [nn.Parameter(_as_matrix(weight.detach())) for weight in self._weights]
-        for weight, matrix in zip(self._weights, self._matrices, strict=True):
-            assert weight.data_ptr() == matrix.data_ptr(), "the weights must be channels last"
-        apart = {id(weight) for weight in self._weights}
-        self._others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
-        rate, decay = config.learning_rate, config.weight_decay
-        self._all: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(self._others, lr=rate, weight_decay=decay, fused=True)
-        }
-        if self._matrices:
-            self._all["muon"] = torch.optim.Muon(
-                self._matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-            )
-
-    def step(self, rate: float) -> None:
-        """Take a step along the parameters' gradients."""
-        for weight, matrix in zip(self._weights, self._matrices, strict=True):
-            assert weight.grad is not None
-            matrix.grad = _as_matrix(weight.grad)
-        for optimiser in self._all.values():
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """What a later run needs to go on."""
-        return {
-            f"{name}.{index}.{key}": value
-            for name, optimiser in self._all.items()
-            for index, moments in optimiser.state_dict()["state"].items()
-            for key, value in moments.items()
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state`; other names are ignored."""
-        for name, parameters in (("adam", self._others), ("muon", self._matrices)):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for full_name, value in tensors.items():
-                owner, _, rest = full_name.partition(".")
-                if owner != name:
-                    continue
-                index, key = rest.split(".")
-                if value.ndim:
-                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
-                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
-                moments.setdefault(int(index), {})[key] = value
-            if name in self._all:
-                state = self._all[name].state_dict()
-                state["state"] = moments
-                self._all[name].load_state_dict(state)
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    """[out, in, h, w], channels last in memory, to [out, h w in], of the same memory."""
-    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], -1)
 
 
 def _with_normalisation(network: PDN) -> nn.Sequential:

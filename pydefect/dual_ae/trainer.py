@@ -22,6 +22,7 @@ from pydefect.dual_ae.losses import (
     student_autoencoder_loss,
 )
 from pydefect.dual_ae.network import DualNetwork
+from pydefect.dual_ae.optimisers import Optimisers
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
 from pydefect.persistence import Checkpoint
@@ -174,11 +175,8 @@ class Trainer:
         _, height, width = self.images.shapes[0]
         self.network = build_network(self.config, (height, width), self.seed).to(self.device)
         self.network.train()
-        self._optimiser = torch.optim.Adam(
-            self.network.parameters(),
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,
+        self._optimisers = Optimisers(
+            self.network, self.config.optimiser, self.config.learning_rate, self.config.weight_decay
         )
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         self._order: tuple[int, list[int]] = (-1, [])
@@ -242,11 +240,9 @@ class Trainer:
                     self.teacher(augmented),
                     penalty,
                 )
-        self._optimiser.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         losses.sum().backward()
-        for group in self._optimiser.param_groups:
-            group["lr"] = config.learning_rate * (0.1 if self.step >= int(0.95 * config.steps) else 1)
-        self._optimiser.step()
+        self._optimisers.step(config.rate(self.step))
         return losses.detach()
 
     def _image_of(self, draw: int) -> int:
@@ -261,8 +257,7 @@ class Trainer:
         if self.checkpoint is None:
             return
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        for index, moments in self._optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in moments.items()}
+        tensors |= self._optimisers.state()
         tensors["sums"] = self._sums
         state = {"step": self.step, "history": [vars(record) for record in self.history]}
         self.checkpoint.save("training", tensors, state)
@@ -273,19 +268,7 @@ class Trainer:
         self.network.load_state_dict(
             {name.removeprefix("network."): v for name, v in moved.items() if name.startswith("network.")}
         )
-        parameters = list(self.network.parameters())
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in moved.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimiser":
-                index, _, key = rest.partition(".")
-                # The file has no memory layouts; the fused step goes through memory, whatever the layouts.
-                if key != "step":
-                    value = torch.empty_like(parameters[int(index)]).copy_(value)
-                moments.setdefault(int(index), {})[key] = value
-        optimiser = self._optimiser.state_dict()
-        optimiser["state"] = moments
-        self._optimiser.load_state_dict(optimiser)
+        self._optimisers.restore(moved)
         self._sums = moved["sums"]
         self.step = int(state["step"])
         self.history = [LossRecord(**record) for record in state["history"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pydefect.backbones import build_backbone, weights_fingerprint
+from pydefect.data import read_image, texture
+from pydefect.dual_ae import teacher as teacher_module
 from pydefect.dual_ae.pdn import PDN, output_size
 from pydefect.dual_ae.teacher import BackboneTeacher, load_teacher, pool_channels
 from pydefect.errors import InputError, WeightsNotFoundError
+from pydefect.preprocessing import Preprocessing
 
 NUMBERS = {"small": (0, 3, 6, 8), "medium": (0, 3, 6, 8, 10, 12)}
 
@@ -239,3 +244,43 @@ def test_bfloat16_differs_by_rounding_only(random_backbone):
     rounded = BackboneTeacher(random_backbone, precision="bfloat16")(images)
     # 8 bits, through 12 layers.
     assert float((exact - rounded).abs().mean() / exact.abs().mean()) < 0.02
+
+
+# -- the teacher that comes with the package ----------------------------------------------------------------
+
+SHIPPED = Path(teacher_module.__file__).with_name("teacher_small.safetensors")
+
+
+def test_the_shipped_teacher_is_small_and_has_seen_procedural_images_only():
+    assert SHIPPED.stat().st_size < 12e6
+    with safe_open(SHIPPED, "pt") as file:
+        about = json.loads(file.metadata()["pydefect"])
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    assert about["images"] == {"folders": 0, "files": 0}
+    assert about["settings"]["procedural"] == 1.0
+    # The figures of docs/teacher.md.
+    docs = (Path(__file__).parents[2] / "docs" / "teacher.md").read_text(encoding="utf-8")
+    assert f"{about['settings']['steps']} steps" in docs
+    assert f"{about['explained_variance']['procedural']['both']:.1%}".replace("%", " %") in docs
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_shipped_teacher_is_the_default_and_answers(padding):
+    teacher = load_teacher(padding=padding)
+    images = torch.stack([Preprocessing.create()(texture((5, number), 96)) for number in range(3)])
+    answers = teacher(images)
+    assert answers.shape == (3, 384, *output_size((96, 96), padding))
+    # Different patches, different answers, in every channel.
+    assert float(answers.std((0, 2, 3)).min()) > 1e-3
+
+
+def test_the_shipped_teacher_says_what_the_source_says_about_real_images(bottle, resnet18_weights):
+    """It has never seen a photograph; a PDN that has learned nothing has correlations round 0."""
+    files = sorted((bottle / "train" / "good").glob("*.png"))[:40:10]
+    images = torch.stack([Preprocessing.create(resize=256)(read_image(file)) for file in files])
+    source = load_teacher("resnet18", weights=resnet18_weights)(images)
+    answers = load_teacher()(images)
+    both = torch.stack([maps.permute(1, 0, 2, 3).flatten(1) for maps in (source, answers)])
+    both = (both - both.mean(2, keepdim=True)) / both.std(2, keepdim=True).clamp_min(1e-6)
+    correlation = both.prod(0).mean(1)
+    assert float(correlation.median()) > 0.2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from pydefect.dual_ae.augmentation import PenaltyImages
+from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.frozen import NormalisedTeacher
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.trainer import Trainer, build_network, step_losses
@@ -53,18 +55,20 @@ def states(trainer):
     return trainer.network.state_dict()
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, tmp_path):
-    whole = make(steps=4)
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, tmp_path, optimiser):
+    settings = {"steps": 4, "optimiser": optimiser}
+    whole = make(**settings)
     whole.train()
-    first = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    first = make(Checkpoint(tmp_path, {"run": 1}), **settings)
     first.train(until=2)
-    second = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    second = make(Checkpoint(tmp_path, {"run": 1}), **settings)
     assert second.step == 2
     second.train()
     assert all(torch.equal(states(whole)[name], states(second)[name]) for name in states(whole))
     assert second.history == whole.history
     # A finished run goes on no further.
-    third = make(Checkpoint(tmp_path, {"run": 1}), steps=4)
+    third = make(Checkpoint(tmp_path, {"run": 1}), **settings)
     third.train()
     assert third.step == 4
     assert third.history == whole.history
@@ -97,13 +101,38 @@ def test_all_images_come_before_any_comes_again(make):
 def test_the_rate_falls_to_a_tenth_at_95_percent(make):
     trainer = make(steps=20, penalty="none")
     rates = []
-    step = trainer._optimiser.step
-    trainer._optimiser.step = lambda: (rates.append(trainer._optimiser.param_groups[0]["lr"]), step())
+    step = trainer._optimisers.step
+    trainer._optimisers.step = lambda rate: (rates.append(rate), step(rate))
     trainer.train(until=1)
     trainer.step = 18
     trainer.train(until=20)
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5])
     assert all(record.penalty == 0 for record in trainer.history)
+
+
+def test_the_falling_schedule():
+    config = DualAEConfig(schedule="fall", steps=1000, learning_rate=1e-3)
+    rates = [config.rate(step) for step in range(1000)]
+    assert rates[0] == pytest.approx(1e-3 / 21)
+    assert rates[20:600] == pytest.approx([1e-3] * 580)
+    assert rates[-1] == pytest.approx(1e-5)
+    falls = [before - after for before, after in itertools.pairwise(rates[604:])]
+    assert falls == pytest.approx([0.99e-3 / 400] * len(falls))
+    assert DualAEConfig(schedule="fall", steps=1).rate(0) == pytest.approx(1e-6)
+
+
+def test_muon_takes_the_convolutions_and_leaves_the_rest_to_adam(make):
+    # One step: Adam's parameters move by the rate whatever the gradient, Muon's matrices by 0.2 of it in mean
+    # square, so the two are told apart by what moved how far.
+    trainer = make(optimiser="muon", learning_rate=1e-3)
+    before = {name: value.detach().clone() for name, value in trainer.network.named_parameters()}
+    trainer.train(until=1)
+    for name, value in trainer.network.named_parameters():
+        moved = (value.detach() - before[name]).square().mean().sqrt() / 1e-3
+        if value.dim() == 4:
+            assert 0.02 < moved < 0.5, name
+        else:
+            assert moved <= 1.001, name
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make):

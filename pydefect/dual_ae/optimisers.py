@@ -1,0 +1,92 @@
+"""The optimisers of distillation and training, behind one state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Optimiser", "Optimisers"]
+
+Optimiser = Literal["adam", "muon"]
+
+
+class Optimisers:
+    """Adam for all parameters, or Muon for the convolutions' weights and Adam for the others.
+
+    Muon takes matrices: a convolution's weights are one with a row for every output channel. The matrices
+    share the weights' memory, so that nothing is copied back.
+
+    Parameters
+    ----------
+    network
+        Its convolutions' weights are channels last in memory where Muon is asked for.
+    optimiser
+        ``"muon"``: the convolutions' weights move in directions whose singular values are all alike, by the
+        size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``).
+    rate, decay
+        Learning rate and weight decay. Adam adds the decay to the gradient, Muon takes it off the weights.
+    """
+
+    def __init__(self, network: nn.Module, optimiser: Optimiser, rate: float, decay: float) -> None:
+        self._weights = [
+            module.weight
+            for module in network.modules()
+            if isinstance(module, nn.Conv2d) and optimiser == "muon"
+        ]
+        self._matrices = [nn.Parameter(_as_matrix(weight.detach())) for weight in self._weights]
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            assert weight.data_ptr() == matrix.data_ptr(), "the weights must be channels last"
+        apart = {id(weight) for weight in self._weights}
+        self._others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+        self._all: dict[str, torch.optim.Optimizer] = {
+            "adam": torch.optim.Adam(self._others, lr=rate, weight_decay=decay, fused=True)
+        }
+        if self._matrices:
+            self._all["muon"] = torch.optim.Muon(
+                self._matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            )
+
+    def step(self, rate: float) -> None:
+        """Take a step along the parameters' gradients."""
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            assert weight.grad is not None
+            matrix.grad = _as_matrix(weight.grad)
+        for optimiser in self._all.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a later run needs to go on."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, optimiser in self._all.items()
+            for index, moments in optimiser.state_dict()["state"].items()
+            for key, value in moments.items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`; other names are ignored."""
+        for name, parameters in (("adam", self._others), ("muon", self._matrices)):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for full_name, value in tensors.items():
+                owner, _, rest = full_name.partition(".")
+                if owner != name:
+                    continue
+                index, key = rest.split(".")
+                if value.ndim:
+                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
+                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
+                moments.setdefault(int(index), {})[key] = value
+            if name in self._all:
+                state = self._all[name].state_dict()
+                state["state"] = moments
+                self._all[name].load_state_dict(state)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """[out, in, h, w], channels last in memory, to [out, h w in], of the same memory."""
+    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], -1)
