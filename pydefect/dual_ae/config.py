@@ -142,7 +142,7 @@ class DualAEConfig(MethodConfig):
     learning_rate: float = 1e-4
     schedule: Literal["drop", "fall"] = "drop"
     """``"drop"``: the learning rate falls to a tenth after 95 % of the steps, as in EfficientAD's code.
-    ``"fall"``: it rises over the first 2 % and falls over the last 40 %, in a straight line to a hundredth."""
+    ``"fall"``: it rises over the first 2 % and falls over the last 40 %, straight to a hundredth."""
     optimiser: Optimiser = "adam"
     """``"muon"``: for the convolutions' weights, see :class:`pydefect.dual_ae.optimisers.Optimisers`."""
     weight_decay: float = 1e-5
