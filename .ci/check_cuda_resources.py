@@ -36,7 +36,8 @@ def read_library(library: Path, cuobjdump: str) -> Resources:
 
 def kernel_name(symbol: str) -> str:
     """`relaxed_contrastive.cu: add_terms<true>` for the mangled name, whose hash changes with the sources."""
-    file = re.search(r"_\d+_(\w+?)_cu_", symbol)
+    # nvcc's name for a file: a hash, which may be digits only, the length of the name and the name.
+    file = re.search(r"_[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}", symbol)
     plain = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     plain = re.sub(r"pydefect::cuda::|\(anonymous namespace\)::|_GLOBAL__N__\w+::|^void ", "", plain)
     depth = 0
