@@ -43,6 +43,30 @@ def test_defects_score_higher_than_good_parts(detector, products, defective):
     assert bad.image_scores.min() > good.image_scores.max()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_graph_can_capture_scoring(products, defective, batch):
+    detector = pydefect.fit(
+        products, weights="random", epochs=0, calibration_folds=0, resize=64, device="cuda", progress=False
+    )
+    held = torch.stack([detector.preprocessing(image) for image in products[:batch]]).cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # runs before the capture, as PyTorch asks for
+        for _ in range(3):
+            detector.predict(held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores, maps = detector.predict(held)
+    held.copy_(torch.stack([detector.preprocessing(image) for image in defective[:batch]]))
+    graph.replay()
+    expected_scores, expected_maps = detector.predict(held)
+    # cuDNN may choose another convolution for the capture.
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(maps, expected_maps, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("image_score", ["max_patch", "max_map"])
 @pytest.mark.parametrize("score", ["certainty", "nearest"])
 def test_scores_follow_section_3_5(fit, products, defective, score, image_score):
