@@ -80,7 +80,7 @@ PYDEFECT_HOST_DEVICE inline bool no_closer_row_outside(VectorSize query, VectorS
 // How far below the k-th best score a row's score may lie if the certificate above is to hold with every row
 // further below left out: the k rows' own error, the left out rows' error, and what centring and measuring
 // add, for which (|x| + |Y|)^2 stands in for the distances. A guess would do: it proves nothing itself.
-inline double score_margin(VectorSize query, VectorSize bank, int64_t width) {
+PYDEFECT_HOST_DEVICE inline double score_margin(VectorSize query, VectorSize bank, int64_t width) {
   const double reach = query.norm + bank.norm;
   return 2.0 * score_error(query, bank, width) + 2.0 * rounding_growth(width) * reach * reach;
 }

@@ -28,11 +28,11 @@ namespace pydefect::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) {
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-constexpr int64_t round_up(int64_t a, int64_t b) {
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) {
   return divide_up(a, b) * b;
 }
 
@@ -96,8 +96,13 @@ class Device {
               Arguments... arguments) const {
     constexpr size_t kWithoutAsking = size_t{48} << 10;
     if (shared > kWithoutAsking) {
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+      const void* const symbol = reinterpret_cast<const void*>(kernel);
+      check_cuda(
+          cudaFuncSetAttribute(symbol, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          name);
+      // Otherwise the first-level cache may keep what a second block of the multiprocessor needs.
+      check_cuda(cudaFuncSetAttribute(symbol, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared),
                  name);
     }
     kernel<<<grid, threads, shared, stream_>>>(static_cast<Parameters>(arguments)...);

@@ -8,6 +8,8 @@
 #include "emulated_instructions.h"
 #else
 
+#include <cuda_fp16.h>
+
 namespace pydefect::cuda {
 
 // Copies the first `valid` of `bytes` (4 or 16, both addresses aligned to it) and fills the rest with zeros.
@@ -36,22 +38,54 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// The nearest number with 10 bits behind the point, ties away from zero, as the tensor cores read it.
-__device__ inline unsigned to_tf32(float value) {
-  unsigned bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
+// The nearest float16, ties to even, and what it stands for.
+__device__ inline uint16_t half_bits(float value) {
+  return __half_as_ushort(__float2half_rn(value));
 }
 
-// sums[16, 8] += a[16, 8] b[8, 8] by one warp. Of lane l with g = l / 4 and t = l % 4:
-//   a: rows g, g + 8, g, g + 8 at columns t, t, t + 4, t + 4;  b: rows t, t + 4 of column g;
-//   sums: row g at columns 2t and 2t + 1, then row g + 8 at the same.
-__device__ inline void multiply_tf32(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+__device__ inline float half_value(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+
+// Four matrices of 8 x 8 float16 from shared memory, by one warp: lane l names the start of row l % 8 of
+// matrix l / 8, 16 bytes, aligned to as many. It receives elements 2 (l % 4) and the next of row l / 4 of
+// each.
+__device__ inline void load_matrices(unsigned (&to)[4], const char* shared, int offset) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(shared)) + offset;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(from));
+}
+
+// sums[16, 8] += a[16, 16] b[16, 8] by one warp, two float16 a register. Of lane l with g = l / 4 and t = l %
+// 4:
+//   a: rows g, g + 8, g, g + 8 at columns 2t.., 2t.., 2t + 8.., 2t + 8..;  b0, b1: rows 2t.., 2t + 8.. of
+//   column g;  sums: row g at columns 2t and 2t + 1, then row g + 8 at the same.
+__device__ inline void multiply_half(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Functions of one instruction, within 2^-22 of the result, without the exact ones' branches. Denormal
+// numbers count as zero.
+__device__ inline float quick_root(float value) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+}
+
+__device__ inline float quick_inverse_root(float value) {
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+}
+
+__device__ inline float quick_power_of_2(float value) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  return power;
 }
 
 }  // namespace pydefect::cuda

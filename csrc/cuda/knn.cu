@@ -1,11 +1,14 @@
-// k-NN on CUDA, four kernels on the caller's stream and no synchronisation with the host:
-//   1. prepare_bank: the scores' start values -|y|^2 / 2 and the largest norm of the bank;
+// k-NN on CUDA, a few kernels on the caller's stream and no synchronisation with the host:
+//   1. split_rows, of queries and bank: the parts that tensor cores multiply (split.cuh);
+//      prepare_bank: the scores' start values -|y|^2 / 2 and the largest norm of the bank;
 //   2. search_tiles: scores of a tile of queries and a tile of the bank on tensor cores (tile_product.cuh),
-//      selection fused, so no [N, M] matrix exists; the bank is split over blocks where the queries alone
+//      selection fused, so no [N, M] matrix exists; the bank is divided among blocks where the queries alone
 //      would not fill the device;
-//   3. rank_candidates: merges the splits, measures the winners directly and certifies the answer
-//      (csrc/knn_certificate.h), or notes the query for
+//   3. rank_candidates: merges the divisions' candidates, measures directly those that can be among the k
+//      nearest and certifies the answer (csrc/knn_certificate.h), or notes the query for
 //   4. search_exhaustively: measures every row for the queries noted.
+//
+// Memory beyond the outputs: the parts, as large as queries and bank, and the candidates.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,13 +23,14 @@
 #include "common.cuh"
 #include "knn.h"
 #include "reductions.cuh"
+#include "split.cuh"
 #include "tile_product.cuh"
 
 namespace pydefect::cuda {
 namespace {
 
 using Shape = TileShape<2, 4, 4, 4>;
-using Product = TileProduct<Shape, Layout::kAlongDepth, Layout::kAlongDepth>;
+using Product = TileProduct<Shape>;
 
 constexpr int kTileQueries = Shape::rows;
 constexpr int kTileRows = Shape::columns;  // rows of the bank
@@ -34,10 +38,16 @@ constexpr int kThreads = Shape::threads;
 constexpr int kThreadsPerQuery = kThreads / kTileQueries;  // in the selection
 constexpr int kMostSplits = 32;                            // one lane of a warp each when they are merged
 constexpr int kScorePitch = kTileRows + 1;                 // spreads a column over the memory banks
+constexpr int kAtOnce = 4;                                 // scores that a thread looks at together
+constexpr int kQueue = 2 * kAtOnce;  // scores of a thread that wait until its warp inserts them together
+// More candidates than k, so that near ties of the k-th seldom need the exhaustive search.
+constexpr int kSpare = 3;
 static_assert(kThreadsPerQuery == 2, "merge_pair merges two lists");
 
-// The products' slices and, after them, the tile's scores.
-constexpr size_t kSharedBytes = std::max(Product::shared_bytes, sizeof(float) * kTileQueries * kScorePitch);
+// Shared memory holds the products' slices and, after them, the tile's scores and the threads' queues.
+constexpr size_t kScoreBytes = sizeof(float) * kTileQueries * kScorePitch;
+constexpr size_t kQueueBytes = (sizeof(float) + sizeof(int)) * kQueue * kThreads;
+constexpr size_t kSharedBytes = std::max(Product::shared_bytes, kScoreBytes + kQueueBytes);
 
 struct Problem {
   const float* queries;  // [query_count, width]
@@ -93,26 +103,16 @@ struct CandidateList {
   }
 };
 
-// A warp's squared norm of a vector; every lane gets the sum.
-__device__ double squared_norm(const float* vector, int width, int lane) {
-  double sum = 0.0;
-  for (int d = lane; d < width; d += kWarp) sum += static_cast<double>(vector[d]) * vector[d];
-  return warp_sum(sum);
-}
-
-// One warp a row. Non-negative doubles order as their bits do, and the bits of a NaN are larger still, so the
+// A thread a row. Non-negative doubles order as their bits do, and the bits of a NaN are larger still, so the
 // largest norm is NaN where any is.
-__global__ void prepare_bank(Problem problem, float* start_values,        // [bank_rows]
+__global__ void prepare_bank(const double* squared_norms,  // [bank_rows]
+                             int bank_rows,
+                             float* start_values,                         // [bank_rows]
                              unsigned long long* largest_squared_norm) {  // one, zero before
-  const int row = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  if (row >= problem.bank_rows) return;
-  const double norm =
-      squared_norm(problem.bank + static_cast<int64_t>(row) * problem.width, problem.width, lane);
-  if (lane == 0) {
-    start_values[row] = static_cast<float>(-0.5 * norm);
-    atomicMax(largest_squared_norm, static_cast<unsigned long long>(__double_as_longlong(norm)));
-  }
+  const int row = blockIdx.x * kThreads + threadIdx.x;
+  if (row >= bank_rows) return;
+  start_values[row] = static_cast<float>(-0.5 * squared_norms[row]);
+  atomicMax(largest_squared_norm, static_cast<unsigned long long>(__double_as_longlong(squared_norms[row])));
 }
 
 // Leaves the best of two neighbouring lanes' lists, in order, in `scores` and `rows`; the even lane writes
@@ -133,63 +133,109 @@ __device__ void merge_pair(CandidateList<length>& list, bool writes, float* scor
   }
 }
 
-// Vectors first.. of a matrix of `count`.
-__device__ Vectors vectors(const float* matrix, int64_t first, int64_t count, int width) {
-  const float* const data = matrix + first * width;
-  return {data, width, static_cast<int>(min(count - first, int64_t{kTileQueries})),
-          Vectors::is_aligned(data, width)};
-}
+// Both operands as tensor cores multiply them, and what turns a product into a score.
+struct Operands {
+  SplitRows queries;
+  SplitRows bank;
+  const float* query_scales;  // [query_count]
+  const float* bank_scales;   // [bank_rows]
+  const float* start_values;  // [bank_rows]
+};
+
+// A thread's scores that may enter its list. Lanes of a warp find such scores at different times, and an
+// insertion holds all of them up: so they wait until one lane's queue may overflow.
+struct Queue {
+  float* scores;  // [kQueue, kThreads]
+  int* rows;      // [kQueue, kThreads]
+  int waiting = 0;
+
+  __device__ explicit Queue(char* memory)
+      : scores(reinterpret_cast<float*>(memory)), rows(reinterpret_cast<int*>(scores + kQueue * kThreads)) {}
+
+  __device__ void add(float score, int row) {
+    scores[waiting * kThreads + threadIdx.x] = score;
+    rows[waiting * kThreads + threadIdx.x] = row;
+    ++waiting;
+  }
+
+  template <int length>
+  __device__ void insert_into(CandidateList<length>& list) {
+#pragma unroll
+    for (int i = 0; i < kQueue; ++i) {
+      if (i >= waiting) continue;
+      const float score = scores[i * kThreads + threadIdx.x];
+      if (score > list.worst()) list.insert(score, rows[i * kThreads + threadIdx.x]);
+    }
+    waiting = 0;
+  }
+};
 
 // Block (x, y) shows the y-th part of the bank to the x-th tile of queries. The lists come out best first,
 // free places as -infinity. A list that is full has a last score that no row left out by it exceeds.
 template <int length>
-__global__ void __launch_bounds__(kThreads)
-    search_tiles(Problem problem, const float* start_values,  // [bank_rows]
-                 int rows_per_split,
+__global__ void __launch_bounds__(kThreads, length <= 8 ? 2 : 1)
+    search_tiles(Operands operands, int rows_per_split,
                  float* candidate_scores,  // [query_count, splits, length]
                  int* candidate_rows) {    // [query_count, splits, length]
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+  char* const shared = dynamic_shared_memory();
+  float* const scores = reinterpret_cast<float*>(shared);
   const int64_t first_query = static_cast<int64_t>(blockIdx.x) * kTileQueries;
   const int first_row = blockIdx.y * rows_per_split;
-  const int last_row = min(first_row + rows_per_split, problem.bank_rows);
+  const int last_row = static_cast<int>(min(int64_t{first_row} + rows_per_split, operands.bank.count));
   const int list_query = threadIdx.x / kThreadsPerQuery;
   const int list_part = threadIdx.x % kThreadsPerQuery;
-  const Vectors queries = vectors(problem.queries, first_query, problem.query_count, problem.width);
+  const SplitRows queries = operands.queries.from(first_query);
 
   CandidateList<length> list;
   list.clear();
   for (int tile_row = first_row; tile_row < last_row; tile_row += kTileRows) {
-    Product::Sums sums;
-    Product::multiply(queries, vectors(problem.bank, tile_row, last_row, problem.width), 0, problem.width,
-                      shared, sums);
+    SplitRows bank = operands.bank.from(tile_row);
+    bank.count = last_row - tile_row;
+    typename Product::Sums sums;
+    Product::multiply(queries, bank, shared, sums);
     __syncthreads();  // the last readers of the slices are done
+    const OfRows<Shape> query_scales(operands.query_scales + first_query, queries.count);
+    const OfColumns<Shape> bank_scales(operands.bank_scales + tile_row, bank.count);
+    const OfColumns<Shape> start_values(operands.start_values + tile_row, bank.count);
 #pragma unroll
     for (int r = 0; r < Shape::row_tiles; ++r) {
 #pragma unroll
       for (int c = 0; c < Shape::column_tiles; ++c) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = Shape::column(c, i);
-          // Rows past the end have a score of -infinity and so never enter a list.
-          const float start = tile_row + column < last_row ? start_values[tile_row + column] : -INFINITY;
-          shared[Shape::row(r, i) * kScorePitch + column] = sums[r][c][i] + start;
+          const float product = sums[r][c][i] * bank_scales(c, i);
+          scores[Shape::row(r, i) * kScorePitch + Shape::column(c, i)] =
+              fmaf(product, query_scales(r, i), start_values(c, i));
         }
       }
     }
     __syncthreads();
-    for (int c = list_part; c < kTileRows; c += kThreadsPerQuery) {
-      const float score = shared[list_query * kScorePitch + c];
-      if (score > list.worst()) list.insert(score, tile_row + c);
+    Queue queue(shared + kScoreBytes);
+    const auto columns = static_cast<int>(min(bank.count, int64_t{kTileRows}));
+    const float* const own = scores + list_query * kScorePitch;
+    for (int first = list_part; first < kTileRows; first += kAtOnce * kThreadsPerQuery) {
+      float together[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) together[i] = own[first + i * kThreadsPerQuery];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int c = first + i * kThreadsPerQuery;
+        if (together[i] > list.worst() && c < columns) queue.add(together[i], tile_row + c);
+      }
+      if (__any_sync(kAllLanes, queue.waiting > kQueue - kAtOnce)) queue.insert_into(list);
     }
+    queue.insert_into(list);
   }
   const int64_t query = first_query + list_query;
   const int64_t to = (query * gridDim.y + blockIdx.y) * length;
-  merge_pair(list, query < problem.query_count, candidate_scores + to, candidate_rows + to);
+  merge_pair(list, query < operands.queries.count, candidate_scores + to, candidate_rows + to);
 }
 
-// The certificate's bound is for float32 sums of `width` products. Those of 3xTF32 lack three parts of at
-// most 2^-22 of a product each, and are sums of 3 / 8 as many groups of eight, each of which a tensor core
-// may cut off by 2^-22 of what it has: together at most (1.5 width + 12) 2^-24 |x||y| more.
+// The certificate's bound is for float32 sums of `width` products. Those of split numbers lack three parts of
+// at most 2^-22 of a product each (and 2^-39 of |x||y| for every number, which the margin below covers), and
+// are sums of at most 3 / 8 as many groups of eight, each of which a tensor core may cut off by 2^-22 of what
+// it has: together at most (1.5 width + 12) 2^-24 |x||y| more. The scales are powers of two and round nothing
+// but what is smaller than the smallest normal number.
 __device__ int64_t certified_width(int width) {
   return 4 * (int64_t{width} + 16);
 }
@@ -212,7 +258,9 @@ __device__ ScoredRow warp_best(ScoredRow mine) {
 // One warp a query. Each lane walks down the list of one split.
 template <int length>
 __global__ void rank_candidates(Problem problem, int splits, const float* candidate_scores,
-                                const int* candidate_rows, const unsigned long long* largest_squared_norm,
+                                const int* candidate_rows,
+                                const double* squared_norms,  // [query_count]
+                                const unsigned long long* largest_squared_norm,
                                 float* distances,             // [query_count, k]
                                 int64_t* indices,             // [query_count, k]
                                 int64_t* uncertain_queries,   // [query_count]
@@ -231,13 +279,23 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
     return any ? ScoredRow{candidate_scores[from + next], candidate_rows[from + next]}
                : ScoredRow{-INFINITY, -1};
   };
+  const float* const vector = problem.queries + query * problem.width;
+  const double query_norm = sqrt(squared_norms[query]);
+  const double bank_norm = sqrt(__longlong_as_double(static_cast<long long>(*largest_squared_norm)));
+  const int64_t width = certified_width(problem.width);
+  // Rows whose scores lie further below the k-th best one's than this need not be measured.
+  const double margin = score_margin({query_norm}, {bank_norm}, width);
+  double least = -INFINITY;
+
   ScoredRow mine = head();
   int winners = 0;
   while (winners < length) {
     const ScoredRow best = warp_best(mine);
-    if (best.score == -INFINITY) break;
+    // Where the margin is not a number nothing is below it.
+    if (best.score == -INFINITY || (winners >= problem.k && best.score < least)) break;
     if (lane == 0) winner_rows[warp][winners] = best.row;
     ++winners;
+    if (winners == problem.k) least = best.score - margin;
     if (mine.row == best.row) {  // a row is in one split's list only
       ++next;
       mine = head();
@@ -252,7 +310,6 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
   }
   __syncwarp();
 
-  const float* vector = problem.queries + query * problem.width;
   for (int first = 0; first < winners; first += 2) {
     // The second half of the warp repeats the last winner where their number is odd.
     const int winner = min(first + lane / 16, winners - 1);
@@ -278,13 +335,10 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
     const RankingKey other = __shfl_xor_sync(kAllLanes, kth, offset);
     kth = other > kth ? other : kth;
   }
-  const double query_norm = sqrt(squared_norm(vector, problem.width, lane));
   if (lane == 0) {
-    const double bank_norm = sqrt(__longlong_as_double(static_cast<long long>(*largest_squared_norm)));
-    const bool certain =
-        winners >= problem.k && (winners == problem.bank_rows ||
-                                 no_closer_row_outside({query_norm}, {bank_norm}, worst, key_distance(kth),
-                                                       certified_width(problem.width), false));
+    const bool certain = winners >= problem.k && (winners == problem.bank_rows ||
+                                                  no_closer_row_outside({query_norm}, {bank_norm}, worst,
+                                                                        key_distance(kth), width, false));
     if (!certain) uncertain_queries[atomicAdd(uncertain_count, 1u)] = query;
   }
 }
@@ -346,31 +400,38 @@ int rows_per_split(const Problem& problem, const Device& device) {
 }
 
 template <int length>
-void search(const Problem& problem, const Tensor& like, const Device& device, float* distances,
-            int64_t* indices) {
+void search(const Problem& problem, const Tensor& queries, const Tensor& bank, const Device& device,
+            float* distances, int64_t* indices) {
   using torch::headeronly::ScalarType;
-  const int split_rows = rows_per_split(problem, device);
-  const int splits = static_cast<int>(divide_up(problem.bank_rows, split_rows));
-  const Tensor start_values = new_floats(like, {problem.bank_rows});
-  const Tensor scores = new_floats(like, {problem.query_count, splits, length});
-  const Tensor rows = new_of(like, {problem.query_count, splits, length}, ScalarType::Int);
-  const Tensor uncertain = new_of(like, {problem.query_count}, ScalarType::Long);
+  const int rows_each = rows_per_split(problem, device);
+  const int splits = static_cast<int>(divide_up(problem.bank_rows, rows_each));
+  const Tensor start_values = new_floats(bank, {problem.bank_rows});
+  const Tensor scores = new_floats(bank, {problem.query_count, splits, length});
+  const Tensor rows = new_of(bank, {problem.query_count, splits, length}, ScalarType::Int);
+  const Tensor uncertain = new_of(bank, {problem.query_count}, ScalarType::Long);
   // The largest squared norm, then the number of uncertain queries; both start at zero.
-  const Tensor totals = torch::stable::new_zeros(like, {2}, ScalarType::Long);
+  const Tensor totals = torch::stable::new_zeros(bank, {2}, ScalarType::Long);
   auto* largest_squared_norm = reinterpret_cast<unsigned long long*>(totals.mutable_data_ptr<int64_t>());
   auto* uncertain_count = reinterpret_cast<unsigned*>(largest_squared_norm + 1);
 
   constexpr int warps = kThreads / kWarp;
-  device.launch("knn: prepare_bank", prepare_bank, divide_up(problem.bank_rows, warps), kThreads, 0, problem,
+  const Tensor query_norms = new_of(queries, {problem.query_count}, ScalarType::Double);
+  const Tensor bank_norms = new_of(bank, {problem.bank_rows}, ScalarType::Double);
+  const SplitTensor split_queries = split_by_row(device, queries, &query_norms);
+  const SplitTensor split_bank = split_by_row(device, bank, &bank_norms);
+  device.launch("knn: prepare_bank", prepare_bank, divide_up(problem.bank_rows, kThreads), kThreads, 0,
+                bank_norms.const_data_ptr<double>(), problem.bank_rows,
                 start_values.mutable_data_ptr<float>(), largest_squared_norm);
+  const Operands operands{split_queries.rows(), split_bank.rows(),
+                          split_queries.scales.const_data_ptr<float>(),
+                          split_bank.scales.const_data_ptr<float>(), start_values.const_data_ptr<float>()};
   const dim3 grid(divide_up(problem.query_count, kTileQueries), splits);
-  device.launch("knn: search_tiles", search_tiles<length>, grid, kThreads, kSharedBytes, problem,
-                start_values.const_data_ptr<float>(), split_rows, scores.mutable_data_ptr<float>(),
-                rows.mutable_data_ptr<int32_t>());
+  device.launch("knn: search_tiles", search_tiles<length>, grid, kThreads, kSharedBytes, operands, rows_each,
+                scores.mutable_data_ptr<float>(), rows.mutable_data_ptr<int32_t>());
   device.launch("knn: rank_candidates", rank_candidates<length>, divide_up(problem.query_count, warps),
                 kThreads, 0, problem, splits, scores.const_data_ptr<float>(), rows.const_data_ptr<int32_t>(),
-                largest_squared_norm, distances, indices, uncertain.mutable_data_ptr<int64_t>(),
-                uncertain_count);
+                query_norms.const_data_ptr<double>(), largest_squared_norm, distances, indices,
+                uncertain.mutable_data_ptr<int64_t>(), uncertain_count);
   const int64_t blocks = std::min<int64_t>(problem.query_count, 8 * device.multiprocessors());
   device.launch("knn: search_exhaustively", search_exhaustively, blocks, kThreads, 0, problem,
                 uncertain.const_data_ptr<int64_t>(), uncertain_count, distances, indices);
@@ -393,12 +454,13 @@ std::tuple<Tensor, Tensor> knn(const Tensor& queries_given, const Tensor& bank_g
 
   const Problem problem{queries.const_data_ptr<float>(), bank.const_data_ptr<float>(),   query_count,
                         static_cast<int>(bank.size(0)),  static_cast<int>(bank.size(1)), static_cast<int>(k)};
-  const int64_t length = k + kSpareCandidates;
+  const int64_t length = k + kSpare;
   const auto run = length <= 8    ? search<8>
                    : length <= 16 ? search<16>
                    : length <= 32 ? search<32>
                                   : search<68>;
-  run(problem, queries, device, distances.mutable_data_ptr<float>(), indices.mutable_data_ptr<int64_t>());
+  run(problem, queries, bank, device, distances.mutable_data_ptr<float>(),
+      indices.mutable_data_ptr<int64_t>());
   return {distances, indices};
 }
 

@@ -2,9 +2,9 @@
 // resizing, so every level is multiplied on its own grid, on tensor cores (tile_product.cuh): the coarser
 // ones first, and the finest one's product ends in adding their interpolation and the coordinates.
 //
-// Levels of any format and layout are written as float32 with neighbouring channels first, pooled on the way.
-// Memory beyond inputs and outputs: that copy of the levels, the coarser levels' projections, and backward
-// the gradient on the coarser grids.
+// Levels of any format and layout are pooled and split into the parts that tensor cores multiply (split.cuh)
+// in one pass. Memory beyond inputs and outputs: these parts, the coarser levels' projections, and backward
+// the gradient on the coarser grids and its parts.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
@@ -20,6 +20,7 @@
 #include "../checks.h"
 #include "bilinear.cuh"
 #include "common.cuh"
+#include "split.cuh"
 #include "tile_product.cuh"
 
 namespace pydefect::cuda {
@@ -27,11 +28,12 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using Tensors = std::vector<Tensor>;
-using Shape = TileShape<2, 4, 4, 4>;
+// 512 threads with 32 sums each: those of a group and of all groups fit into registers.
+using Shape = TileShape<4, 4, 2, 4>;
+using Product = TileProduct<Shape>;
 
 constexpr int kThreads = 256;
 constexpr int kMostLevels = 8;
-constexpr int kTile = 32;      // pixels and channels that a block of `pack` turns at a time
 constexpr int kConstants = 3;  // 1, row coordinate, column coordinate
 
 struct Grid {
@@ -70,8 +72,9 @@ struct Level {
   int64_t channel_stride;
   int64_t row_stride;
   int64_t column_stride;
+  bool pool;
 
-  __device__ float at(const Pixel& pixel, int channel, bool pool) const {
+  __device__ float at(const Pixel& pixel, int64_t channel) const {
     const Element* const from = data + pixel.image * image_stride + channel * channel_stride;
     if (!pool) return static_cast<float>(from[pixel.y * row_stride + pixel.x * column_stride]);
     float sum = 0.0f;
@@ -84,70 +87,51 @@ struct Level {
   }
 };
 
-// Block (x, y): pixels 32 x.., channels 32 y... Read along what lies together, written along the channels.
-// With `constants` three channels follow: those that the bias and the coordinates are multiplied with.
+// A level's pixels as rows to be split.
 template <class Element>
-__global__ void pack(Level<Element> level, bool pool, bool constants, int stride,
-                     float* packed) {  // [pixels, stride], zero beyond the channels
-  __shared__ float tile[kTile][kTile + 1];
-  const int64_t pixels = level.grid.pixels();
-  const int64_t first_pixel = int64_t{blockIdx.x} * kTile;
-  const int first_channel = blockIdx.y * kTile;
-  const bool along_channels = level.channel_stride == 1;
-  for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-    const int pixel_offset = along_channels ? i / kTile : i % kTile;
-    const int channel_offset = along_channels ? i % kTile : i / kTile;
-    const int64_t index = first_pixel + pixel_offset;
-    const int channel = first_channel + channel_offset;
-    if (index >= pixels) continue;
-    const Pixel pixel(level.grid, index);
-    const int constant = constants ? channel - level.channels : -1;
-    float value = 0.0f;
-    if (channel < level.channels) value = level.at(pixel, channel, pool);
-    if (constant == 0) value = 1.0f;
-    if (constant == 1) value = coordinate(pixel.y, level.grid.height);
-    if (constant == 2) value = coordinate(pixel.x, level.grid.width);
-    tile[pixel_offset][channel_offset] = value;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTile * kTile; i += kThreads) {
-    const int64_t index = first_pixel + i / kTile;
-    const int channel = first_channel + i % kTile;
-    if (index < pixels && channel < stride) packed[index * stride + channel] = tile[i / kTile][i % kTile];
-  }
-}
+struct LevelPixels {
+  Level<Element> level;
 
-// Columns first_column.. of a matrix, with zeros up to the stride.
-__global__ void pack_columns(const float* matrix,  // [rows, columns]
-                             int64_t rows, int64_t columns, int64_t first_column, int count, int stride,
-                             float* packed) {  // [rows, stride]
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < rows * stride;
-       i += int64_t{gridDim.x} * kThreads) {
-    const int64_t column = i % stride;
-    packed[i] = column < count ? matrix[i / stride * columns + first_column + column] : 0.0f;
+  __device__ bool along_rows() const { return level.channel_stride != 1; }
+  __device__ float at(int64_t pixel, int64_t channel) const {
+    return level.at(Pixel(level.grid, pixel), channel);
   }
-}
+};
+
+// A level's channels as rows to be split. With `constants` three more follow: those that the bias and the
+// coordinates are multiplied with.
+template <class Element>
+struct LevelChannels {
+  Level<Element> level;
+
+  __device__ bool along_rows() const { return level.channel_stride == 1; }
+  __device__ float at(int64_t channel, int64_t index) const {
+    const Pixel pixel(level.grid, index);
+    if (channel < level.channels) return level.at(pixel, channel);
+    if (channel == level.channels) return 1.0f;
+    return channel == level.channels + 1 ? coordinate(pixel.y, level.grid.height)
+                                         : coordinate(pixel.x, level.grid.width);
+  }
+};
 
 // The gradient carried to a coarser grid: every output pixel's goes to the pixels that it was made of.
 __global__ void carry_gradient(const float* gradient,  // [batch * height * width, dimension]
-                               Grid fine, Grid coarse, int dimension, int stride,
-                               float* carried) {  // [coarse pixels, stride]
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < coarse.pixels() * stride;
+                               Grid fine, Grid coarse, int dimension,
+                               float* carried) {  // [coarse pixels, dimension]
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < coarse.pixels() * dimension;
        i += int64_t{gridDim.x} * kThreads) {
-    const Pixel pixel(coarse, i / stride);
-    const int d = static_cast<int>(i % stride);
+    const Pixel pixel(coarse, i / dimension);
+    const int d = static_cast<int>(i % dimension);
+    const Reach rows = reach(pixel.y, coarse.height, fine.height);
+    const Reach columns = reach(pixel.x, coarse.width, fine.width);
     float sum = 0.0f;
-    if (d < dimension) {
-      const Reach rows = reach(pixel.y, coarse.height, fine.height);
-      const Reach columns = reach(pixel.x, coarse.width, fine.width);
-      for (int y = rows.first; y < rows.end; ++y) {
-        const float row_weight = weight_of<float>(pixel.y, y, coarse.height, fine.height);
-        if (row_weight == 0.0f) continue;
-        for (int x = columns.first; x < columns.end; ++x) {
-          const float weight = row_weight * weight_of<float>(pixel.x, x, coarse.width, fine.width);
-          if (weight == 0.0f) continue;
-          sum += weight * gradient[((pixel.image * fine.height + y) * fine.width + x) * dimension + d];
-        }
+    for (int y = rows.first; y < rows.end; ++y) {
+      const float row_weight = weight_of<float>(pixel.y, y, coarse.height, fine.height);
+      if (row_weight == 0.0f) continue;
+      for (int x = columns.first; x < columns.end; ++x) {
+        const float weight = row_weight * weight_of<float>(pixel.x, x, coarse.width, fine.width);
+        if (weight == 0.0f) continue;
+        sum += weight * gradient[((pixel.image * fine.height + y) * fine.width + x) * dimension + d];
       }
     }
     carried[i] = sum;
@@ -157,14 +141,52 @@ __global__ void carry_gradient(const float* gradient,  // [batch * height * widt
 // --- Products
 // ---------------------------------------------------------------------------------------------------
 
-// Writes the product as it is; of a part of the depth, into its own matrix.
-struct Store {
-  float* to;  // [parts, rows, stride]
-  int64_t rows;
-  int64_t stride;
+// Where a block's tile of products lies.
+struct TilePlace {
+  int64_t first_row;
+  int64_t first_column;
+  int64_t rows;     // of the operand from the first row on
+  int64_t columns;  // of the other one
+  int part;         // of the depth
 
-  __device__ void operator()(int64_t row, int column, float value, int part) const {
-    to[(part * rows + row) * stride + column] = value;
+  // Calls use(column, product) for this thread's products of half `half` of tile row r.
+  template <class Use>
+  __device__ void for_each_column(int r, int half, Product::Sums& sums, Use use) const {
+#pragma unroll
+    for (int c = 0; c < Shape::column_tiles; ++c) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        const int column = Shape::column(c, i);
+        if (column < columns) use(static_cast<int>(first_column + column), sums[r][c][i]);
+      }
+    }
+  }
+
+  // Calls use(r, half, row) for this thread's rows.
+  template <class Use>
+  __device__ void for_each_row(Use use) const {
+#pragma unroll
+    for (int r = 0; r < Shape::row_tiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = Shape::row(r, 2 * half);
+        if (row < rows) use(r, half, first_row + row);
+      }
+    }
+  }
+};
+
+// Writes the products as they are; of a part of the depth, into its own matrix.
+struct Store {
+  float* to;  // [parts, rows, columns]
+  int64_t rows;
+  int64_t columns;
+
+  __device__ void operator()(const TilePlace& place, Product::Sums& sums) const {
+    place.for_each_row([&](int r, int half, int64_t row) {
+      float* const out = to + (place.part * rows + row) * columns;
+      place.for_each_column(r, half, sums, [&](int column, float value) { out[column] = value; });
+    });
   }
 };
 
@@ -185,84 +207,87 @@ struct Fuse {
   CoarseLevel coarse[kMostLevels];
   int coarse_count;
 
-  __device__ void operator()(int64_t row, int column, float value, int) const {
-    const Pixel pixel(grid, row);
-    float sum = bias == nullptr ? 0.0f : bias[column];
-    sum += coordinate(pixel.y, grid.height) * weight[column * weight_stride];
-    sum += coordinate(pixel.x, grid.width) * weight[column * weight_stride + 1];
+  __device__ void operator()(const TilePlace& place, Product::Sums& sums) const {
     for (int l = 0; l < coarse_count; ++l) {
       const CoarseLevel& level = coarse[l];
-      const Between<float> y = between<float>(pixel.y, level.height, grid.height);
-      const Between<float> x = between<float>(pixel.x, level.width, grid.width);
-      // A neighbour without weight is not read: it may be NaN.
-      const auto add = [&](int from_y, int from_x, float weight) {
-        if (weight == 0.0f) return;
-        const int64_t at = (pixel.image * level.height + from_y) * level.width + from_x;
-        sum += weight * level.projected[at * dimension + column];
-      };
-      add(y.low, x.low, y.low_weight * x.low_weight);
-      add(y.low, x.high, y.low_weight * x.high_weight);
-      add(y.high, x.low, y.high_weight * x.low_weight);
-      add(y.high, x.high, y.high_weight * x.high_weight);
+      place.for_each_row([&](int r, int half, int64_t row) {
+        const Pixel pixel(grid, row);
+        const Between<float> y = between<float>(pixel.y, level.height, grid.height);
+        const Between<float> x = between<float>(pixel.x, level.width, grid.width);
+        const int64_t image = pixel.image * level.height;
+        // A neighbour without weight is not read: it may be NaN.
+        const auto add = [&](int from_y, int from_x, float weight) {
+          if (weight == 0.0f) return;
+          const float* const from = level.projected + ((image + from_y) * level.width + from_x) * dimension;
+          place.for_each_column(r, half, sums,
+                                [&](int column, float& sum) { sum = fmaf(weight, from[column], sum); });
+        };
+        add(y.low, x.low, y.low_weight * x.low_weight);
+        add(y.low, x.high, y.low_weight * x.high_weight);
+        add(y.high, x.low, y.high_weight * x.low_weight);
+        add(y.high, x.high, y.high_weight * x.high_weight);
+      });
     }
-    out[row * dimension + column] = value + sum;
+    place.for_each_row([&](int r, int half, int64_t row) {
+      const Pixel pixel(grid, row);
+      const float y = coordinate(pixel.y, grid.height);
+      const float x = coordinate(pixel.x, grid.width);
+      place.for_each_column(r, half, sums, [&](int column, float value) {
+        const float* const factors = weight + column * weight_stride;
+        const float constant = bias == nullptr ? 0.0f : bias[column];
+        out[row * dimension + column] = value + fmaf(x, factors[1], fmaf(y, factors[0], constant));
+      });
+    });
   }
 };
 
-struct Matrix {
-  const float* data;
-  int64_t stride;
-  int64_t count;  // vectors
+// Rows that are split group by group, with their groups' scales.
+struct Operand {
+  SplitRows rows;
+  const float* scales;  // [count, groups]
+
+  explicit Operand(const SplitTensor& split)
+      : rows(split.rows()), scales(split.scales.const_data_ptr<float>()) {}
+
+  __device__ Operand(const Operand& all, int64_t first)
+      : rows(all.rows.from(first)), scales(all.scales + first * divide_up(all.rows.slices, kGroupSlices)) {}
 };
 
-template <Layout layout>
-__device__ Vectors vectors_from(const Matrix& matrix, int64_t first) {
-  const float* const data = matrix.data + (layout == Layout::kAlongDepth ? first * matrix.stride : first);
-  const int64_t left = matrix.count - first;
-  return {data, matrix.stride, static_cast<int>(left < kDimensionLimit ? left : kDimensionLimit),
-          Vectors::is_aligned(data, matrix.stride)};
-}
-
-// Block (x, y, z): rows x, columns y of a's vectors times b's, over the z-th part of the depth.
-template <Layout a_layout, Layout b_layout, class Finish>
+// Block (x, y, z): rows x of a times rows y of b, over the z-th part of the groups.
+template <class Finish>
 __global__ void __launch_bounds__(Shape::threads)
-    multiply(Matrix a, Matrix b, int depth, int part, Finish finish) {
-  using Product = TileProduct<Shape, a_layout, b_layout>;
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+    multiply(Operand a, Operand b, int part, const __grid_constant__ Finish finish) {
   const int64_t first_row = int64_t{blockIdx.x} * Shape::rows;
-  const int first_column = blockIdx.y * Shape::columns;
+  const int64_t first_column = int64_t{blockIdx.y} * Shape::columns;
   const int begin = blockIdx.z * part;
-  typename Product::Sums sums;
-  Product::multiply(vectors_from<a_layout>(a, first_row), vectors_from<b_layout>(b, first_column), begin,
-                    min(begin + part, depth), shared, sums);
-#pragma unroll
-  for (int r = 0; r < Shape::row_tiles; ++r) {
-#pragma unroll
-    for (int c = 0; c < Shape::column_tiles; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = first_row + Shape::row(r, i);
-        const int column = first_column + Shape::column(c, i);
-        if (row < a.count && column < b.count) finish(row, column, sums[r][c][i], blockIdx.z);
-      }
-    }
-  }
+  const Operand own_a(a, first_row);
+  const Operand own_b(b, first_column);
+  Product::Sums sums;
+  Product::multiply_groups(own_a.rows, own_a.scales, own_b.rows, own_b.scales, begin, begin + part,
+                           dynamic_shared_memory(), sums);
+  finish(TilePlace{first_row, first_column, own_a.rows.count, own_b.rows.count, static_cast<int>(blockIdx.z)},
+         sums);
 }
 
-template <Layout a_layout, Layout b_layout, class Finish>
-void launch_product(const Device& device, const char* name, const Matrix& a, const Matrix& b, int depth,
+// `part` groups a block; 0: all.
+template <class Finish>
+void launch_product(const Device& device, const char* name, const SplitTensor& a, const SplitTensor& b,
                     int part, const Finish& finish) {
+  const int64_t groups = groups_of(a.width);
+  const int64_t each = part == 0 ? groups : part;
+  const int64_t rows = a.parts.size(0);
+  const int64_t columns = b.parts.size(0);
   device.launch(
-      name, multiply<a_layout, b_layout, Finish>,
-      dim3(divide_up(a.count, Shape::rows), divide_up(b.count, Shape::columns), divide_up(depth, part)),
-      Shape::threads, TileProduct<Shape, a_layout, b_layout>::shared_bytes, a, b, depth, part, finish);
+      name, multiply<Finish>,
+      dim3(divide_up(rows, Shape::rows), divide_up(columns, Shape::columns), divide_up(groups, each)),
+      Shape::threads, Product::shared_bytes, Operand(a), Operand(b), static_cast<int>(each), finish);
 }
 
 // Adds up the parts and writes the columns where they belong: a level's channels into the weight's gradient,
 // of the finest level also the constants' into the bias's and the coordinates'.
-__global__ void finish_weight_gradient(const float* parts,  // [part_count, dimension, stride]
-                                       int part_count, int dimension, int stride, int channels,
-                                       bool constants, int64_t first_column, int64_t inputs,
+__global__ void finish_weight_gradient(const float* parts,  // [part_count, dimension, columns]
+                                       int part_count, int dimension, int channels, bool constants,
+                                       int64_t first_column, int64_t inputs,
                                        float* weight,  // [dimension, inputs]
                                        float* bias) {  // [dimension]
   const int columns = channels + (constants ? kConstants : 0);
@@ -272,7 +297,7 @@ __global__ void finish_weight_gradient(const float* parts,  // [part_count, dime
     const int column = static_cast<int>(i % columns);
     float sum = 0.0f;
     for (int part = 0; part < part_count; ++part) {
-      sum += parts[(static_cast<int64_t>(part) * dimension + d) * stride + column];
+      sum += parts[(static_cast<int64_t>(part) * dimension + d) * columns + column];
     }
     if (column < channels) {
       weight[d * inputs + first_column + column] = sum;
@@ -305,59 +330,36 @@ int64_t channel_stride(const Tensor& level) {
   return level.size(1) == 1 ? 1 : level.stride(1);
 }
 
-struct Packed {
-  Tensor values;  // [pixels, stride]
-  Grid grid;
-  int channels;
-
-  Matrix matrix() const { return {values.const_data_ptr<float>(), values.size(1), values.size(0)}; }
-};
-
 template <class Element>
-void launch_pack(const Device& device, const Tensor& level, bool pool, bool constants, const Tensor& to) {
-  const Grid grid = grid_of(level);
-  const Level<Element> view{static_cast<const Element*>(level.const_data_ptr()),
-                            grid,
-                            static_cast<int>(level.size(1)),
-                            level.stride(0),
-                            channel_stride(level),
-                            level.stride(2),
-                            level.stride(3)};
-  device.launch("project_levels: pack", pack<Element>,
-                dim3(divide_up(grid.pixels(), kTile), divide_up(to.size(1), kTile)), kThreads, 0, view, pool,
-                constants, to.size(1), to.mutable_data_ptr<float>());
+Level<Element> level_of(const Tensor& level, bool pool) {
+  return {static_cast<const Element*>(level.const_data_ptr()),
+          grid_of(level),
+          static_cast<int>(level.size(1)),
+          level.stride(0),
+          channel_stride(level),
+          level.stride(2),
+          level.stride(3),
+          pool};
 }
 
-Packed packed(const Device& device, const Tensor& level, bool pool, bool constants) {
-  const Grid grid = grid_of(level);
-  const int64_t channels = level.size(1) + (constants ? kConstants : 0);
-  const Tensor values = new_floats(level, {grid.pixels(), round_up(channels, 4)});
+// Splits a level as Rows<Element>, LevelPixels or LevelChannels, say.
+template <template <class> class Rows>
+SplitTensor split_level(const Device& device, const Tensor& level, bool pool, int64_t count, int64_t depth) {
   if (level.scalar_type() == ScalarType::BFloat16) {
-    launch_pack<__nv_bfloat16>(device, level, pool, constants, values);
-  } else if (level.scalar_type() == ScalarType::Half) {
-    launch_pack<__half>(device, level, pool, constants, values);
-  } else {
-    launch_pack<float>(device, level, pool, constants, values);
+    return split_by_group(device, level, Rows<__nv_bfloat16>{level_of<__nv_bfloat16>(level, pool)}, count,
+                          depth);
   }
-  return {values, grid, static_cast<int>(level.size(1))};
+  if (level.scalar_type() == ScalarType::Half) {
+    return split_by_group(device, level, Rows<__half>{level_of<__half>(level, pool)}, count, depth);
+  }
+  return split_by_group(device, level, Rows<float>{level_of<float>(level, pool)}, count, depth);
 }
 
-// [rows, count rounded up to 4]
-Tensor packed_columns(const Device& device, const Tensor& matrix, int64_t first_column, int64_t count) {
-  Tensor result = new_floats(matrix, {matrix.size(0), round_up(count, 4)});
-  device.launch("project_levels: pack_columns", pack_columns,
-                blocks_for(device, divide_up(result.numel(), kThreads)), kThreads, 0,
-                matrix.const_data_ptr<float>(), matrix.size(0), matrix.size(1), first_column, count,
-                result.size(1), result.mutable_data_ptr<float>());
-  return result;
+// The weight's columns of a level, as rows of its channels: [dimension, channels].
+SplitTensor split_weight(const Device& device, const Tensor& weight, int64_t first_column, int64_t channels) {
+  const MatrixRows rows{weight.const_data_ptr<float>() + first_column, weight.size(1)};
+  return split_by_group(device, weight, rows, weight.size(0), channels);
 }
-
-Matrix rows_of(const Tensor& matrix) {
-  return {matrix.const_data_ptr<float>(), matrix.size(1), matrix.size(0)};
-}
-
-constexpr Layout kAlong = Layout::kAlongDepth;
-constexpr Layout kAcross = Layout::kAcrossDepth;
 
 Tensor project_levels(const Tensors& levels, const Tensor& weight_given,
                       const std::optional<Tensor>& bias_given, bool pool) {
@@ -383,37 +385,33 @@ Tensor project_levels(const Tensors& levels, const Tensor& weight_given,
   std::vector<Tensor> projections;
   int64_t column = levels[0].size(1);
   for (size_t l = 1; l < levels.size(); ++l) {
-    const Packed features = packed(device, levels[l], pool, false);
-    const Tensor part = packed_columns(device, weight, column, features.channels);
-    const Tensor projected = new_floats(weight, {features.grid.pixels(), dimension});
-    launch_product<kAlong, kAlong>(
-        device, "project_levels: coarse level", features.matrix(), rows_of(part), features.channels,
-        features.channels, Store{projected.mutable_data_ptr<float>(), features.grid.pixels(), dimension});
-    fuse.coarse[fuse.coarse_count++] = {projected.const_data_ptr<float>(), features.grid.height,
-                                        features.grid.width};
+    const Grid own = grid_of(levels[l]);
+    const int64_t channels = levels[l].size(1);
+    const SplitTensor features = split_level<LevelPixels>(device, levels[l], pool, own.pixels(), channels);
+    const Tensor projected = new_floats(weight, {own.pixels(), dimension});
+    launch_product(device, "project_levels: coarse level", features,
+                   split_weight(device, weight, column, channels), 0,
+                   Store{projected.mutable_data_ptr<float>(), own.pixels(), dimension});
+    fuse.coarse[fuse.coarse_count++] = {projected.const_data_ptr<float>(), own.height, own.width};
     projections.push_back(projected);
-    column += features.channels;
+    column += channels;
   }
-  const Packed finest = packed(device, levels[0], pool, false);
-  const Tensor part = packed_columns(device, weight, 0, finest.channels);
-  launch_product<kAlong, kAlong>(device, "project_levels: finest level", finest.matrix(), rows_of(part),
-                                 finest.channels, finest.channels, fuse);
+  const int64_t channels = levels[0].size(1);
+  launch_product(device, "project_levels: finest level",
+                 split_level<LevelPixels>(device, levels[0], pool, grid.pixels(), channels),
+                 split_weight(device, weight, 0, channels), 0, fuse);
   return out;
 }
 
-// The gradient on a level's grid, [pixels, stride].
-Matrix gradient_on(const Device& device, const Tensor& gradient, const Grid& fine, const Grid& coarse,
-                   std::optional<Tensor>& keep) {
+// The gradient on a level's grid, [pixels, dimension].
+Tensor gradient_on(const Device& device, const Tensor& gradient, const Grid& fine, const Grid& coarse) {
   const int64_t dimension = gradient.size(2);
-  if (fine.height == coarse.height && fine.width == coarse.width) {
-    return {gradient.const_data_ptr<float>(), dimension, fine.pixels()};
-  }
-  keep = new_floats(gradient, {coarse.pixels(), round_up(dimension, 4)});
+  if (fine.height == coarse.height && fine.width == coarse.width) return gradient;
+  Tensor carried = new_floats(gradient, {coarse.pixels(), dimension});
   device.launch("project_levels: carry_gradient", carry_gradient,
-                blocks_for(device, divide_up(keep->numel(), kThreads)), kThreads, 0,
-                gradient.const_data_ptr<float>(), fine, coarse, dimension, keep->size(1),
-                keep->mutable_data_ptr<float>());
-  return rows_of(*keep);
+                blocks_for(device, divide_up(carried.numel(), kThreads)), kThreads, 0,
+                gradient.const_data_ptr<float>(), fine, coarse, dimension, carried.mutable_data_ptr<float>());
+  return carried;
 }
 
 std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient_given, const Tensors& levels,
@@ -431,28 +429,28 @@ std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient
   int64_t column = 0;
   for (size_t l = 0; l < levels.size(); ++l) {
     const bool finest = l == 0;
-    const Packed features = packed(device, levels[l], pool, finest);
-    std::optional<Tensor> carried;
-    Matrix d_out = gradient_on(device, gradient, grid_of(levels[0]), features.grid, carried);
-    Matrix values = features.matrix();
-    const int pixels = static_cast<int>(features.grid.pixels());
-    d_out.count = dimension;  // the pixels are the depth
-    values.count = values.stride;
-    const int64_t tiles = divide_up(dimension, Shape::rows) * divide_up(values.count, Shape::columns);
+    const Grid own = grid_of(levels[l]);
+    const int64_t channels = levels[l].size(1);
+    const int64_t columns = channels + (finest ? kConstants : 0);
+    const Tensor d_out = gradient_on(device, gradient, grid_of(levels[0]), own);
+    const SplitTensor a = split_by_group(
+        device, gradient, MatrixColumns{d_out.const_data_ptr<float>(), dimension}, dimension, own.pixels());
+    const SplitTensor b = split_level<LevelChannels>(device, levels[l], pool, columns, own.pixels());
+    const int64_t tiles = divide_up(dimension, Shape::rows) * divide_up(columns, Shape::columns);
+    const int64_t groups = groups_of(own.pixels());
     // About two blocks wait for every multiprocessor; a part is worth a thousand pixels at least.
     const int64_t splits = std::clamp<int64_t>(divide_up(2 * device.multiprocessors(), tiles), 1,
-                                               std::max<int64_t>(1, pixels / 1024));
-    const int part = static_cast<int>(round_up(divide_up(pixels, splits), kSlice));
-    const int parts = static_cast<int>(divide_up(pixels, part));
-    const Tensor sums = new_floats(gradient, {parts, dimension, values.stride});
-    launch_product<kAcross, kAcross>(device, "project_levels_weight_gradient: multiply", d_out, values,
-                                     pixels, part,
-                                     Store{sums.mutable_data_ptr<float>(), dimension, values.stride});
+                                               std::max<int64_t>(1, groups / 8));
+    const int part = static_cast<int>(divide_up(groups, splits));
+    const int parts = static_cast<int>(divide_up(groups, part));
+    const Tensor sums = new_floats(gradient, {parts, dimension, columns});
+    launch_product(device, "project_levels_weight_gradient: multiply", a, b, part,
+                   Store{sums.mutable_data_ptr<float>(), dimension, columns});
     device.launch("project_levels_weight_gradient: finish", finish_weight_gradient,
-                  blocks_for(device, divide_up(int64_t{dimension} * values.stride, kThreads)), kThreads, 0,
-                  sums.const_data_ptr<float>(), parts, dimension, values.stride, features.channels, finest,
-                  column, inputs, weight.mutable_data_ptr<float>(), bias.mutable_data_ptr<float>());
-    column += features.channels;
+                  blocks_for(device, divide_up(dimension * columns, kThreads)), kThreads, 0,
+                  sums.const_data_ptr<float>(), parts, dimension, static_cast<int>(channels), finest, column,
+                  inputs, weight.mutable_data_ptr<float>(), bias.mutable_data_ptr<float>());
+    column += channels;
   }
   return {weight, bias};
 }
@@ -473,12 +471,13 @@ Tensor project_levels_level_gradient(const Tensor& gradient_given, const Tensor&
 
   const Grid fine{batch, static_cast<int>(height), static_cast<int>(width)};
   const Grid coarse{batch, static_cast<int>(level_height), static_cast<int>(level_width)};
-  std::optional<Tensor> carried;
-  const Matrix d_out = gradient_on(device, gradient, fine, coarse, carried);
-  const Tensor part = packed_columns(device, weight, 0, channels);
-  const Matrix b{part.const_data_ptr<float>(), part.size(1), channels};
-  launch_product<kAlong, kAcross>(device, "project_levels_level_gradient: multiply", d_out, b, dimension,
-                                  dimension, Store{out.mutable_data_ptr<float>(), coarse.pixels(), channels});
+  const Tensor d_out = gradient_on(device, gradient, fine, coarse);
+  const MatrixRows pixels{d_out.const_data_ptr<float>(), dimension};
+  const MatrixColumns columns{weight.const_data_ptr<float>(), channels};
+  launch_product(device, "project_levels_level_gradient: multiply",
+                 split_by_group(device, gradient, pixels, coarse.pixels(), dimension),
+                 split_by_group(device, weight, columns, channels, dimension), 0,
+                 Store{out.mutable_data_ptr<float>(), coarse.pixels(), channels});
   return out;
 }
 

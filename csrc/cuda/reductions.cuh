@@ -29,6 +29,7 @@ __device__ T block_sum(T value) {
 // half gets the sum. All lanes of the warp must call.
 __device__ inline float squared_distance(const float* a, const float* b, int width) {
   float sum = 0.0f;
+#pragma unroll 4  // the loads of several steps at once
   for (int d = static_cast<int>(threadIdx.x) % 16; d < width; d += 16) {
     const float difference = __fsub_rn(a[d], b[d]);
     sum = __fadd_rn(sum, __fmul_rn(difference, difference));

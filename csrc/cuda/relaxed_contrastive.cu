@@ -3,11 +3,12 @@
 // is kept. Forward, only tiles on and above the diagonal are computed and serve both of their patches: each
 // writes what it adds to a patch's sum to a place of its own, so that the sums have one order.
 //
-// Backward, a stripe of the rows' pulls at a time is written to memory (at most kStripeBytes) and multiplied
-// with the vectors. The depth of that product, all patches, is split over blocks.
+// Backward, a stripe of the rows' pulls at a time is written to memory (at most kStripeBytes), split into the
+// parts that tensor cores multiply, and multiplied with the vectors. The depth of that product, all patches,
+// is divided among blocks.
 //
-// Memory beyond inputs and outputs: the centred vectors of both branches, N / 128 floats a patch for the sums
-// (784 at N = 100,352), and the stripe.
+// Memory beyond inputs and outputs: of both branches the centred vectors and their parts, backward those of
+// the vectors' columns too, N / 128 floats a patch for the sums (784 at N = 100,352), and the stripe.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +21,7 @@
 #include "../checks.h"
 #include "common.cuh"
 #include "reductions.cuh"
+#include "split.cuh"
 #include "tile_product.cuh"
 
 namespace pydefect::cuda {
@@ -27,24 +29,24 @@ namespace {
 
 // 512 threads with 32 sums each: those of two products fit into registers.
 using PairShape = TileShape<4, 4, 2, 4>;
-using PairProduct = TileProduct<PairShape, Layout::kAlongDepth, Layout::kAlongDepth>;
-using PullShape = TileShape<2, 4, 4, 4>;
-using PullProduct = TileProduct<PullShape, Layout::kAlongDepth, Layout::kAcrossDepth>;
+using PairProduct = TileProduct<PairShape>;
 using PairSums = PairProduct::Sums;
 
 constexpr int kBlock = PairShape::rows;  // patches
 static_assert(PairShape::columns == kBlock);
+static_assert(kBlock == kGroup);  // a row of a tile of pulls has one scale
 constexpr int kThreads = 256;
 constexpr int64_t kStripeBytes = int64_t{256} << 20;
 // A grid's second dimension ends here.
 constexpr int64_t kMostPatches = int64_t{65535} * kBlock;
+constexpr double kLog2E = 1.4426950408889634;
 // Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
 constexpr float kFloor = 1e-30f;
 
 // Equations (1), (3) and (5): how a pair's distances become its label and its loss.
 struct Terms {
   float alpha;
-  float sigma;
+  float decay;  // log2(e) / sigma
   float margin;
   bool squared_similarity;  // exp(-d^2 / sigma) instead of exp(-d / sigma)
   bool pairwise;            // false: the label has no pairwise part
@@ -52,14 +54,10 @@ struct Terms {
 
 // One branch's vectors less a common centre, which changes no distance and spares the products' digits.
 struct Branch {
-  const float* vectors;  // [count, stride], zero beyond the width
+  const float* vectors;  // [count, width]
+  SplitRows parts;       // of the vectors
+  const float* scales;   // [count], of the parts
   const float* norms;    // [count], squared
-  int64_t stride;
-
-  __device__ Vectors block(int block, int count) const {
-    const int first = block * kBlock;
-    return {vectors + first * stride, stride, count - first, true};
-  }
 };
 
 struct Patches {
@@ -74,10 +72,6 @@ struct Patches {
 // NaN stays NaN.
 __device__ float at_least(float value, float floor) {
   return value < floor ? floor : value;
-}
-
-__device__ float squared_distance_of(float norm, float other_norm, float product) {
-  return at_least(fmaf(-2.0f, product, norm + other_norm), kFloor);
 }
 
 // --- Means, centred vectors, norms
@@ -113,25 +107,31 @@ __global__ void find_means(const double* sums,  // [parts, width]
   means[column] = static_cast<float>(sum / count);
 }
 
+// A warp a row.
 __global__ void subtract_means(const float* rows,   // [count, width]
                                const float* means,  // [width]
-                               int64_t count, int width, int stride,
-                               float* centred) {  // [count, stride]
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count * stride;
-       i += int64_t{gridDim.x} * kThreads) {
-    const int64_t row = i / stride;
-    const int d = static_cast<int>(i % stride);
-    centred[i] = d < width ? rows[row * width + d] - means[d] : 0.0f;
+                               int64_t count, int width,
+                               float* centred) {  // [count, width]
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t row = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; row < count;
+       row += int64_t{gridDim.x} * (kThreads / kWarp)) {
+    for (int d = lane; d < width; d += kWarp) centred[row * width + d] = rows[row * width + d] - means[d];
   }
 }
 
+// A product of parts as the product of what they stand for. The scales are powers of two, so the order does
+// not matter: where two vectors coincide, their norms and their product do too.
+__device__ float scaled(float sum, float scale, float other_scale) {
+  return sum * scale * other_scale;
+}
+
 // Squared norms in the arithmetic of the products, so that coinciding vectors get a distance of exactly 0.
-__global__ void __launch_bounds__(PairShape::threads) find_norms(Branch branch, int count, int width,
+__global__ void __launch_bounds__(PairShape::threads) find_norms(SplitRows parts, const float* scales,
                                                                  float* norms) {  // [count]
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
-  const Vectors block = branch.block(blockIdx.x, count);
+  const int64_t first = int64_t{blockIdx.x} * kBlock;
+  const SplitRows block = parts.from(first);
   PairSums sums;
-  PairProduct::multiply(block, block, 0, width, shared, sums);
+  PairProduct::multiply(block, block, dynamic_shared_memory(), sums);
 #pragma unroll
   for (int r = 0; r < PairShape::row_tiles; ++r) {
 #pragma unroll
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(PairShape::threads) find_norms(Branch branch, 
       for (int i = 0; i < 4; ++i) {
         const int row = PairShape::row(r, i);
         if (row == PairShape::column(c, i) && row < block.count)
-          norms[blockIdx.x * kBlock + row] = sums[r][c][i];
+          norms[first + row] = scaled(sums[r][c][i], scales[first + row], scales[first + row]);
       }
     }
   }
@@ -158,59 +158,75 @@ struct Tile {
   __device__ int column(int c, int i) const { return column_block * kBlock + PairShape::column(c, i); }
 };
 
-// Calls use(r, c, i, row, column) for this thread's pairs of patches.
+// Calls use(r, c, i) for this thread's pairs of patches; of tiles at the end not for what is beyond it.
 template <class Use>
 __device__ void for_each_pair(const Tile& tile, int count, Use use) {
+  const bool whole = max(tile.row_block, tile.column_block) * kBlock + kBlock <= count;
 #pragma unroll
   for (int r = 0; r < PairShape::row_tiles; ++r) {
 #pragma unroll
     for (int c = 0; c < PairShape::column_tiles; ++c) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = tile.row(r, i);
-        const int column = tile.column(c, i);
-        if (row < count && column < count) use(r, c, i, row, column);
+        if (whole || (tile.row(r, i) < count && tile.column(c, i) < count)) use(r, c, i);
       }
     }
   }
 }
 
-// sums becomes the squared distances of the online vectors.
-__device__ void find_squared_distances(const Patches& patches, const Tile& tile, float* shared,
-                                       PairSums& sums) {
-  PairProduct::multiply(patches.online.block(tile.row_block, patches.count),
-                        patches.online.block(tile.column_block, patches.count), 0, patches.width, shared,
-                        sums);
-  for_each_pair(tile, patches.count, [&](int r, int c, int i, int row, int column) {
-    // A patch's distance from itself is 0, whatever is not finite elsewhere.
-    sums[r][c][i] = row == column ? kFloor
-                                  : squared_distance_of(patches.online.norms[row],
-                                                        patches.online.norms[column], sums[r][c][i]);
-  });
+// What belongs to this thread's rows or columns of a tile.
+using RowValues = OfRows<PairShape>;
+using ColumnValues = OfColumns<PairShape>;
+
+__device__ RowValues of_rows(const float* values, const Tile& tile, int count) {
+  const int first = tile.row_block * kBlock;
+  return RowValues(values + first, count - first);
 }
 
-// labels becomes alpha times the pairwise similarity of a's row and b's column.
-__device__ void find_labels(const Branch& a, const Branch& b, const Patches& patches, const Terms& terms,
-                            const Tile& tile, float* shared, PairSums& labels) {
-  PairProduct::multiply(a.block(tile.row_block, patches.count), b.block(tile.column_block, patches.count), 0,
-                        patches.width, shared, labels);
-  const bool one_branch = a.vectors == b.vectors;
-  for_each_pair(tile, patches.count, [&](int r, int c, int i, int row, int column) {
-    const float squared = one_branch && row == column
-                              ? kFloor
-                              : squared_distance_of(a.norms[row], b.norms[column], labels[r][c][i]);
-    const float distance = terms.squared_similarity ? squared : sqrtf(squared);
-    labels[r][c][i] = terms.alpha * expf(distance * (-1.0f / terms.sigma));
-  });
+__device__ ColumnValues of_columns(const float* values, const Tile& tile, int count) {
+  const int first = tile.column_block * kBlock;
+  return ColumnValues(values + first, count - first);
 }
 
-__device__ void clear(PairSums& values) {
+// sums becomes the squared distances of a's rows and b's columns.
+__device__ void find_squared_distances(const Branch& a, const Branch& b, int count, const Tile& tile,
+                                       char* shared, PairSums& sums) {
+  PairProduct::multiply(a.parts.from(int64_t{tile.row_block} * kBlock),
+                        b.parts.from(int64_t{tile.column_block} * kBlock), shared, sums);
+  const RowValues row_scales = of_rows(a.scales, tile, count);
+  const RowValues row_norms = of_rows(a.norms, tile, count);
+  const ColumnValues column_scales = of_columns(b.scales, tile, count);
+  const ColumnValues column_norms = of_columns(b.norms, tile, count);
+  // A patch's distance from itself is 0, whatever is not finite elsewhere.
+  const bool with_diagonal = a.vectors == b.vectors && tile.row_block == tile.column_block;
 #pragma unroll
   for (int r = 0; r < PairShape::row_tiles; ++r) {
 #pragma unroll
     for (int c = 0; c < PairShape::column_tiles; ++c) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[r][c][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        const float product = scaled(sums[r][c][i], row_scales(r, i), column_scales(c, i));
+        const float squared = at_least(fmaf(-2.0f, product, row_norms(r, i) + column_norms(c, i)), kFloor);
+        sums[r][c][i] = with_diagonal && PairShape::row(r, i) == PairShape::column(c, i) ? kFloor : squared;
+      }
+    }
+  }
+}
+
+// labels becomes alpha times the pairwise similarity of a's row and b's column.
+__device__ void find_labels(const Branch& a, const Branch& b, int count, const Terms& terms, const Tile& tile,
+                            char* shared, PairSums& labels) {
+  find_squared_distances(a, b, count, tile, shared, labels);
+#pragma unroll
+  for (int r = 0; r < PairShape::row_tiles; ++r) {
+#pragma unroll
+    for (int c = 0; c < PairShape::column_tiles; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float squared = labels[r][c][i];
+        const float distance = terms.squared_similarity ? squared : quick_root(squared);
+        labels[r][c][i] = terms.alpha * quick_power_of_2(-terms.decay * distance);
+      }
     }
   }
 }
@@ -221,17 +237,18 @@ struct Labels {
   PairSums forth;
   PairSums mirrored[1];  // not touched, and so no registers, where they are the same
 
-  __device__ void find(const Patches& patches, const Terms& terms, const Tile& tile, float* shared) {
+  __device__ void find(const Patches& patches, const Terms& terms, const Tile& tile, char* shared) {
+    const int count = patches.count;
     if (!terms.pairwise) {
-      clear(forth);
-      if constexpr (cross) clear(mirrored[0]);
+      clear<PairShape>(forth);
+      if constexpr (cross) clear<PairShape>(mirrored[0]);
       return;
     }
     if constexpr (cross) {
-      find_labels(patches.online, patches.target, patches, terms, tile, shared, forth);
-      find_labels(patches.target, patches.online, patches, terms, tile, shared, mirrored[0]);
+      find_labels(patches.online, patches.target, count, terms, tile, shared, forth);
+      find_labels(patches.target, patches.online, count, terms, tile, shared, mirrored[0]);
     } else {
-      find_labels(patches.target, patches.target, patches, terms, tile, shared, forth);
+      find_labels(patches.target, patches.target, count, terms, tile, shared, forth);
     }
   }
   __device__ float back(int r, int c, int i) const {
@@ -248,9 +265,9 @@ struct PairTotals {
   // Writes the block's totals: of the rows to row_totals[kBlock], of the columns to column_totals[kBlock]
   // unless that is null. All threads must call.
   __device__ void write(int row_count, float* row_totals, int column_count, float* column_totals,
-                        float* shared) {
-    float* const by_row = shared;                                        // [warp_columns][kBlock]
-    float* const by_column = shared + PairShape::warp_columns * kBlock;  // [warp_rows][kBlock]
+                        char* shared) {
+    float* const by_row = reinterpret_cast<float*>(shared);              // [warp_columns][kBlock]
+    float* const by_column = by_row + PairShape::warp_columns * kBlock;  // [warp_rows][kBlock]
     const int warp = threadIdx.x / kWarp;
     const int lane = threadIdx.x % kWarp;
     __syncthreads();  // the product's last readers of `shared` are done
@@ -296,7 +313,7 @@ __device__ float* place(float* totals, int count, int added_by, int block) {
   return totals + static_cast<int64_t>(added_by) * count + block * kBlock;
 }
 
-__device__ void write_both_ways(PairTotals& sums, const Tile& tile, int count, float* totals, float* shared) {
+__device__ void write_both_ways(PairTotals& sums, const Tile& tile, int count, float* totals, char* shared) {
   const bool diagonal = tile.row_block == tile.column_block;
   sums.write(count - tile.row_block * kBlock, place(totals, count, tile.column_block, tile.row_block),
              count - tile.column_block * kBlock,
@@ -307,13 +324,13 @@ __device__ void write_both_ways(PairTotals& sums, const Tile& tile, int count, f
 __global__ void __launch_bounds__(PairShape::threads) add_distances(Patches patches,
                                                                     float* totals) {  // [blocks, count]
   if (blockIdx.x < blockIdx.y) return;
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+  char* const shared = dynamic_shared_memory();
   const Tile tile{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)};
   PairSums squared;
-  find_squared_distances(patches, tile, shared, squared);
+  find_squared_distances(patches.online, patches.online, patches.count, tile, shared, squared);
   PairTotals sums;
-  for_each_pair(tile, patches.count, [&](int r, int c, int i, int, int) {
-    const float distance = sqrtf(squared[r][c][i]);
+  for_each_pair(tile, patches.count, [&](int r, int c, int i) {
+    const float distance = quick_root(squared[r][c][i]);
     sums.rows[r][i / 2] += distance;
     sums.columns[c][i % 2] += distance;
   });
@@ -347,22 +364,24 @@ __global__ void __launch_bounds__(PairShape::threads) add_terms(Patches patches,
                                                                 float* slope_totals,    // [blocks, count]
                                                                 double* tile_losses) {  // [blocks, blocks]
   if (blockIdx.x < blockIdx.y) return;
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+  char* const shared = dynamic_shared_memory();
   const Tile tile{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)};
   const bool diagonal = tile.row_block == tile.column_block;
   Labels<cross> labels;
   labels.find(patches, terms, tile, shared);
   PairSums squared;
-  find_squared_distances(patches, tile, shared, squared);
+  find_squared_distances(patches.online, patches.online, patches.count, tile, shared, squared);
+  const RowValues row_means = of_rows(patches.inverse_means, tile, patches.count);
+  const ColumnValues column_means = of_columns(patches.inverse_means, tile, patches.count);
   PairTotals slopes;
   float loss = 0.0f;
-  for_each_pair(tile, patches.count, [&](int r, int c, int i, int row, int column) {
-    const float distance = sqrtf(squared[r][c][i]);
-    const PairTerm forth(distance * patches.inverse_means[row], labels.forth[r][c][i], terms.margin);
+  for_each_pair(tile, patches.count, [&](int r, int c, int i) {
+    const float distance = quick_root(squared[r][c][i]);
+    const PairTerm forth(distance * row_means(r, i), labels.forth[r][c][i], terms.margin);
     slopes.rows[r][i / 2] += forth.slope;
     loss += forth.loss;
     if (diagonal) return;  // the pair's other side is another element of this tile
-    const PairTerm back(distance * patches.inverse_means[column], labels.back(r, c, i), terms.margin);
+    const PairTerm back(distance * column_means(c, i), labels.back(r, c, i), terms.margin);
     slopes.columns[c][i % 2] += back.slope;
     loss += back.loss;
   });
@@ -371,68 +390,141 @@ __global__ void __launch_bounds__(PairShape::threads) add_terms(Patches patches,
   if (threadIdx.x == 0) tile_losses[static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x] = sum;
 }
 
+// Every row's largest magnitude in the tile: largest[kBlock], in shared memory. All threads must call.
+__device__ void find_largest(const PairSums& values, unsigned* shared, unsigned* largest) {
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  __syncthreads();  // the last readers of `shared` are done
+#pragma unroll
+  for (int r = 0; r < PairShape::row_tiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned mine = 0;
+#pragma unroll
+      for (int c = 0; c < PairShape::column_tiles; ++c) {
+        mine = max(mine, max(magnitude(values[r][c][2 * half]), magnitude(values[r][c][2 * half + 1])));
+      }
+      mine = max(mine, __shfl_xor_sync(kAllLanes, mine, 1));
+      mine = max(mine, __shfl_xor_sync(kAllLanes, mine, 2));
+      if (lane % 4 == 0) shared[warp % PairShape::warp_columns * kBlock + PairShape::row(r, 2 * half)] = mine;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlock) {
+    unsigned most = 0;
+    for (int w = 0; w < PairShape::warp_columns; ++w) most = max(most, shared[w * kBlock + threadIdx.x]);
+    largest[threadIdx.x] = most;
+  }
+  __syncthreads();
+}
+
 // A row block of the stripe against a block of patches: how strongly each pair pulls its two patches
-// together.
+// together. Written split, a tile's row being a group; what is beyond the last patch is zero.
 template <bool cross>
 __global__ void __launch_bounds__(PairShape::threads)
-    find_pulls(Patches patches, Terms terms, int first_block, int stripe_count, int64_t stride,
-               float* pulls,     // [stripe_count, stride]
-               float* totals) {  // [blocks, stripe_count]
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
+    find_pulls(Patches patches, Terms terms, int first_block, int stripe_count,
+               uint16_t* pulls,     // [stripe_count, slices, 2, kSlice]
+               float* pull_scales,  // [stripe_count, blocks]
+               float* totals) {     // [blocks, stripe_count]
+  char* const shared = dynamic_shared_memory();
   const Tile tile{first_block + static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x)};
-  const int first_row = first_block * kBlock;
+  const int row_in_stripe = blockIdx.y * kBlock;
   Labels<cross> labels;
   labels.find(patches, terms, tile, shared);
   PairSums squared;
-  find_squared_distances(patches, tile, shared, squared);
+  find_squared_distances(patches.online, patches.online, patches.count, tile, shared, squared);
+  const RowValues row_means = of_rows(patches.inverse_means, tile, patches.count);
+  const RowValues row_slopes = of_rows(patches.slopes, tile, patches.count);
+  const ColumnValues column_means = of_columns(patches.inverse_means, tile, patches.count);
+  const ColumnValues column_slopes = of_columns(patches.slopes, tile, patches.count);
   // dL/dd_ij = (dL/d delta_ij - slope_i) / mean_i: through delta itself and through the row's mean.
-  const auto derivative = [&](float distance, float weight, int patch) {
-    const float inverse_mean = patches.inverse_means[patch];
+  const auto derivative = [&](float distance, float weight, float inverse_mean, float slope) {
     const float relative = distance * inverse_mean;
     const float repulsion = at_least(terms.margin - relative, 0.0f);
-    return inverse_mean * (2.0f * (weight * (relative + repulsion) - repulsion) - patches.slopes[patch]);
+    return inverse_mean * (2.0f * (weight * (relative + repulsion) - repulsion) - slope);
   };
+  const bool whole = max(tile.row_block, tile.column_block) * kBlock + kBlock <= patches.count;
   PairTotals sums;
-  for_each_pair(tile, patches.count, [&](int r, int c, int i, int row, int column) {
-    const float distance = sqrtf(squared[r][c][i]);
-    const float both =
-        derivative(distance, labels.forth[r][c][i], row) + derivative(distance, labels.back(r, c, i), column);
-    // The negated form lets NaN through.
-    const float pull = !(squared[r][c][i] <= kFloor) ? both / distance : 0.0f;
-    pulls[(row - first_row) * stride + column] = pull;
-    sums.rows[r][i / 2] += pull;
-  });
-  const int row_in_stripe = blockIdx.y * kBlock;
+  PairSums& found = labels.forth;
+#pragma unroll
+  for (int r = 0; r < PairShape::row_tiles; ++r) {
+#pragma unroll
+    for (int c = 0; c < PairShape::column_tiles; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool inside = whole || (tile.row(r, i) < patches.count && tile.column(c, i) < patches.count);
+        const float inverse = quick_inverse_root(squared[r][c][i]);
+        const float distance = squared[r][c][i] * inverse;
+        const float both =
+            derivative(distance, labels.forth[r][c][i], row_means(r, i), row_slopes(r, i)) +
+            derivative(distance, labels.back(r, c, i), column_means(c, i), column_slopes(c, i));
+        // The negated form lets NaN through.
+        const float pull = inside && !(squared[r][c][i] <= kFloor) ? both * inverse : 0.0f;
+        found[r][c][i] = pull;
+        sums.rows[r][i / 2] += pull;
+      }
+    }
+  }
+  auto* const own = reinterpret_cast<unsigned*>(shared);
+  unsigned* const largest = own + PairShape::warp_columns * kBlock;
+  find_largest(found, own, largest);
+  const int64_t slices = int64_t{gridDim.x} * kGroupSlices;
+#pragma unroll
+  for (int r = 0; r < PairShape::row_tiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = PairShape::row(r, 2 * half);
+      if (row_in_stripe + row >= stripe_count) continue;
+      const float factor = scaling_of(largest[row]).factor;
+      uint16_t* const to =
+          pulls + ((row_in_stripe + row) * slices + int64_t{blockIdx.x} * kGroupSlices) * kSliceParts;
+#pragma unroll
+      for (int c = 0; c < PairShape::column_tiles; ++c) {
+        const int column = PairShape::column(c, 0);
+        const Parts left = split(found[r][c][2 * half] * factor);
+        const Parts right = split(found[r][c][2 * half + 1] * factor);
+        auto* const pair = reinterpret_cast<unsigned*>(to + column / kSlice * kSliceParts + column % kSlice);
+        pair[0] = left.high | static_cast<unsigned>(right.high) << 16;
+        pair[kSlice / 2] = left.low | static_cast<unsigned>(right.low) << 16;
+      }
+    }
+  }
+  if (threadIdx.x < kBlock && row_in_stripe + static_cast<int>(threadIdx.x) < stripe_count) {
+    pull_scales[(row_in_stripe + static_cast<int64_t>(threadIdx.x)) * gridDim.x + blockIdx.x] =
+        scaling_of(largest[threadIdx.x]).scale;
+  }
   sums.write(stripe_count - row_in_stripe,
              totals + static_cast<int64_t>(blockIdx.x) * stripe_count + row_in_stripe, 0, nullptr, shared);
 }
 
 // Block (x, y, z): columns x and rows y of pulls @ vectors over the z-th part of the patches.
-__global__ void __launch_bounds__(PullShape::threads)
-    weigh_vectors(const float* pulls,  // [rows, pull_stride]
-                  int rows, int64_t pull_stride,
-                  const float* vectors,  // [count, stride]
-                  int count, int stride, int part,
-                  float* sums) {  // [parts, rows, stride]
-  float* const shared = reinterpret_cast<float*>(dynamic_shared_memory());
-  const int first_row = blockIdx.y * PullShape::rows;
-  const int first_column = blockIdx.x * PullShape::columns;
-  const Vectors a{pulls + first_row * pull_stride, pull_stride, rows - first_row, true};
-  const Vectors b{vectors + first_column, stride, stride - first_column, true};
+__global__ void __launch_bounds__(PairShape::threads)
+    weigh_vectors(SplitRows pulls,           // [rows, patches]
+                  const float* pull_scales,  // [rows, groups]
+                  SplitRows columns,         // of the vectors, [width, patches]
+                  const float* column_scales,
+                  int part,       // groups
+                  float* sums) {  // [parts, rows, width]
+  const int64_t first_row = int64_t{blockIdx.y} * kBlock;
+  const int64_t first_column = int64_t{blockIdx.x} * kBlock;
+  const int64_t groups = pulls.slices / kGroupSlices;
   const int begin = blockIdx.z * part;
-  PullProduct::Sums products;
-  PullProduct::multiply(a, b, begin, min(begin + part, count), shared, products);
+  const SplitRows a = pulls.from(first_row);
+  const SplitRows b = columns.from(first_column);
+  PairSums products;
+  PairProduct::multiply_groups(a, pull_scales + first_row * groups, b, column_scales + first_column * groups,
+                               begin, begin + part, dynamic_shared_memory(), products);
 #pragma unroll
-  for (int r = 0; r < PullShape::row_tiles; ++r) {
+  for (int r = 0; r < PairShape::row_tiles; ++r) {
 #pragma unroll
-    for (int c = 0; c < PullShape::column_tiles; ++c) {
+    for (int c = 0; c < PairShape::column_tiles; ++c) {
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int row = first_row + PullShape::row(r, i);
-        const int column = first_column + PullShape::column(c, i);
-        if (row >= rows || column >= stride) continue;
-        float* const to = sums + (static_cast<int64_t>(blockIdx.z) * rows + row) * stride + column;
-        *reinterpret_cast<float2*>(to) = make_float2(products[r][c][i], products[r][c][i + 1]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = PairShape::row(r, i);
+        const int column = PairShape::column(c, i);
+        if (row >= a.count || column >= b.count) continue;
+        sums[(blockIdx.z * pulls.count + first_row + row) * columns.count + first_column + column] =
+            products[r][c][i];
       }
     }
   }
@@ -440,10 +532,10 @@ __global__ void __launch_bounds__(PullShape::threads)
 
 // gradient_i = scale * (sum_j pull_ij z_i - sum_j pull_ij z_j), one block a row of the stripe.
 __global__ void subtract_weighted(const float* totals,   // [blocks, rows]
-                                  const float* sums,     // [parts, rows, stride]
-                                  const float* vectors,  // [rows, stride]
+                                  const float* sums,     // [parts, rows, width]
+                                  const float* vectors,  // [rows, width]
                                   const float* grad,     // one
-                                  float scale, int blocks, int parts, int rows, int stride, int width,
+                                  float scale, int blocks, int parts, int rows, int width,
                                   float* gradient) {  // [rows, width]
   const int row = blockIdx.x;
   double own = 0.0;
@@ -452,9 +544,9 @@ __global__ void subtract_weighted(const float* totals,   // [blocks, rows]
   for (int d = threadIdx.x; d < width; d += kThreads) {
     float sum = 0.0f;
     for (int part = 0; part < parts; ++part)
-      sum += sums[(static_cast<int64_t>(part) * rows + row) * stride + d];
+      sum += sums[(static_cast<int64_t>(part) * rows + row) * width + d];
     gradient[static_cast<int64_t>(row) * width + d] =
-        *grad * scale * (pull * vectors[static_cast<int64_t>(row) * stride + d] - sum);
+        *grad * scale * (pull * vectors[static_cast<int64_t>(row) * width + d] - sum);
   }
 }
 
@@ -487,8 +579,8 @@ struct SparseTerm {
       for (int b = 0; b < label.k; ++b) common += label.neighbors[safe * label.k + b] == mine;
     }
     const float weight = foreign ? NAN : label.share * static_cast<float>(warp_sum(common));
-    const float* x = patches.online.vectors + i * patches.online.stride;
-    const float* y = patches.online.vectors + safe * patches.online.stride;
+    const float* x = patches.online.vectors + static_cast<int64_t>(i) * patches.width;
+    const float* y = patches.online.vectors + safe * patches.width;
     // The same floor as in the dense part.
     distance = at_least(sqrtf(squared_distance(x, y, patches.width)), 1e-15f);
     const float relative = distance * patches.inverse_means[i];
@@ -550,44 +642,60 @@ __global__ void find_sparse_pulls(Patches patches, Terms terms, SparseLabel labe
   }
 }
 
-__device__ int64_t first_at_least(const int64_t* sorted, int64_t length, int64_t value) {
+// starts[i] = the first of the sorted ends that is at least i; one more than there are patches.
+__global__ void find_starts(const int64_t* sorted_ends, int64_t edges, int count,
+                            int64_t* starts) {  // [count + 1]
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i > count) return;
   int64_t begin = 0;
-  while (begin < length) {
-    const int64_t middle = (begin + length) / 2;
-    if (sorted[middle] < value) {
+  int64_t end = edges;
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (sorted_ends[middle] < i) {
       begin = middle + 1;
     } else {
-      length = middle;
+      end = middle;
     }
   }
-  return begin;
+  starts[i] = begin;
 }
 
-// One block a patch: the pulls of its own pairs and then, in the order of their rows, of those in which it is
+// One warp a patch: the pulls of its own pairs and then, in the order of their rows, of those in which it is
 // the neighbour.
 __global__ void add_sparse_gradient(Patches patches, SparseLabel label,
                                     const float* pulls,           // [count, k]
-                                    const int64_t* sorted_ends,   // [count * k]: neighbours, ascending
-                                    const int64_t* sorted_edges,  // [count * k]: whose they are
+                                    const int64_t* starts,        // [count + 1]
+                                    const int64_t* sorted_edges,  // [count * k]: who has a patch as neighbour
                                     const float* grad,            // one
                                     float scale,
                                     float* gradient) {  // [count, width]
-  const int64_t i = blockIdx.x;
-  const int64_t edges = static_cast<int64_t>(patches.count) * label.k;
-  const int64_t begin = first_at_least(sorted_ends, edges, i);
-  const int64_t end = first_at_least(sorted_ends, edges, i + 1);
-  const float* from = patches.online.vectors + i * patches.online.stride;
-  for (int d = threadIdx.x; d < patches.width; d += kThreads) {
-    float sum = 0.0f;
+  constexpr int kAtOnce = 4;                            // elements that a lane adds up together
+  const int64_t i = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (i >= patches.count) return;
+  const int64_t first_edge = i * label.k;
+  const int64_t begin = starts[i];
+  const int64_t end = starts[i + 1];
+  const float* const from = patches.online.vectors + i * patches.width;
+  for (int first = threadIdx.x % kWarp; first < patches.width; first += kAtOnce * kWarp) {
+    float sums[kAtOnce] = {};
     const auto add = [&](int64_t edge, int64_t other) {
       const float pull = pulls[edge];
       if (pull == 0.0f) return;
       const bool foreign = other < 0 || other >= patches.count;
-      sum += pull * (from[d] - (foreign ? NAN : patches.online.vectors[other * patches.online.stride + d]));
+      const float* const to = patches.online.vectors + (foreign ? i : other) * patches.width;
+#pragma unroll
+      for (int a = 0; a < kAtOnce; ++a) {
+        const int d = first + a * kWarp;
+        if (d < patches.width) sums[a] += pull * (from[d] - (foreign ? NAN : to[d]));
+      }
     };
-    for (int64_t edge = i * label.k; edge < (i + 1) * label.k; ++edge) add(edge, label.neighbors[edge]);
+    for (int64_t edge = first_edge; edge < first_edge + label.k; ++edge) add(edge, label.neighbors[edge]);
     for (int64_t at = begin; at < end; ++at) add(sorted_edges[at], sorted_edges[at] / label.k);
-    gradient[i * patches.width + d] += *grad * scale * sum;
+#pragma unroll
+    for (int a = 0; a < kAtOnce; ++a) {
+      const int d = first + a * kWarp;
+      if (d < patches.width) gradient[i * patches.width + d] += *grad * scale * sums[a];
+    }
   }
 }
 
@@ -596,10 +704,12 @@ __global__ void add_sparse_gradient(Patches patches, SparseLabel label,
 
 struct CentredBranch {
   Tensor vectors;
+  SplitTensor split;
   Tensor norms;
 
   Branch view() const {
-    return {vectors.const_data_ptr<float>(), norms.const_data_ptr<float>(), vectors.size(1)};
+    return {vectors.const_data_ptr<float>(), split.rows(), split.scales.const_data_ptr<float>(),
+            norms.const_data_ptr<float>()};
   }
 };
 
@@ -621,14 +731,14 @@ Tensor column_means(const Device& device, const Tensor& rows) {
 CentredBranch centred(const Device& device, const Tensor& rows, const Tensor& means) {
   const int64_t count = rows.size(0);
   const int width = static_cast<int>(rows.size(1));
-  const int stride = static_cast<int>(round_up(width, 4));
-  const CentredBranch branch{new_floats(rows, {count, stride}), new_floats(rows, {count})};
+  Tensor vectors = new_floats(rows, {count, width});
   device.launch("relaxed_contrastive: subtract_means", subtract_means,
-                blocks_for(device, divide_up(count * stride, kThreads)), kThreads, 0,
-                rows.const_data_ptr<float>(), means.const_data_ptr<float>(), count, width, stride,
-                branch.vectors.mutable_data_ptr<float>());
+                blocks_for(device, divide_up(count, kThreads / kWarp)), kThreads, 0,
+                rows.const_data_ptr<float>(), means.const_data_ptr<float>(), count, width,
+                vectors.mutable_data_ptr<float>());
+  const CentredBranch branch{vectors, split_by_row(device, vectors), new_floats(rows, {count})};
   device.launch("relaxed_contrastive: find_norms", find_norms, divide_up(count, kBlock), PairShape::threads,
-                PairProduct::shared_bytes, branch.view(), static_cast<int>(count), width,
+                PairProduct::shared_bytes, branch.split.rows(), branch.split.scales.const_data_ptr<float>(),
                 branch.norms.mutable_data_ptr<float>());
   return branch;
 }
@@ -641,7 +751,7 @@ struct Problem {
       : z(in_order("relaxed_contrastive", "z", z_given)),
         target(in_order("relaxed_contrastive", "z_target", target_given)),
         neighbors(in_order("relaxed_contrastive", "neighbors", neighbors_given)),
-        terms{static_cast<float>(alpha), static_cast<float>(sigma), static_cast<float>(margin),
+        terms{static_cast<float>(alpha), static_cast<float>(kLog2E / sigma), static_cast<float>(margin),
               similarity_power == 2, alpha > 0},
         cross(cross),
         // Where pairs of one online and one target vector are measured, both need the same shift.
@@ -728,38 +838,41 @@ void write_dense_gradient(const Device& device, const Problem& problem, const Pa
                           const Tensor& grad, Tensor& gradient) {
   const int count = problem.count();
   const int blocks = problem.blocks();
-  const int width = static_cast<int>(problem.z.size(1));
-  const int stride = static_cast<int>(problem.online.vectors.size(1));
-  const int64_t pull_stride = round_up(count, 4);
-  const int64_t block_bytes = int64_t{kBlock} * pull_stride * static_cast<int64_t>(sizeof(float));
+  const int64_t width = problem.z.size(1);
+  const int64_t depth = int64_t{blocks} * kBlock;
+  const int64_t block_bytes = kBlock * depth * static_cast<int64_t>(sizeof(float));
   const int stripe_blocks = static_cast<int>(std::clamp<int64_t>(kStripeBytes / block_bytes, 1, blocks));
   const int stripe_rows = std::min(stripe_blocks * kBlock, count);
-  const int row_tiles = static_cast<int>(divide_up(stripe_rows, PullShape::rows));
-  const int column_tiles = static_cast<int>(divide_up(stride, PullShape::columns));
+  const int64_t tiles = divide_up(stripe_rows, kBlock) * divide_up(width, kBlock);
   // About two blocks wait for every multiprocessor; a part is worth a thousand patches at least.
-  const int64_t wanted = divide_up(2 * device.multiprocessors(), row_tiles * column_tiles);
-  const int64_t splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, count / 1024));
-  const int part = static_cast<int>(round_up(divide_up(count, splits), kSlice));
-  const int parts = static_cast<int>(divide_up(count, part));
-  const Tensor pulls = new_floats(problem.z, {stripe_rows, pull_stride});
+  const int64_t splits = std::clamp<int64_t>(divide_up(2 * device.multiprocessors(), tiles), 1,
+                                             std::max<int64_t>(1, blocks / 8));
+  const int part = static_cast<int>(divide_up(blocks, splits));
+  const int parts = static_cast<int>(divide_up(blocks, part));
+  const MatrixColumns vectors{problem.online.vectors.const_data_ptr<float>(), width};
+  const SplitTensor columns = split_by_group(device, problem.z, vectors, width, count);
+  const Tensor pulls = new_parts(problem.z, stripe_rows, depth);
+  const Tensor pull_scales = new_floats(problem.z, {stripe_rows, blocks});
   const Tensor totals = new_floats(problem.z, {blocks, stripe_rows});
-  const Tensor sums = new_floats(problem.z, {parts, stripe_rows, stride});
+  const Tensor sums = new_floats(problem.z, {parts, stripe_rows, width});
+  auto* const pull_parts = static_cast<uint16_t*>(pulls.mutable_data_ptr());
   for (int first = 0; first < blocks; first += stripe_blocks) {
     const int rows = std::min(stripe_rows, count - first * kBlock);
+    const auto row_tiles = static_cast<unsigned>(divide_up(rows, kBlock));
     device.launch("relaxed_contrastive_backward: find_pulls",
-                  problem.cross ? find_pulls<true> : find_pulls<false>, dim3(blocks, divide_up(rows, kBlock)),
+                  problem.cross ? find_pulls<true> : find_pulls<false>, dim3(blocks, row_tiles),
                   PairShape::threads, PairProduct::shared_bytes, patches, problem.terms, first, rows,
-                  pull_stride, pulls.mutable_data_ptr<float>(), totals.mutable_data_ptr<float>());
+                  pull_parts, pull_scales.mutable_data_ptr<float>(), totals.mutable_data_ptr<float>());
     device.launch("relaxed_contrastive_backward: weigh_vectors", weigh_vectors,
-                  dim3(column_tiles, divide_up(rows, PullShape::rows), parts), PullShape::threads,
-                  PullProduct::shared_bytes, pulls.const_data_ptr<float>(), rows, pull_stride,
-                  patches.online.vectors, count, stride, part, sums.mutable_data_ptr<float>());
-    const int64_t at = int64_t{first} * kBlock;
+                  dim3(divide_up(width, kBlock), row_tiles, parts), PairShape::threads,
+                  PairProduct::shared_bytes, SplitRows{pull_parts, rows, depth / kSlice, depth},
+                  pull_scales.const_data_ptr<float>(), columns.rows(), columns.scales.const_data_ptr<float>(),
+                  part, sums.mutable_data_ptr<float>());
+    const int64_t at = int64_t{first} * kBlock * width;
     device.launch("relaxed_contrastive_backward: subtract_weighted", subtract_weighted, rows, kThreads, 0,
-                  totals.const_data_ptr<float>(), sums.const_data_ptr<float>(),
-                  patches.online.vectors + at * stride, grad.const_data_ptr<float>(),
-                  static_cast<float>(problem.scale), blocks, parts, rows, stride, width,
-                  gradient.mutable_data_ptr<float>() + at * width);
+                  totals.const_data_ptr<float>(), sums.const_data_ptr<float>(), patches.online.vectors + at,
+                  grad.const_data_ptr<float>(), static_cast<float>(problem.scale), blocks, parts, rows,
+                  static_cast<int>(width), gradient.mutable_data_ptr<float>() + at);
   }
 }
 
@@ -783,9 +896,14 @@ Tensor relaxed_contrastive_backward(const Tensor& grad, const Tensor& z, const T
   device.launch("relaxed_contrastive_backward: find_sparse_pulls", find_sparse_pulls,
                 divide_up(problem.count(), kThreads / kWarp), kThreads, 0, patches, problem.terms,
                 problem.sparse, pulls.mutable_data_ptr<float>());
-  device.launch("relaxed_contrastive_backward: add_sparse_gradient", add_sparse_gradient, problem.count(),
-                kThreads, 0, patches, problem.sparse, pulls.const_data_ptr<float>(),
-                ends.const_data_ptr<int64_t>(), edges.const_data_ptr<int64_t>(), grad.const_data_ptr<float>(),
+  const Tensor starts = new_of(z, {z.size(0) + 1}, torch::headeronly::ScalarType::Long);
+  device.launch("relaxed_contrastive_backward: find_starts", find_starts, divide_up(starts.numel(), kThreads),
+                kThreads, 0, ends.const_data_ptr<int64_t>(), ends.numel(), problem.count(),
+                starts.mutable_data_ptr<int64_t>());
+  device.launch("relaxed_contrastive_backward: add_sparse_gradient", add_sparse_gradient,
+                divide_up(problem.count(), kThreads / kWarp), kThreads, 0, patches, problem.sparse,
+                pulls.const_data_ptr<float>(), starts.const_data_ptr<int64_t>(),
+                edges.const_data_ptr<int64_t>(), grad.const_data_ptr<float>(),
                 static_cast<float>(problem.scale), gradient.mutable_data_ptr<float>());
   return gradient;
 }

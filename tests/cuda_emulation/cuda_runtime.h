@@ -23,6 +23,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __restrict__ __restrict
@@ -129,6 +130,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     result |= static_cast<unsigned>(theirs != 0) << lane;
   }
   return result;
+}
+
+inline bool __any_sync(unsigned mask, int predicate) {
+  return __ballot_sync(mask, predicate) != 0;
 }
 
 template <class T>

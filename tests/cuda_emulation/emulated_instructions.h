@@ -1,6 +1,7 @@
 // csrc/cuda/instructions.cuh on the CPU.
 #pragma once
 
+#include "cuda_fp16.h"
 #include "cuda_runtime.h"
 
 namespace emulation {
@@ -34,32 +35,60 @@ inline void wait_for_copies() {
   emulation::wait_for(pending);
 }
 
-inline unsigned to_tf32(float value) {
-  const unsigned bits = __float_as_uint(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & ~0x1fffu;
+inline uint16_t half_bits(float value) {
+  return __half(value).x;
+}
+
+inline float half_value(uint16_t bits) {
+  return static_cast<float>(__half(bits, __half::from_bits()));
+}
+
+inline float quick_root(float value) {
+  return std::sqrt(value);
+}
+
+inline float quick_inverse_root(float value) {
+  return 1.0f / std::sqrt(value);
+}
+
+inline float quick_power_of_2(float value) {
+  return std::exp2(value);
+}
+
+inline void load_matrices(unsigned (&to)[4], const char* shared, int offset) {
+  shared += offset;
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) throw std::logic_error("a misaligned row of a matrix");
+  emulation::exchange(shared, 0, "load_matrices");
+  const int lane = emulation::current->lane;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const char* row;
+    std::memcpy(&row, emulation::message(matrix * 8 + lane / 4), sizeof(row));
+    std::memcpy(&to[matrix], row + lane % 4 * sizeof(unsigned), sizeof(unsigned));
+  }
 }
 
 // Products are exact; their sum with the accumulator is rounded once, towards zero, as tensor cores do.
-inline void multiply_tf32(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+inline void multiply_half(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   struct Operands {
     unsigned a[4];
     unsigned b[2];
-  } mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  emulation::exchange(mine, 0, "multiply_tf32");
+  } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::exchange(mine, 0, "multiply_half");
   const int g = emulation::current->lane / 4;
   const int t = emulation::current->lane % 4;
   const auto of = [](int lane) -> const Operands& {
     return *static_cast<const Operands*>(emulation::message(lane));
   };
-  // A tensor core ignores the bits behind tf32's.
-  const auto read = [](unsigned bits) { return static_cast<double>(__uint_as_float(bits & ~0x1fffu)); };
+  const auto read = [](unsigned two, int which) {
+    return static_cast<double>(half_value(static_cast<uint16_t>(two >> 16 * which)));
+  };
   for (int i = 0; i < 4; ++i) {
     const int row = i / 2;  // 0: g, 1: g + 8
     const int column = 2 * t + i % 2;
     double sum = sums[i];
-    for (int k = 0; k < 8; ++k) {
-      sum += read(of(4 * g + k % 4).a[row + k / 4 * 2]) * read(of(4 * column + k % 4).b[k / 4]);
+    for (int k = 0; k < 16; ++k) {
+      const int lane = k % 8 / 2;
+      sum += read(of(4 * g + lane).a[row + k / 8 * 2], k % 2) * read(of(4 * column + lane).b[k / 8], k % 2);
     }
     float rounded = static_cast<float>(sum);
     if (std::isfinite(rounded) && std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) {

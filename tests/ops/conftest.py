@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="about the CPU's kernels alone"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _twins_in_float32() -> None:
+    """On a card PyTorch's convolutions are TF32's unless they are told not to."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(autouse=True)
 def _memory_full_of_nan() -> Iterator[None]:
     """What a kernel leaves unwritten shows."""

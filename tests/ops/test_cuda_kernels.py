@@ -1,9 +1,8 @@
 """The CUDA kernels against the twins: on a card, or emulated on the CPU (.ci/emulate, tests/cuda_emulation).
 
-Sizes lie around the kernels' tiles (128 and 64 rows, 16 elements of the depth, 32 lanes), widths are
-multiples of no vector's length. Where an operation's answer is defined bit for bit, no tolerance is left;
-elsewhere products are those of 3xTF32, as exact as float32 (csrc/cuda/tile_product.cuh), so the tolerances
-are those of the CPU's tests.
+Sizes lie around the kernels' tiles (128 rows, slices of 32 elements, 32 lanes), widths are multiples of no
+vector's length. Where an operation's answer is defined bit for bit, no tolerance is left; elsewhere products
+are as exact as float32's (csrc/cuda/split.cuh), so the tolerances are those of the CPU's tests.
 """
 
 from __future__ import annotations
@@ -77,6 +76,16 @@ def test_knn_with_ties_and_coinciding_rows():
     assert_identical(ops.knn(bank[:40], bank, 5), (distances[:, :5], indices[:, :5]))
 
 
+def test_knn_of_any_magnitude():
+    # Rows are scaled one by one before they are split: small ones lose nothing beside large ones.
+    def rows(n, seed):
+        return random(n, 20, seed=seed) * 10 ** (4 * random(n, 1, seed=seed))
+
+    queries, bank = rows(150, 1), rows(140, 2)
+    distances, indices = measured(queries, bank).sort(dim=1, stable=True)
+    assert_identical(ops.knn(queries, bank, 3), (distances[:, :3], indices[:, :3]))
+
+
 OPTIONS = [
     {},
     {"margin": 0.8, "reduction": "paper", "similarity_power": 2},
@@ -106,6 +115,20 @@ def test_relaxed_contrastive(n, d, options):
         exact = results["exact"][place]
         allowed = 2 * (results["rough"][place] - exact).abs().max() + share * exact.abs().max()
         assert (results["actual"][place] - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**40])
+def test_relaxed_contrastive_in_any_unit(scale):
+    z, target = random(200, 33), random(200, 33, seed=1)
+
+    def loss(unit):
+        return lambda x: ops.relaxed_contrastive(x, target * unit, margin=0.8, sigma=4.0 * unit)
+
+    value, (gradient,) = gradients(loss(1.0), z)
+    scaled, (scaled_gradient,) = gradients(loss(scale), z * scale)
+    # Powers of two change no digit but where the logarithm of the similarity is taken.
+    torch.testing.assert_close(scaled, value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled_gradient * scale, gradient, rtol=1e-5, atol=1e-10)
 
 
 def test_relaxed_contrastive_gives_the_same_bits_twice():
@@ -348,7 +371,7 @@ def test_more_than_2_31_elements():
     some = slice(10**6, 10**6 + 100)
     assert_identical(
         (distances[some], indices[some]),
-        [part[:, :1] for part in measured(queries[some], bank).sort(1, stable=True)],
+        [part[:, :1] for part in measured(queries[some], bank).sort(dim=1, stable=True)],
     )
 
 
