@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "maps.cuh"
 
 namespace pydefect::cuda {
 
@@ -49,6 +50,64 @@ __device__ inline Reach reach(int input, int input_size, int output_size) {
   const int end = input == input_size - 1 ? output_size
                                           : static_cast<int>(scale * (static_cast<float>(input) + 1.5f)) + 3;
   return {max(first, 0), min(end, output_size)};
+}
+
+// --- The adjoint of upsampling, of maps [images, height, width, channels]
+// ----------------------------------------------------------------------
+
+struct PlaneSize {
+  int height;
+  int width;
+
+  __host__ __device__ int64_t positions() const { return int64_t{height} * width; }
+};
+
+constexpr int kGatherThreads = 128;
+
+// Every coarse position gathers from the fine ones that it is in, a block a coarse position.
+template <int width>
+static __global__ void gather_upsampled(const float* __restrict__ fine_maps, int channels, PlaneSize fine,
+                                        PlaneSize coarse, float* __restrict__ coarse_maps) {
+  float* const row_weights = reinterpret_cast<float*>(dynamic_shared_memory());  // [fine.height]
+  float* const column_weights = row_weights + fine.height;                       // [fine.width]
+  const int64_t image = blockIdx.x / coarse.positions();
+  const auto position = static_cast<int>(blockIdx.x % coarse.positions());
+  const int coarse_y = position / coarse.width;
+  const int coarse_x = position % coarse.width;
+  const Reach rows = reach(coarse_y, coarse.height, fine.height);
+  const Reach columns = reach(coarse_x, coarse.width, fine.width);
+  for (int y = rows.first + static_cast<int>(threadIdx.x); y < rows.end; y += kGatherThreads) {
+    row_weights[y] = weight_of<float>(coarse_y, y, coarse.height, fine.height);
+  }
+  for (int x = columns.first + static_cast<int>(threadIdx.x); x < columns.end; x += kGatherThreads) {
+    column_weights[x] = weight_of<float>(coarse_x, x, coarse.width, fine.width);
+  }
+  __syncthreads();
+  const float* const own = fine_maps + image * fine.positions() * channels;
+  for (int c = threadIdx.x * width; c < channels; c += kGatherThreads * width) {
+    Channels<width> sum{};
+    for (int y = rows.first; y < rows.end; ++y) {
+      if (row_weights[y] == 0.0f) continue;
+#pragma unroll 4
+      for (int x = columns.first; x < columns.end; ++x) {
+        const float weight = row_weights[y] * column_weights[x];
+        // What has no weight is not read: it may be NaN.
+        if (weight == 0.0f) continue;
+        const auto here = Channels<width>::load(own + (int64_t{y} * fine.width + x) * channels + c);
+        Channels<width>::each([&](int i) { sum.of[i] += weight * here.of[i]; });
+      }
+    }
+    sum.store(coarse_maps + int64_t{blockIdx.x} * channels + c);
+  }
+}
+
+inline void launch_adjoint(const Device& device, const char* name, const float* fine_maps, int64_t images,
+                           int channels, PlaneSize fine, PlaneSize coarse, float* coarse_maps) {
+  with_width(are_wide(channels, {fine_maps, coarse_maps}), [&](auto width) {
+    device.launch(name, gather_upsampled<width>, static_cast<unsigned>(images * coarse.positions()),
+                  kGatherThreads, sizeof(float) * static_cast<size_t>(fine.height + fine.width), fine_maps,
+                  channels, fine, coarse, coarse_maps);
+  });
 }
 
 }  // namespace pydefect::cuda

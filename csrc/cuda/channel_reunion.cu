@@ -17,16 +17,17 @@ namespace {
 
 constexpr const char* kName = "channel_reunion";
 
-__global__ void add_products(const float* a, const float* b, MapSize size,
-                             float* parts) {  // [images, parts, channels]
-  const Part part(size);
-  if (part.channel >= size.channels) return;
-  float sum = 0.0f;
-  for (int64_t p = part.begin; p < part.end; ++p) {
-    const int64_t at = (blockIdx.z * size.positions + p) * size.channels + part.channel;
-    sum += a[at] * b[at];
-  }
-  parts[part.place(size)] = sum;
+template <int width>
+__global__ void add_products(const float* __restrict__ a, const float* __restrict__ b, MapSize size,
+                             float* __restrict__ parts) {  // [images, parts, channels]
+  const Pass<width> pass(size);
+  Channels<width> sum{};
+  pass.each(size, [&](int64_t, int64_t at) {
+    const auto one = Channels<width>::load(a + at);
+    const auto other = Channels<width>::load(b + at);
+    Channels<width>::each([&](int i) { sum.of[i] += one.of[i] * other.of[i]; });
+  });
+  pass.write_sum(size, sum, parts + pass.part(size) * size.channels);
 }
 
 struct Layers {
@@ -52,12 +53,17 @@ __global__ void find_gate(const float* parts, MapSize size, int reduced, Layers 
         gate + image * size.channels, sigmoid);
 }
 
-__global__ void apply_gate(const float* map, const float* gate, MapSize size, int64_t elements,
-                           float* output) {
-  for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kMapThreads) {
-    output[i] = map[i] * gate[i / size.image() * size.channels + i % size.channels];
-  }
+template <int width>
+__global__ void apply_gate(const float* __restrict__ map, const float* __restrict__ gate, MapSize size,
+                           float* __restrict__ output) {
+  const Pass<width> pass(size);
+  if (!pass.any) return;
+  const auto factors = Channels<width>::load(gate + pass.row(size));
+  pass.each(size, [&](int64_t, int64_t at) {
+    auto here = Channels<width>::load(map + at);
+    Channels<width>::each([&](int i) { here.of[i] *= factors.of[i]; });
+    here.store(output + at);
+  });
 }
 
 // One block an image.
@@ -69,30 +75,41 @@ __global__ void find_pooled_gradient(const float* parts, const float* gate, cons
   const int64_t image = blockIdx.x;
   const int64_t channel = image * size.channels;
   add_parts(parts, size, image, 1.0f, d_logits + channel);
-  for (int c = threadIdx.x; c < size.channels; c += kMapThreads) {
+  // Each thread goes on with the channels that it has just added up.
+  for (int c = threadIdx.x; c < size.channels; c += kLayerThreads) {
     d_logits[channel + c] *= gate[channel + c] * (1.0f - gate[channel + c]);
   }
   __syncthreads();
   float* const d_middle = d_hidden + image * reduced;
-  dense_backward(layers.expand_weight, d_logits + channel, size.channels, reduced, d_middle);
-  for (int r = threadIdx.x; r < reduced; r += kMapThreads) {
+  const auto expand = [&](int o, int i) { return layers.expand_weight[int64_t{o} * reduced + i]; };
+  dense_backward(expand, d_logits + channel, size.channels, reduced, d_middle);
+  __syncthreads();
+  for (int r = threadIdx.x; r < reduced; r += kLayerThreads) {
     if (!(hidden[image * reduced + r] > 0.0f)) d_middle[r] = 0.0f;
   }
   __syncthreads();
-  dense_backward(layers.reduce_weight, d_middle, reduced, size.channels, d_pooled + channel);
+  const auto reduce = [&](int o, int i) { return layers.reduce_weight[int64_t{o} * size.channels + i]; };
+  dense_backward(reduce, d_middle, reduced, size.channels, d_pooled + channel);
 }
 
-__global__ void find_map_gradient(const float* d_output, const float* gate, const float* weights,
-                                  const float* d_pooled, const float* d_weights, const float* direction,
-                                  MapSize size, int64_t elements, float* d_map) {
-  for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kMapThreads) {
-    const int64_t c = i % size.channels;
-    const int64_t position = i / size.channels;
-    const int64_t channel = position / size.positions * size.channels + c;
-    d_map[i] = d_output[i] * gate[channel] + weights[position] * d_pooled[channel] +
-               d_weights[position] * direction[c];
-  }
+template <int width>
+__global__ void find_map_gradient(const float* __restrict__ d_output, const float* __restrict__ gate,
+                                  const float* __restrict__ weights, const float* __restrict__ d_pooled,
+                                  const float* __restrict__ d_weights, const float* __restrict__ direction,
+                                  MapSize size, float* __restrict__ d_map) {
+  const Pass<width> pass(size);
+  if (!pass.any) return;
+  const auto open = Channels<width>::load(gate + pass.row(size));
+  const auto d_sum = Channels<width>::load(d_pooled + pass.row(size));
+  const auto along = Channels<width>::load(direction + pass.channel);
+  pass.each(size, [&](int64_t p, int64_t at) {
+    auto here = Channels<width>::load(d_output + at);
+    const float weight = weights[blockIdx.z * size.positions + p];
+    const float d_weight = d_weights[blockIdx.z * size.positions + p];
+    Channels<width>::each(
+        [&](int i) { here.of[i] = here.of[i] * open.of[i] + weight * d_sum.of[i] + d_weight * along.of[i]; });
+    here.store(d_map + at);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
@@ -122,17 +139,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> channel_reunion(
   const Layers layers{reduce_weight.const_data_ptr<float>(), reduce_bias.const_data_ptr<float>(),
                       expand_weight.const_data_ptr<float>(), expand_bias.const_data_ptr<float>()};
   const float* const map = features.const_data_ptr<float>();
-  device.launch("channel_reunion: find_dots", find_dots, warps_for(device, size), kMapThreads, 0, map,
-                direction.const_data_ptr<float>(), 0, offset.const_data_ptr<float>(), size,
-                weights.mutable_data_ptr<float>());
-  device.launch("channel_reunion: add_weighted", add_weighted<true>, part_grid(size), kChannelThreads, 0, map,
-                weights.const_data_ptr<float>(), size, parts.mutable_data_ptr<float>());
-  device.launch("channel_reunion: find_gate", find_gate, size.images, kMapThreads, 0,
+  launch_dots(device, "channel_reunion: find_dots", map, direction.const_data_ptr<float>(), 0,
+              offset.const_data_ptr<float>(), size, weights.mutable_data_ptr<float>());
+  launch_weighted(device, "channel_reunion: add_weighted", map, weights.const_data_ptr<float>(), size,
+                  parts.mutable_data_ptr<float>());
+  device.launch("channel_reunion: find_gate", find_gate, size.images, kLayerThreads, 0,
                 parts.const_data_ptr<float>(), size, reduced, layers, pooled.mutable_data_ptr<float>(),
                 hidden.mutable_data_ptr<float>(), gate.mutable_data_ptr<float>());
-  device.launch("channel_reunion: apply_gate", apply_gate,
-                blocks_for(device, divide_up(size.elements(), kMapThreads)), kMapThreads, 0, map,
-                gate.const_data_ptr<float>(), size, size.elements(), output.mutable_data_ptr<float>());
+  with_width(are_wide(size.channels, {map, gate.const_data_ptr<float>(), output.const_data_ptr<float>()}),
+             [&](auto width) {
+               device.launch("channel_reunion: apply_gate", apply_gate<width>, pass_grid(size, width),
+                             kMapThreads, 0, map, gate.const_data_ptr<float>(), size,
+                             output.mutable_data_ptr<float>());
+             });
   return {output, weights, pooled, hidden, gate};
 }
 
@@ -171,24 +190,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> channel_reuni
   if (size.images > 0) {
     const Layers layers{reduce_weight.const_data_ptr<float>(), nullptr, expand_weight.const_data_ptr<float>(),
                         nullptr};
-    device.launch("channel_reunion_backward: add_products", add_products, part_grid(size), kChannelThreads, 0,
-                  d_output.const_data_ptr<float>(), map, size, parts.mutable_data_ptr<float>());
+    const float* const gradient = d_output.const_data_ptr<float>();
+    with_width(are_wide(size.channels, {gradient, map}), [&](auto width) {
+      device.launch("channel_reunion_backward: add_products", add_products<width>, pass_grid(size, width),
+                    kMapThreads, 0, gradient, map, size, parts.mutable_data_ptr<float>());
+    });
     device.launch("channel_reunion_backward: find_pooled_gradient", find_pooled_gradient, size.images,
-                  kMapThreads, 0, parts.const_data_ptr<float>(), gate.const_data_ptr<float>(),
+                  kLayerThreads, 0, parts.const_data_ptr<float>(), gate.const_data_ptr<float>(),
                   hidden.const_data_ptr<float>(), size, reduced, layers, d_logits.mutable_data_ptr<float>(),
                   d_hidden.mutable_data_ptr<float>(), d_pooled.mutable_data_ptr<float>());
-    device.launch("channel_reunion_backward: find_dots", find_dots, warps_for(device, size), kMapThreads, 0,
-                  map, d_pooled.const_data_ptr<float>(), size.channels, nullptr, size,
-                  d_weights.mutable_data_ptr<float>());
-    device.launch("channel_reunion_backward: find_map_gradient", find_map_gradient,
-                  blocks_for(device, divide_up(size.elements(), kMapThreads)), kMapThreads, 0,
-                  d_output.const_data_ptr<float>(), gate.const_data_ptr<float>(),
-                  weights.const_data_ptr<float>(), d_pooled.const_data_ptr<float>(),
-                  d_weights.const_data_ptr<float>(), direction.const_data_ptr<float>(), size, size.elements(),
-                  d_features.mutable_data_ptr<float>());
-    device.launch("channel_reunion_backward: add_weighted", add_weighted<true>, part_grid(size),
-                  kChannelThreads, 0, map, d_weights.const_data_ptr<float>(), size,
-                  parts.mutable_data_ptr<float>());
+    launch_dots(device, "channel_reunion_backward: find_dots", map, d_pooled.const_data_ptr<float>(),
+                size.channels, nullptr, size, d_weights.mutable_data_ptr<float>());
+    const bool wide =
+        are_wide(size.channels, {gradient, gate.const_data_ptr<float>(), d_pooled.const_data_ptr<float>(),
+                                 direction.const_data_ptr<float>(), d_features.const_data_ptr<float>()});
+    with_width(wide, [&](auto width) {
+      device.launch("channel_reunion_backward: find_map_gradient", find_map_gradient<width>,
+                    pass_grid(size, width), kMapThreads, 0, gradient, gate.const_data_ptr<float>(),
+                    weights.const_data_ptr<float>(), d_pooled.const_data_ptr<float>(),
+                    d_weights.const_data_ptr<float>(), direction.const_data_ptr<float>(), size,
+                    d_features.mutable_data_ptr<float>());
+    });
+    launch_weighted(device, "channel_reunion_backward: add_weighted", map, d_weights.const_data_ptr<float>(),
+                    size, parts.mutable_data_ptr<float>());
   }
   device.launch("channel_reunion_backward: finish_parameters", finish_parameters<float>,
                 divide_up(size.channels, kWarp) + 1, kMapThreads, 0, parts.const_data_ptr<float>(),

@@ -390,11 +390,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The bank is split so that about two blocks wait for every multiprocessor, in whole tiles.
+// The bank is divided, in whole tiles, so that the blocks fill the device once: a second round of few blocks
+// would take as long as the first.
 int rows_per_split(const Problem& problem, const Device& device) {
   const int64_t query_tiles = divide_up(problem.query_count, kTileQueries);
   const int64_t bank_tiles = divide_up(problem.bank_rows, kTileRows);
-  const int64_t wanted = divide_up(2 * device.multiprocessors(), query_tiles);
+  const int64_t wanted = std::max<int64_t>(1, 2 * device.multiprocessors() / query_tiles);
   const int64_t splits = std::min({wanted, bank_tiles, static_cast<int64_t>(kMostSplits)});
   return static_cast<int>(divide_up(bank_tiles, splits)) * kTileRows;
 }

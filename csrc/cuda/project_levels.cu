@@ -1,6 +1,6 @@
 // The multi-level 1x1 CoordConv on CUDA, forward and backward. A 1x1 convolution commutes with bilinear
-// resizing, so every level is multiplied on its own grid, on tensor cores (tile_product.cuh): the coarser
-// ones first, and the finest one's product ends in adding their interpolation and the coordinates.
+// resizing, so every level is multiplied on its own grid, on tensor cores (tile_product.cuh), and one pass
+// over the finest one's product adds the others' interpolation and the coordinates.
 //
 // Levels of any format and layout are pooled and split into the parts that tensor cores multiply (split.cuh)
 // in one pass. Memory beyond inputs and outputs: these parts, the coarser levels' projections, and backward
@@ -20,6 +20,7 @@
 #include "../checks.h"
 #include "bilinear.cuh"
 #include "common.cuh"
+#include "maps.cuh"
 #include "split.cuh"
 #include "tile_product.cuh"
 
@@ -114,91 +115,17 @@ struct LevelChannels {
   }
 };
 
-// The gradient carried to a coarser grid: every output pixel's goes to the pixels that it was made of.
-__global__ void carry_gradient(const float* gradient,  // [batch * height * width, dimension]
-                               Grid fine, Grid coarse, int dimension,
-                               float* carried) {  // [coarse pixels, dimension]
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < coarse.pixels() * dimension;
-       i += int64_t{gridDim.x} * kThreads) {
-    const Pixel pixel(coarse, i / dimension);
-    const int d = static_cast<int>(i % dimension);
-    const Reach rows = reach(pixel.y, coarse.height, fine.height);
-    const Reach columns = reach(pixel.x, coarse.width, fine.width);
-    float sum = 0.0f;
-    for (int y = rows.first; y < rows.end; ++y) {
-      const float row_weight = weight_of<float>(pixel.y, y, coarse.height, fine.height);
-      if (row_weight == 0.0f) continue;
-      for (int x = columns.first; x < columns.end; ++x) {
-        const float weight = row_weight * weight_of<float>(pixel.x, x, coarse.width, fine.width);
-        if (weight == 0.0f) continue;
-        sum += weight * gradient[((pixel.image * fine.height + y) * fine.width + x) * dimension + d];
-      }
-    }
-    carried[i] = sum;
-  }
-}
-
 // --- Products
 // ---------------------------------------------------------------------------------------------------
 
-// Where a block's tile of products lies.
-struct TilePlace {
-  int64_t first_row;
-  int64_t first_column;
-  int64_t rows;     // of the operand from the first row on
-  int64_t columns;  // of the other one
-  int part;         // of the depth
-
-  // Calls use(column, product) for this thread's products of half `half` of tile row r.
-  template <class Use>
-  __device__ void for_each_column(int r, int half, Product::Sums& sums, Use use) const {
-#pragma unroll
-    for (int c = 0; c < Shape::column_tiles; ++c) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        const int column = Shape::column(c, i);
-        if (column < columns) use(static_cast<int>(first_column + column), sums[r][c][i]);
-      }
-    }
-  }
-
-  // Calls use(r, half, row) for this thread's rows.
-  template <class Use>
-  __device__ void for_each_row(Use use) const {
-#pragma unroll
-    for (int r = 0; r < Shape::row_tiles; ++r) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = Shape::row(r, 2 * half);
-        if (row < rows) use(r, half, first_row + row);
-      }
-    }
-  }
-};
-
-// Writes the products as they are; of a part of the depth, into its own matrix.
-struct Store {
-  float* to;  // [parts, rows, columns]
-  int64_t rows;
-  int64_t columns;
-
-  __device__ void operator()(const TilePlace& place, Product::Sums& sums) const {
-    place.for_each_row([&](int r, int half, int64_t row) {
-      float* const out = to + (place.part * rows + row) * columns;
-      place.for_each_column(r, half, sums, [&](int column, float value) { out[column] = value; });
-    });
-  }
-};
-
+// The coordinates and the bias, and the coarser levels interpolated, added to the finest one's projection.
 struct CoarseLevel {
   const float* projected;  // [pixels, dimension]
   int height;
   int width;
 };
 
-// Adds the coarser levels' interpolation, the coordinates and the bias.
-struct Fuse {
-  float* out;  // [pixels, dimension]
+struct Others {
   Grid grid;
   int dimension;
   const float* weight;  // the row coordinate's column of it; the next one is the column coordinate's
@@ -206,40 +133,47 @@ struct Fuse {
   const float* bias;  // [dimension] or null
   CoarseLevel coarse[kMostLevels];
   int coarse_count;
+};
 
-  __device__ void operator()(const TilePlace& place, Product::Sums& sums) const {
-    for (int l = 0; l < coarse_count; ++l) {
-      const CoarseLevel& level = coarse[l];
-      place.for_each_row([&](int r, int half, int64_t row) {
-        const Pixel pixel(grid, row);
-        const Between<float> y = between<float>(pixel.y, level.height, grid.height);
-        const Between<float> x = between<float>(pixel.x, level.width, grid.width);
-        const int64_t image = pixel.image * level.height;
+// A warp a pixel and some of its channels.
+template <int width>
+__global__ void add_others(const __grid_constant__ Others others,
+                           float* __restrict__ out) {  // [pixels, dimension]
+  const int lane = threadIdx.x % kWarp;
+  const int64_t pixels = others.grid.pixels();
+  for (int64_t index = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp; index < pixels;
+       index += int64_t{gridDim.x} * (kThreads / kWarp)) {
+    const Pixel pixel(others.grid, index);
+    const float at_y = coordinate(pixel.y, others.grid.height);
+    const float at_x = coordinate(pixel.x, others.grid.width);
+    for (int c = lane * width; c < others.dimension; c += kWarp * width) {
+      float* const own = out + index * others.dimension + c;
+      auto sum = Channels<width>::load(own);
+      for (int l = 0; l < others.coarse_count; ++l) {
+        const CoarseLevel& level = others.coarse[l];
+        const Between<float> y = between<float>(pixel.y, level.height, others.grid.height);
+        const Between<float> x = between<float>(pixel.x, level.width, others.grid.width);
         // A neighbour without weight is not read: it may be NaN.
         const auto add = [&](int from_y, int from_x, float weight) {
           if (weight == 0.0f) return;
-          const float* const from = level.projected + ((image + from_y) * level.width + from_x) * dimension;
-          place.for_each_column(r, half, sums,
-                                [&](int column, float& sum) { sum = fmaf(weight, from[column], sum); });
+          const int64_t from = (pixel.image * level.height + from_y) * level.width + from_x;
+          const auto here = Channels<width>::load(level.projected + from * others.dimension + c);
+          Channels<width>::each([&](int i) { sum.of[i] = fmaf(weight, here.of[i], sum.of[i]); });
         };
         add(y.low, x.low, y.low_weight * x.low_weight);
         add(y.low, x.high, y.low_weight * x.high_weight);
         add(y.high, x.low, y.high_weight * x.low_weight);
         add(y.high, x.high, y.high_weight * x.high_weight);
+      }
+      Channels<width>::each([&](int i) {
+        const float* const factors = others.weight + (c + i) * others.weight_stride;
+        const float constant = others.bias == nullptr ? 0.0f : others.bias[c + i];
+        sum.of[i] += fmaf(at_x, factors[1], fmaf(at_y, factors[0], constant));
       });
+      sum.store(own);
     }
-    place.for_each_row([&](int r, int half, int64_t row) {
-      const Pixel pixel(grid, row);
-      const float y = coordinate(pixel.y, grid.height);
-      const float x = coordinate(pixel.x, grid.width);
-      place.for_each_column(r, half, sums, [&](int column, float value) {
-        const float* const factors = weight + column * weight_stride;
-        const float constant = bias == nullptr ? 0.0f : bias[column];
-        out[row * dimension + column] = value + fmaf(x, factors[1], fmaf(y, factors[0], constant));
-      });
-    });
   }
-};
+}
 
 // Rows that are split group by group, with their groups' scales.
 struct Operand {
@@ -254,33 +188,55 @@ struct Operand {
 };
 
 // Block (x, y, z): rows x of a times rows y of b, over the z-th part of the groups.
-template <class Finish>
 __global__ void __launch_bounds__(Shape::threads)
-    multiply(Operand a, Operand b, int part, const __grid_constant__ Finish finish) {
+    multiply(Operand a, Operand b, int part,
+             float* __restrict__ products) {  // [parts, a's rows, b's rows]
   const int64_t first_row = int64_t{blockIdx.x} * Shape::rows;
   const int64_t first_column = int64_t{blockIdx.y} * Shape::columns;
+  const int64_t columns = b.rows.count;
   const int begin = blockIdx.z * part;
   const Operand own_a(a, first_row);
   const Operand own_b(b, first_column);
   Product::Sums sums;
   Product::multiply_groups(own_a.rows, own_a.scales, own_b.rows, own_b.scales, begin, begin + part,
                            dynamic_shared_memory(), sums);
-  finish(TilePlace{first_row, first_column, own_a.rows.count, own_b.rows.count, static_cast<int>(blockIdx.z)},
-         sums);
+  const bool even = columns % 2 == 0;
+#pragma unroll
+  for (int r = 0; r < Shape::row_tiles; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = Shape::row(r, 2 * half);
+      if (row >= own_a.rows.count) continue;
+      float* const to = products + (blockIdx.z * a.rows.count + first_row + row) * columns + first_column;
+#pragma unroll
+      for (int c = 0; c < Shape::column_tiles; ++c) {
+        const int column = Shape::column(c, 0);
+        if (column >= own_b.rows.count) continue;
+        const float first = sums[r][c][2 * half];
+        const float second = sums[r][c][2 * half + 1];
+        if (even) {
+          *reinterpret_cast<float2*>(to + column) = make_float2(first, second);
+        } else {
+          to[column] = first;
+          if (column + 1 < own_b.rows.count) to[column + 1] = second;
+        }
+      }
+    }
+  }
 }
 
 // `part` groups a block; 0: all.
-template <class Finish>
 void launch_product(const Device& device, const char* name, const SplitTensor& a, const SplitTensor& b,
-                    int part, const Finish& finish) {
+                    int part, const Tensor& products) {
   const int64_t groups = groups_of(a.width);
   const int64_t each = part == 0 ? groups : part;
   const int64_t rows = a.parts.size(0);
   const int64_t columns = b.parts.size(0);
   device.launch(
-      name, multiply<Finish>,
+      name, multiply,
       dim3(divide_up(rows, Shape::rows), divide_up(columns, Shape::columns), divide_up(groups, each)),
-      Shape::threads, Product::shared_bytes, Operand(a), Operand(b), static_cast<int>(each), finish);
+      Shape::threads, Product::shared_bytes, Operand(a), Operand(b), static_cast<int>(each),
+      products.mutable_data_ptr<float>());
 }
 
 // Adds up the parts and writes the columns where they belong: a level's channels into the weight's gradient,
@@ -375,31 +331,33 @@ Tensor project_levels(const Tensors& levels, const Tensor& weight_given,
   Tensor out = new_floats(weight, {grid.batch, int64_t{grid.height} * grid.width, dimension});
   if (grid.batch == 0) return out;
 
-  Fuse fuse{};
-  fuse.out = out.mutable_data_ptr<float>();
-  fuse.grid = grid;
-  fuse.dimension = dimension;
-  fuse.weight = weight.const_data_ptr<float>() + inputs - 2;
-  fuse.weight_stride = inputs;
-  fuse.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  Others others{};
+  others.grid = grid;
+  others.dimension = dimension;
+  others.weight = weight.const_data_ptr<float>() + inputs - 2;
+  others.weight_stride = inputs;
+  others.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   std::vector<Tensor> projections;
-  int64_t column = levels[0].size(1);
-  for (size_t l = 1; l < levels.size(); ++l) {
+  bool wide = are_wide(dimension, {out.const_data_ptr<float>()});
+  int64_t column = 0;
+  for (size_t l = 0; l < levels.size(); ++l) {
     const Grid own = grid_of(levels[l]);
     const int64_t channels = levels[l].size(1);
-    const SplitTensor features = split_level<LevelPixels>(device, levels[l], pool, own.pixels(), channels);
-    const Tensor projected = new_floats(weight, {own.pixels(), dimension});
-    launch_product(device, "project_levels: coarse level", features,
-                   split_weight(device, weight, column, channels), 0,
-                   Store{projected.mutable_data_ptr<float>(), own.pixels(), dimension});
-    fuse.coarse[fuse.coarse_count++] = {projected.const_data_ptr<float>(), own.height, own.width};
-    projections.push_back(projected);
+    const Tensor projected = l == 0 ? out : new_floats(weight, {own.pixels(), dimension});
+    launch_product(device, "project_levels: multiply",
+                   split_level<LevelPixels>(device, levels[l], pool, own.pixels(), channels),
+                   split_weight(device, weight, column, channels), 0, projected);
     column += channels;
+    if (l == 0) continue;
+    others.coarse[others.coarse_count++] = {projected.const_data_ptr<float>(), own.height, own.width};
+    wide = wide && are_wide(dimension, {projected.const_data_ptr<float>()});
+    projections.push_back(projected);
   }
-  const int64_t channels = levels[0].size(1);
-  launch_product(device, "project_levels: finest level",
-                 split_level<LevelPixels>(device, levels[0], pool, grid.pixels(), channels),
-                 split_weight(device, weight, 0, channels), 0, fuse);
+  with_width(wide, [&](auto width) {
+    device.launch("project_levels: add_others", add_others<width>,
+                  blocks_for(device, divide_up(grid.pixels(), kThreads / kWarp)), kThreads, 0, others,
+                  out.mutable_data_ptr<float>());
+  });
   return out;
 }
 
@@ -408,9 +366,9 @@ Tensor gradient_on(const Device& device, const Tensor& gradient, const Grid& fin
   const int64_t dimension = gradient.size(2);
   if (fine.height == coarse.height && fine.width == coarse.width) return gradient;
   Tensor carried = new_floats(gradient, {coarse.pixels(), dimension});
-  device.launch("project_levels: carry_gradient", carry_gradient,
-                blocks_for(device, divide_up(carried.numel(), kThreads)), kThreads, 0,
-                gradient.const_data_ptr<float>(), fine, coarse, dimension, carried.mutable_data_ptr<float>());
+  launch_adjoint(device, "project_levels: gather_upsampled", gradient.const_data_ptr<float>(), fine.batch,
+                 static_cast<int>(dimension), {fine.height, fine.width}, {coarse.height, coarse.width},
+                 carried.mutable_data_ptr<float>());
   return carried;
 }
 
@@ -444,8 +402,7 @@ std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient
     const int part = static_cast<int>(divide_up(groups, splits));
     const int parts = static_cast<int>(divide_up(groups, part));
     const Tensor sums = new_floats(gradient, {parts, dimension, columns});
-    launch_product(device, "project_levels_weight_gradient: multiply", a, b, part,
-                   Store{sums.mutable_data_ptr<float>(), dimension, columns});
+    launch_product(device, "project_levels_weight_gradient: multiply", a, b, part, sums);
     device.launch("project_levels_weight_gradient: finish", finish_weight_gradient,
                   blocks_for(device, divide_up(dimension * columns, kThreads)), kThreads, 0,
                   sums.const_data_ptr<float>(), parts, dimension, static_cast<int>(channels), finest, column,
@@ -476,8 +433,7 @@ Tensor project_levels_level_gradient(const Tensor& gradient_given, const Tensor&
   const MatrixColumns columns{weight.const_data_ptr<float>(), channels};
   launch_product(device, "project_levels_level_gradient: multiply",
                  split_by_group(device, gradient, pixels, coarse.pixels(), dimension),
-                 split_by_group(device, weight, columns, channels, dimension), 0,
-                 Store{out.mutable_data_ptr<float>(), coarse.pixels(), channels});
+                 split_by_group(device, weight, columns, channels, dimension), 0, out);
   return out;
 }
 

@@ -27,7 +27,8 @@ __device__ T block_sum(T value) {
 
 // Half a warp's squared distance of two vectors, in exactly the order of the CPU's kernels; every lane of the
 // half gets the sum. All lanes of the warp must call.
-__device__ inline float squared_distance(const float* a, const float* b, int width) {
+__device__ inline float squared_distance(const float* __restrict__ a, const float* __restrict__ b,
+                                         int width) {
   float sum = 0.0f;
 #pragma unroll 4  // the loads of several steps at once
   for (int d = static_cast<int>(threadIdx.x) % 16; d < width; d += 16) {

@@ -660,43 +660,55 @@ __global__ void find_starts(const int64_t* sorted_ends, int64_t edges, int count
   starts[i] = begin;
 }
 
-// One warp a patch: the pulls of its own pairs and then, in the order of their rows, of those in which it is
-// the neighbour.
-__global__ void add_sparse_gradient(Patches patches, SparseLabel label,
-                                    const float* pulls,           // [count, k]
-                                    const int64_t* starts,        // [count + 1]
-                                    const int64_t* sorted_edges,  // [count * k]: who has a patch as neighbour
-                                    const float* grad,            // one
-                                    float scale,
-                                    float* gradient) {  // [count, width]
-  constexpr int kAtOnce = 4;                            // elements that a lane adds up together
-  const int64_t i = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (i >= patches.count) return;
-  const int64_t first_edge = i * label.k;
+// Block (x, y): patch x and 128 elements of it, y. The pulls of its own pairs and of those in which it is the
+// neighbour, which can be hundreds: each warp adds up every eighth of them, in the order of their rows.
+__global__ void __launch_bounds__(kThreads)
+    add_sparse_gradient(Patches patches, SparseLabel label,
+                        const float* __restrict__ pulls,           // [count, k]
+                        const int64_t* __restrict__ starts,        // [count + 1]
+                        const int64_t* __restrict__ sorted_edges,  // [count * k]: by neighbour
+                        const float* __restrict__ grad,            // one
+                        float scale,
+                        float* __restrict__ gradient) {  // [count, width]
+  constexpr int kWarps = kThreads / kWarp;
+  constexpr int kAtOnce = 4;  // elements of a lane
+  __shared__ float sums[kWarps][kAtOnce * kWarp];
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t i = blockIdx.x;
+  const int first = blockIdx.y * kAtOnce * kWarp + lane;
   const int64_t begin = starts[i];
-  const int64_t end = starts[i + 1];
+  const int64_t others = starts[i + 1] - begin;
   const float* const from = patches.online.vectors + i * patches.width;
-  for (int first = threadIdx.x % kWarp; first < patches.width; first += kAtOnce * kWarp) {
-    float sums[kAtOnce] = {};
-    const auto add = [&](int64_t edge, int64_t other) {
-      const float pull = pulls[edge];
-      if (pull == 0.0f) return;
-      const bool foreign = other < 0 || other >= patches.count;
-      const float* const to = patches.online.vectors + (foreign ? i : other) * patches.width;
+  float own[kAtOnce];
+  float mine[kAtOnce] = {};
 #pragma unroll
-      for (int a = 0; a < kAtOnce; ++a) {
-        const int d = first + a * kWarp;
-        if (d < patches.width) sums[a] += pull * (from[d] - (foreign ? NAN : to[d]));
-      }
-    };
-    for (int64_t edge = first_edge; edge < first_edge + label.k; ++edge) add(edge, label.neighbors[edge]);
-    for (int64_t at = begin; at < end; ++at) add(sorted_edges[at], sorted_edges[at] / label.k);
+  for (int a = 0; a < kAtOnce; ++a) {
+    const int d = first + a * kWarp;
+    own[a] = d < patches.width ? from[d] : 0.0f;
+  }
+  for (int64_t at = warp; at < label.k + others; at += kWarps) {
+    const bool outgoing = at < label.k;
+    const int64_t edge = outgoing ? i * label.k + at : sorted_edges[begin + at - label.k];
+    const int64_t other = outgoing ? label.neighbors[edge] : edge / label.k;
+    const float pull = pulls[edge];
+    if (pull == 0.0f) continue;
+    const bool foreign = other < 0 || other >= patches.count;
+    const float* const to = patches.online.vectors + (foreign ? i : other) * patches.width;
 #pragma unroll
     for (int a = 0; a < kAtOnce; ++a) {
       const int d = first + a * kWarp;
-      if (d < patches.width) gradient[i * patches.width + d] += *grad * scale * sums[a];
+      if (d < patches.width) mine[a] += pull * (own[a] - (foreign ? NAN : to[d]));
     }
   }
+#pragma unroll
+  for (int a = 0; a < kAtOnce; ++a) sums[warp][a * kWarp + lane] = mine[a];
+  __syncthreads();
+  const int d = blockIdx.y * kAtOnce * kWarp + static_cast<int>(threadIdx.x);
+  if (threadIdx.x >= kAtOnce * kWarp || d >= patches.width) return;
+  float sum = sums[0][threadIdx.x];
+  for (int other = 1; other < kWarps; ++other) sum += sums[other][threadIdx.x];
+  gradient[i * patches.width + d] += *grad * scale * sum;
 }
 
 // --- On the host
@@ -901,7 +913,7 @@ Tensor relaxed_contrastive_backward(const Tensor& grad, const Tensor& z, const T
                 kThreads, 0, ends.const_data_ptr<int64_t>(), ends.numel(), problem.count(),
                 starts.mutable_data_ptr<int64_t>());
   device.launch("relaxed_contrastive_backward: add_sparse_gradient", add_sparse_gradient,
-                divide_up(problem.count(), kThreads / kWarp), kThreads, 0, patches, problem.sparse,
+                dim3(problem.count(), divide_up(z.size(1), 4 * kWarp)), kThreads, 0, patches, problem.sparse,
                 pulls.const_data_ptr<float>(), starts.const_data_ptr<int64_t>(),
                 edges.const_data_ptr<int64_t>(), grad.const_data_ptr<float>(),
                 static_cast<float>(problem.scale), gradient.mutable_data_ptr<float>());

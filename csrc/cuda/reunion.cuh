@@ -10,37 +10,60 @@ namespace pydefect::cuda {
 
 // dots[image, position] = map . vector + offset, a warp a position; each image has its own vector where
 // `vector_stride` is not 0.
-static __global__ void find_dots(const float* map, const float* vectors, int64_t vector_stride,
-                                 const float* offset,  // one, or null
+template <int width>
+static __global__ void find_dots(const float* __restrict__ map, const float* __restrict__ vectors,
+                                 int64_t vector_stride,
+                                 const float* __restrict__ offset,  // one, or null
                                  MapSize size,
-                                 float* dots) {  // [images, positions]
+                                 float* __restrict__ dots) {  // [images, positions]
   const int lane = threadIdx.x % kWarp;
   const int64_t count = size.images * size.positions;
-  for (int64_t p = int64_t{blockIdx.x} * (kMapThreads / kWarp) + threadIdx.x / kWarp; p < count;
-       p += int64_t{gridDim.x} * (kMapThreads / kWarp)) {
-    const float* vector = vectors + p / size.positions * vector_stride;
+  for (int64_t p = int64_t{blockIdx.x} * kMapWarps + threadIdx.x / kWarp; p < count;
+       p += int64_t{gridDim.x} * kMapWarps) {
+    const float* const vector = vectors + p / size.positions * vector_stride;
     float sum = 0.0f;
-    for (int c = lane; c < size.channels; c += kWarp) sum += map[p * size.channels + c] * vector[c];
+#pragma unroll 4
+    for (int c = lane * width; c < size.channels; c += kWarp * width) {
+      const auto here = Channels<width>::load(map + p * size.channels + c);
+      const auto there = Channels<width>::load(vector + c);
+      Channels<width>::each([&](int i) { sum += here.of[i] * there.of[i]; });
+    }
     sum = warp_sum(sum);
     if (lane == 0) dots[p] = sum + (offset == nullptr ? 0.0f : *offset);
   }
 }
 
-// The map's positions added up, weighed or as they are.
-template <bool weighed>
-static __global__ void add_weighted(const float* map,
-                                    const float* weights,  // [images, positions], or null
+inline void launch_dots(const Device& device, const char* name, const float* map, const float* vectors,
+                        int64_t vector_stride, const float* offset, const MapSize& size, float* dots) {
+  with_width(are_wide(size.channels, {map, vectors}), [&](auto width) {
+    device.launch(name, find_dots<width>,
+                  blocks_for(device, divide_up(size.images * size.positions, kMapWarps)), kMapThreads, 0, map,
+                  vectors, vector_stride, offset, size, dots);
+  });
+}
+
+// The map's positions added up, weighed or, without weights, as they are.
+template <int width>
+static __global__ void add_weighted(const float* __restrict__ map,
+                                    const float* __restrict__ weights,  // [images, positions], or null
                                     MapSize size,
-                                    float* parts) {  // [images, parts, channels]
-  const Part part(size);
-  if (part.channel >= size.channels) return;
-  float sum = 0.0f;
-  for (int64_t p = part.begin; p < part.end; ++p) {
-    const int64_t position = blockIdx.z * size.positions + p;
-    const float value = map[position * size.channels + part.channel];
-    sum += weighed ? value * weights[position] : value;
-  }
-  parts[part.place(size)] = sum;
+                                    float* __restrict__ parts) {  // [images, parts, channels]
+  const Pass<width> pass(size);
+  Channels<width> sum{};
+  pass.each(size, [&](int64_t p, int64_t at) {
+    const auto here = Channels<width>::load(map + at);
+    const float weight = weights == nullptr ? 1.0f : weights[blockIdx.z * size.positions + p];
+    Channels<width>::each([&](int i) { sum.of[i] += here.of[i] * weight; });
+  });
+  pass.write_sum(size, sum, parts + pass.part(size) * size.channels);
+}
+
+inline void launch_weighted(const Device& device, const char* name, const float* map, const float* weights,
+                            const MapSize& size, float* parts) {
+  with_width(are_wide(size.channels, {map}), [&](auto width) {
+    device.launch(name, add_weighted<width>, pass_grid(size, width), kMapThreads, 0, map, weights, size,
+                  parts);
+  });
 }
 
 // The gradients of a weight and a bias out of sums, in a fixed order. A block has 32 elements of the weight
@@ -59,25 +82,19 @@ static __global__ void finish_parameters(const float* parts,  // [rows, elements
     if (threadIdx.x == 0) *d_bias = static_cast<float>(sum);
     return;
   }
-  constexpr int kWarps = kMapThreads / kWarp;
-  __shared__ float sums[kWarps][kWarp];
+  __shared__ float sums[kMapWarps][kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t element = int64_t{blockIdx.x} * kWarp + lane;
   float sum = 0.0f;
   if (element < elements) {
-    for (int64_t row = warp; row < rows; row += kWarps) sum += parts[row * elements + element];
+    for (int64_t row = warp; row < rows; row += kMapWarps) sum += parts[row * elements + element];
   }
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || element >= elements) return;
-  for (int other = 1; other < kWarps; ++other) sum += sums[other][lane];
+  for (int other = 1; other < kMapWarps; ++other) sum += sums[other][lane];
   d_weight[element] = sum;
-}
-
-// Blocks for a warp a position.
-inline unsigned warps_for(const Device& device, const MapSize& size) {
-  return blocks_for(device, divide_up(size.images * size.positions, kMapThreads / kWarp));
 }
 
 }  // namespace pydefect::cuda

@@ -29,10 +29,12 @@ __device__ int64_t mirrored(int64_t index, int64_t size) {
 }
 
 // One block a pixel. scipy.ndimage.gaussian_filter1d(truncate=4, mode="reflect") after the upsampling, in
-// double like there.
+// double like there. The block computes its threads' number of Gaussian weights at a time, for all patches.
 __global__ void make_band(int patches, int pixels, double sigma,
                           float* weights,  // [pixels, patches]
                           int* ends) {     // [pixels, 2]
+  __shared__ double gaussians[kThreads];
+  __shared__ Between<double> places[kThreads];
   __shared__ int low;
   __shared__ int high;
   const int64_t pixel = blockIdx.x;
@@ -41,16 +43,26 @@ __global__ void make_band(int patches, int pixels, double sigma,
     low = patches;
     high = 0;
   }
-  __syncthreads();
-  for (int patch = threadIdx.x; patch < patches; patch += kThreads) {
+  for (int first_patch = 0; first_patch < patches; first_patch += kThreads) {
+    const int patch = first_patch + static_cast<int>(threadIdx.x);
     double sum = 0.0;
     double total = 0.0;
-    for (int64_t i = -radius; i <= radius; ++i) {
+    for (int64_t first = -radius; first <= radius; first += kThreads) {
+      const int64_t i = first + threadIdx.x;
       const auto x = static_cast<double>(i);
-      const double gaussian = sigma > 0.0 ? exp(-0.5 * x * x / (sigma * sigma)) : 1.0;
-      total += gaussian;
-      sum += gaussian * weight_of<double>(patch, mirrored(pixel + i, pixels), patches, pixels);
+      __syncthreads();  // the last round's readers are done
+      gaussians[threadIdx.x] = sigma > 0.0 ? exp(-0.5 * x * x / (sigma * sigma)) : 1.0;
+      places[threadIdx.x] = between<double>(mirrored(pixel + i, pixels), patches, pixels);
+      __syncthreads();
+      const auto count = static_cast<int>(min(radius - first + 1, int64_t{kThreads}));
+      for (int j = 0; j < count; ++j) {
+        const Between<double>& place = places[j];
+        total += gaussians[j];
+        sum += gaussians[j] * ((place.low == patch ? place.low_weight : 0.0) +
+                               (place.high == patch ? place.high_weight : 0.0));
+      }
     }
+    if (patch >= patches) continue;
     weights[pixel * patches + patch] = static_cast<float>(sum / total);
     if (sum > 0.0) {
       atomicMax(&high, patch + 1);

@@ -14,16 +14,17 @@ namespace {
 
 constexpr const char* kName = "selective_fusion";
 
-__global__ void sum_maps(const float* first, const float* second, MapSize size,
-                         float* parts) {  // [images, parts, channels]
-  const Part part(size);
-  if (part.channel >= size.channels) return;
-  float sum = 0.0f;
-  for (int64_t p = part.begin; p < part.end; ++p) {
-    const int64_t at = blockIdx.z * size.image() + p * size.channels + part.channel;
-    sum += first[at] + second[at];
-  }
-  parts[part.place(size)] = sum;
+template <int width>
+__global__ void sum_maps(const float* __restrict__ first, const float* __restrict__ second, MapSize size,
+                         float* __restrict__ parts) {  // [images, parts, channels]
+  const Pass<width> pass(size);
+  Channels<width> sum{};
+  pass.each(size, [&](int64_t, int64_t at) {
+    const auto one = Channels<width>::load(first + at);
+    const auto other = Channels<width>::load(second + at);
+    Channels<width>::each([&](int i) { sum.of[i] += one.of[i] + other.of[i]; });
+  });
+  pass.write_sum(size, sum, parts + pass.part(size) * size.channels);
 }
 
 struct Layers {
@@ -55,7 +56,7 @@ __global__ void find_shares(const float* parts, MapSize size, int reduced, Layer
   dense(layers.second_weight, layers.second_bias, middle, size.channels, reduced, n2, same);
   __syncthreads();
   // The softmax over two is the sigmoid of their difference.
-  for (int c = threadIdx.x; c < size.channels; c += kMapThreads) {
+  for (int c = threadIdx.x; c < size.channels; c += kLayerThreads) {
     const float difference = n1[c] - n2[c];
     n1[c] = sigmoid(difference);
     n2[c] = sigmoid(-difference);
@@ -63,35 +64,67 @@ __global__ void find_shares(const float* parts, MapSize size, int reduced, Layer
 }
 
 // y = x * scale + shift, a factor and a summand (or none) for each image's channels; of both maps.
-__global__ void scale_maps(const float* first, const float* second,
-                           const float* first_scale,   // [images, channels]
-                           const float* second_scale,  // [images, channels]
-                           const float* shift,         // [images, channels] or null
-                           MapSize size, int64_t elements, float* scaled_first, float* scaled_second) {
-  for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kMapThreads) {
-    const int64_t channel = i / size.image() * size.channels + i % size.channels;
-    const float added = shift == nullptr ? 0.0f : shift[channel];
-    scaled_first[i] = first[i] * first_scale[channel] + added;
-    scaled_second[i] = second[i] * second_scale[channel] + added;
-  }
+template <int width>
+__global__ void scale_maps(const float* __restrict__ first, const float* __restrict__ second,
+                           const float* __restrict__ first_scale,   // [images, channels]
+                           const float* __restrict__ second_scale,  // [images, channels]
+                           const float* __restrict__ shift,         // [images, channels] or null
+                           MapSize size, float* __restrict__ scaled_first,
+                           float* __restrict__ scaled_second) {
+  const Pass<width> pass(size);
+  if (!pass.any) return;
+  const auto first_factors = Channels<width>::load(first_scale + pass.row(size));
+  const auto second_factors = Channels<width>::load(second_scale + pass.row(size));
+  Channels<width> added{};
+  if (shift != nullptr) added = Channels<width>::load(shift + pass.row(size));
+  pass.each(size, [&](int64_t, int64_t at) {
+    auto one = Channels<width>::load(first + at);
+    auto other = Channels<width>::load(second + at);
+    Channels<width>::each([&](int i) {
+      one.of[i] = one.of[i] * first_factors.of[i] + added.of[i];
+      other.of[i] = other.of[i] * second_factors.of[i] + added.of[i];
+    });
+    one.store(scaled_first + at);
+    other.store(scaled_second + at);
+  });
 }
 
-__global__ void sum_products(const float* d_first, const float* first, const float* d_second,
-                             const float* second, MapSize size,
-                             float* first_parts,     // [images, parts, channels]
-                             float* second_parts) {  // [images, parts, channels]
-  const Part part(size);
-  if (part.channel >= size.channels) return;
-  float first_sum = 0.0f;
-  float second_sum = 0.0f;
-  for (int64_t p = part.begin; p < part.end; ++p) {
-    const int64_t at = blockIdx.z * size.image() + p * size.channels + part.channel;
-    first_sum += d_first[at] * first[at];
-    second_sum += d_second[at] * second[at];
-  }
-  first_parts[part.place(size)] = first_sum;
-  second_parts[part.place(size)] = second_sum;
+template <int width>
+__global__ void sum_products(const float* __restrict__ d_first, const float* __restrict__ first,
+                             const float* __restrict__ d_second, const float* __restrict__ second,
+                             MapSize size,
+                             float* __restrict__ first_parts,     // [images, parts, channels]
+                             float* __restrict__ second_parts) {  // [images, parts, channels]
+  const Pass<width> pass(size);
+  Channels<width> first_sum{};
+  Channels<width> second_sum{};
+  pass.each(size, [&](int64_t, int64_t at) {
+    const auto d_one = Channels<width>::load(d_first + at);
+    const auto one = Channels<width>::load(first + at);
+    const auto d_other = Channels<width>::load(d_second + at);
+    const auto other = Channels<width>::load(second + at);
+    Channels<width>::each([&](int i) {
+      first_sum.of[i] += d_one.of[i] * one.of[i];
+      second_sum.of[i] += d_other.of[i] * other.of[i];
+    });
+  });
+  pass.write_sum(size, first_sum, first_parts + pass.part(size) * size.channels);
+  pass.write_sum(size, second_sum, second_parts + pass.part(size) * size.channels);
+}
+
+void launch_scale(const Device& device, const char* name, const Tensor& first, const Tensor& second,
+                  const Tensor& first_scale, const Tensor& second_scale, const float* shift,
+                  const MapSize& size, Tensor& scaled_first, Tensor& scaled_second) {
+  const bool wide = are_wide(
+      size.channels, {first.const_data_ptr<float>(), second.const_data_ptr<float>(),
+                      first_scale.const_data_ptr<float>(), second_scale.const_data_ptr<float>(), shift,
+                      scaled_first.const_data_ptr<float>(), scaled_second.const_data_ptr<float>()});
+  with_width(wide, [&](auto width) {
+    device.launch(name, scale_maps<width>, pass_grid(size, width), kMapThreads, 0,
+                  first.const_data_ptr<float>(), second.const_data_ptr<float>(),
+                  first_scale.const_data_ptr<float>(), second_scale.const_data_ptr<float>(), shift, size,
+                  scaled_first.mutable_data_ptr<float>(), scaled_second.mutable_data_ptr<float>());
+  });
 }
 
 // One block an image.
@@ -107,7 +140,7 @@ __global__ void find_mean_gradient(const float* first_parts, const float* second
   add_parts(first_parts, size, image, 1.0f, d_first_logits + channel);
   add_parts(second_parts, size, image, 1.0f, d_second_logits + channel);
   // Each thread goes on with the channels that it has just added up.
-  for (int c = threadIdx.x; c < size.channels; c += kMapThreads) {
+  for (int c = threadIdx.x; c < size.channels; c += kLayerThreads) {
     const float n1 = share[channel + c];
     const float n2 = 1.0f - n1;
     const float gradient = n1 * n2 * (d_first_logits[channel + c] - d_second_logits[channel + c]);
@@ -117,17 +150,20 @@ __global__ void find_mean_gradient(const float* first_parts, const float* second
   }
   __syncthreads();
   float* const d_middle = d_hidden + image * reduced;
-  for (int r = threadIdx.x; r < reduced; r += kMapThreads) {
-    float sum = 0.0f;
-    for (int c = 0; c < size.channels; ++c) {
-      const int64_t at = static_cast<int64_t>(c) * reduced + r;
-      sum += d_first_logits[channel + c] * (layers.first_weight[at] - layers.second_weight[at]);
-    }
-    d_middle[r] = hidden[image * reduced + r] > 0.0f ? sum : 0.0f;
+  const auto heads = [&](int o, int i) {
+    const int64_t at = int64_t{o} * reduced + i;
+    return layers.first_weight[at] - layers.second_weight[at];
+  };
+  dense_backward(heads, d_first_logits + channel, size.channels, reduced, d_middle);
+  __syncthreads();
+  for (int r = threadIdx.x; r < reduced; r += kLayerThreads) {
+    if (!(hidden[image * reduced + r] > 0.0f)) d_middle[r] = 0.0f;
   }
   __syncthreads();
-  dense_backward(layers.reduce_weight, d_middle, reduced, size.channels, d_mean + channel);
-  for (int c = threadIdx.x; c < size.channels; c += kMapThreads) {
+  const auto reduce = [&](int o, int i) { return layers.reduce_weight[int64_t{o} * size.channels + i]; };
+  dense_backward(reduce, d_middle, reduced, size.channels, d_mean + channel);
+  __syncthreads();
+  for (int c = threadIdx.x; c < size.channels; c += kLayerThreads) {
     d_mean[channel + c] /= static_cast<float>(size.positions);
   }
 }
@@ -162,18 +198,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_fusion(
   const Layers layers{reduce_weight.const_data_ptr<float>(), reduce_bias.const_data_ptr<float>(),
                       first_weight.const_data_ptr<float>(),  first_bias.const_data_ptr<float>(),
                       second_weight.const_data_ptr<float>(), second_bias.const_data_ptr<float>()};
-  device.launch("selective_fusion: sum_maps", sum_maps, part_grid(size), kChannelThreads, 0,
-                first.const_data_ptr<float>(), second.const_data_ptr<float>(), size,
-                parts.mutable_data_ptr<float>());
-  device.launch("selective_fusion: find_shares", find_shares, size.images, kMapThreads, 0,
+  with_width(are_wide(size.channels, {first.const_data_ptr<float>(), second.const_data_ptr<float>()}),
+             [&](auto width) {
+               device.launch("selective_fusion: sum_maps", sum_maps<width>, pass_grid(size, width),
+                             kMapThreads, 0, first.const_data_ptr<float>(), second.const_data_ptr<float>(),
+                             size, parts.mutable_data_ptr<float>());
+             });
+  device.launch("selective_fusion: find_shares", find_shares, size.images, kLayerThreads, 0,
                 parts.const_data_ptr<float>(), size, reduced, layers, pooled.mutable_data_ptr<float>(),
                 hidden.mutable_data_ptr<float>(), share.mutable_data_ptr<float>(),
                 second_share.mutable_data_ptr<float>());
-  device.launch("selective_fusion: scale_maps", scale_maps,
-                blocks_for(device, divide_up(size.elements(), kMapThreads)), kMapThreads, 0,
-                first.const_data_ptr<float>(), second.const_data_ptr<float>(), share.const_data_ptr<float>(),
-                second_share.const_data_ptr<float>(), nullptr, size, size.elements(),
-                fused_first.mutable_data_ptr<float>(), fused_second.mutable_data_ptr<float>());
+  launch_scale(device, "selective_fusion: scale_maps", first, second, share, second_share, nullptr, size,
+               fused_first, fused_second);
   return {fused_first, fused_second, pooled, hidden, share};
 }
 
@@ -219,22 +255,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selec
     const Layers layers{reduce_weight.const_data_ptr<float>(), nullptr,
                         first_weight.const_data_ptr<float>(),  nullptr,
                         second_weight.const_data_ptr<float>(), nullptr};
-    device.launch("selective_fusion_backward: sum_products", sum_products, part_grid(size), kChannelThreads,
-                  0, d_fused_first.const_data_ptr<float>(), first.const_data_ptr<float>(),
-                  d_fused_second.const_data_ptr<float>(), second.const_data_ptr<float>(), size, first_parts,
-                  second_parts);
+    const bool wide =
+        are_wide(size.channels, {d_fused_first.const_data_ptr<float>(), first.const_data_ptr<float>(),
+                                 d_fused_second.const_data_ptr<float>(), second.const_data_ptr<float>()});
+    with_width(wide, [&](auto width) {
+      device.launch("selective_fusion_backward: sum_products", sum_products<width>, pass_grid(size, width),
+                    kMapThreads, 0, d_fused_first.const_data_ptr<float>(), first.const_data_ptr<float>(),
+                    d_fused_second.const_data_ptr<float>(), second.const_data_ptr<float>(), size, first_parts,
+                    second_parts);
+    });
     device.launch("selective_fusion_backward: find_mean_gradient", find_mean_gradient, size.images,
-                  kMapThreads, 0, first_parts, second_parts, share.const_data_ptr<float>(),
+                  kLayerThreads, 0, first_parts, second_parts, share.const_data_ptr<float>(),
                   hidden.const_data_ptr<float>(), size, reduced, layers,
                   second_share.mutable_data_ptr<float>(), d_first_logits.mutable_data_ptr<float>(),
                   d_second_logits.mutable_data_ptr<float>(), d_hidden.mutable_data_ptr<float>(),
                   d_mean.mutable_data_ptr<float>());
-    device.launch("selective_fusion_backward: scale_maps", scale_maps,
-                  blocks_for(device, divide_up(size.elements(), kMapThreads)), kMapThreads, 0,
-                  d_fused_first.const_data_ptr<float>(), d_fused_second.const_data_ptr<float>(),
-                  share.const_data_ptr<float>(), second_share.const_data_ptr<float>(),
-                  d_mean.const_data_ptr<float>(), size, size.elements(), d_first.mutable_data_ptr<float>(),
-                  d_second.mutable_data_ptr<float>());
+    launch_scale(device, "selective_fusion_backward: scale_maps", d_fused_first, d_fused_second, share,
+                 second_share, d_mean.const_data_ptr<float>(), size, d_first, d_second);
   }
   launch_layer_gradient(device, d_first_logits, hidden, d_first_weight, d_first_bias);
   launch_layer_gradient(device, d_second_logits, hidden, d_second_weight, d_second_bias);

@@ -27,14 +27,7 @@ static_assert(kGroup * kTaps <= kWarp);
 // How the position weights are normalised, as pydefect/ops/spatial_reunion.py numbers it.
 enum Normalisation : int64_t { kNone, kMean, kSoftmax };
 
-struct Grid {
-  int height;
-  int width;
-
-  __host__ __device__ int64_t positions() const { return int64_t{height} * width; }
-};
-
-Grid grid_of(const Tensor& map) {
+PlaneSize grid_of(const Tensor& map) {
   return {static_cast<int>(map.size(1)), static_cast<int>(map.size(2))};
 }
 
@@ -43,18 +36,29 @@ struct Place {
   Between<float> row;
   Between<float> column;
 
-  __device__ static Place of(int64_t position, Grid fine, Grid coarse) {
+  __device__ static Place of(int64_t position, PlaneSize fine, PlaneSize coarse) {
     return {between<float>(position / fine.width, coarse.height, fine.height),
             between<float>(position % fine.width, coarse.width, fine.width)};
   }
 
-  __device__ float upsampled(const float* map,  // an image's [coarse positions, channels]
-                             Grid coarse, int channels, int channel) const {
-    const auto at = [&](int y, int x) { return map[(int64_t{y} * coarse.width + x) * channels + channel]; };
-    return row.low_weight *
-               (column.low_weight * at(row.low, column.low) + column.high_weight * at(row.low, column.high)) +
-           row.high_weight * (column.low_weight * at(row.high, column.low) +
-                              column.high_weight * at(row.high, column.high));
+  template <int width>
+  __device__ Channels<width> upsampled(
+      const float* __restrict__ map,  // an image's [coarse positions, channels]
+      PlaneSize coarse, int channels, int channel) const {
+    const auto at = [&](int y, int x) {
+      return Channels<width>::load(map + (int64_t{y} * coarse.width + x) * channels + channel);
+    };
+    const auto low_low = at(row.low, column.low);
+    const auto low_high = at(row.low, column.high);
+    const auto high_low = at(row.high, column.low);
+    const auto high_high = at(row.high, column.high);
+    Channels<width> found;
+    Channels<width>::each([&](int i) {
+      found.of[i] =
+          row.low_weight * (column.low_weight * low_low.of[i] + column.high_weight * low_high.of[i]) +
+          row.high_weight * (column.low_weight * high_low.of[i] + column.high_weight * high_high.of[i]);
+    });
+    return found;
   }
 };
 
@@ -64,19 +68,21 @@ struct Maps {
   const float* coarse;    // [images, coarse positions, channels]
   const float* weight;    // [9, channels]
   MapSize size;
-  Grid fine;
-  Grid grid;  // of the coarse map
+  PlaneSize fine;
+  PlaneSize grid;  // of the coarse map
+
+  bool are_wide() const { return cuda::are_wide(size.channels, {features, local, coarse, weight}); }
 };
 
 // taps[k] = sum over the channels of weight[k] * local * sigmoid(upsampled + features): what a position is to
 // the nine that look at it. A warp kGroup positions.
-__global__ void find_taps(Maps maps, float* taps) {  // [images, positions, 9]
+template <int width>
+__global__ void find_taps(Maps maps, float* __restrict__ taps) {  // [images, positions, 9]
   const int lane = threadIdx.x % kWarp;
   const int64_t channels = maps.size.channels;
   const int64_t count = maps.size.images * maps.size.positions;
-  constexpr int kWarps = kMapThreads / kWarp;
-  for (int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp) * kGroup; first < count;
-       first += int64_t{gridDim.x} * kWarps * kGroup) {
+  for (int64_t first = (int64_t{blockIdx.x} * kMapWarps + threadIdx.x / kWarp) * kGroup; first < count;
+       first += int64_t{gridDim.x} * kMapWarps * kGroup) {
     // The last group repeats its last position and does not write it twice.
     int64_t position[kGroup];
     const float* coarse[kGroup];
@@ -89,19 +95,24 @@ __global__ void find_taps(Maps maps, float* taps) {  // [images, positions, 9]
           maps.coarse + position[i] / maps.size.positions * maps.grid.positions() * maps.size.channels;
       place[i] = Place::of(position[i] % maps.size.positions, maps.fine, maps.grid);
     }
-    for (int c = lane; c < channels; c += kWarp) {
-      float gated[kGroup];
+    for (int c = lane * width; c < channels; c += kWarp * width) {
+      Channels<width> gated[kGroup];
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int64_t at = position[i] * channels + c;
-        const float up = place[i].upsampled(coarse[i], maps.grid, maps.size.channels, c);
-        gated[i] = maps.local[at] * sigmoid(up + maps.features[at]);
+        const auto up = place[i].upsampled<width>(coarse[i], maps.grid, maps.size.channels, c);
+        const auto local = Channels<width>::load(maps.local + at);
+        const auto features = Channels<width>::load(maps.features + at);
+        Channels<width>::each(
+            [&](int j) { gated[i].of[j] = local.of[j] * sigmoid(up.of[j] + features.of[j]); });
       }
 #pragma unroll
       for (int k = 0; k < kTaps; ++k) {
-        const float factor = maps.weight[k * channels + c];
+        const auto factor = Channels<width>::load(maps.weight + k * channels + c);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) sums[i][k] += factor * gated[i];
+        for (int i = 0; i < kGroup; ++i) {
+          Channels<width>::each([&](int j) { sums[i][k] += factor.of[j] * gated[i].of[j]; });
+        }
       }
     }
     float mine = 0.0f;
@@ -119,7 +130,7 @@ __global__ void find_taps(Maps maps, float* taps) {  // [images, positions, 9]
 
 // The neighbour of (y, x) that tap k of the convolution looks at, or with sign -1 the one that looks at it;
 // below 0 where that is outside.
-__device__ int64_t neighbour(int64_t position, int k, int sign, Grid grid) {
+__device__ int64_t neighbour(int64_t position, int k, int sign, PlaneSize grid) {
   const int64_t y = position / grid.width + sign * (k / 3 - 1);
   const int64_t x = position % grid.width + sign * (k % 3 - 1);
   return y >= 0 && y < grid.height && x >= 0 && x < grid.width ? y * grid.width + x : -1;
@@ -128,7 +139,7 @@ __device__ int64_t neighbour(int64_t position, int k, int sign, Grid grid) {
 // attention = (bias + the taps of the nine neighbours) / divisor
 __global__ void find_attention(const float* taps,  // [images, positions, 9]
                                const float* bias,  // one
-                               MapSize size, Grid fine, float divisor,
+                               MapSize size, PlaneSize fine, float divisor,
                                float* attention) {  // [images, positions]
   const int64_t count = size.images * size.positions;
   for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < count;
@@ -179,12 +190,17 @@ __global__ void find_context(const float* parts, MapSize size, float* context) {
   add_parts(parts, size, blockIdx.x, 1.0f, context + int64_t{blockIdx.x} * size.channels);
 }
 
-__global__ void add_context(const float* map, const float* context, MapSize size, int64_t elements,
-                            float* output) {
-  for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kMapThreads) {
-    output[i] = map[i] + context[i / size.image() * size.channels + i % size.channels];
-  }
+template <int width>
+__global__ void add_context(const float* __restrict__ map, const float* __restrict__ context, MapSize size,
+                            float* __restrict__ output) {
+  const Pass<width> pass(size);
+  if (!pass.any) return;
+  const auto added = Channels<width>::load(context + pass.row(size));
+  pass.each(size, [&](int64_t, int64_t at) {
+    auto here = Channels<width>::load(map + at);
+    Channels<width>::each([&](int i) { here.of[i] += added.of[i]; });
+    here.store(output + at);
+  });
 }
 
 // Back through the normalisation, in place, and an image's share of the bias's gradient. One block an image.
@@ -211,101 +227,86 @@ __global__ void find_logit_gradient(const float* attention,  // [images, positio
   if (threadIdx.x == 0) bias_sums[blockIdx.x] = sum;
 }
 
-// Back through the gate, a thread a channel of a part's positions. With d_g = sum of d_taps[k] * weight[k]
-// and h = d_g * local * s * (1 - s), s the sigmoid: d_features = d_output + attention * d_context + h,
-// d_local = d_g * s, d_up = h, and the weight's gradient is the sum of d_taps[k] * local * s.
-__global__ void __launch_bounds__(kChannelThreads)
+// Back through the gate. With d_g = sum of d_taps[k] * weight[k] and h = d_g * local * s * (1 - s), s the
+// sigmoid: d_features = d_output + attention * d_context + h, d_local = d_g * s, d_up = h, and the weight's
+// gradient is the sum of d_taps[k] * local * s.
+template <int width>
+__global__ void __launch_bounds__(kMapThreads)
     find_gate_gradient(Maps maps,
-                       const float* d_output,   // [images, positions, channels]
-                       const float* d_context,  // [images, channels]
-                       const float* attention,  // [images, positions]
-                       const float* gradient,   // [images, positions]
-                       float* d_features, float* d_local,
-                       float* d_up,            // all three [images, positions, channels]
-                       float* weight_parts) {  // [images, parts, 9, channels]
+                       const float* __restrict__ d_output,   // [images, positions, channels]
+                       const float* __restrict__ d_context,  // [images, channels]
+                       const float* __restrict__ attention,  // [images, positions]
+                       const float* __restrict__ gradient,   // [images, positions]
+                       float* __restrict__ d_features, float* __restrict__ d_local,
+                       float* __restrict__ d_up,            // all three [images, positions, channels]
+                       float* __restrict__ weight_parts) {  // [images, parts, 9, channels]
   // What all channels of a position share.
   __shared__ Place places[kPartPositions];
   __shared__ float d_taps[kPartPositions][kTaps];
   const MapSize size = maps.size;
-  const Part part(size);
+  const Pass<width> pass(size);
   const int64_t image = int64_t{blockIdx.z} * size.positions;
-  const int length = static_cast<int>(part.end - part.begin);
-  for (int i = threadIdx.x; i < length; i += kChannelThreads) {
-    places[i] = Place::of(part.begin + i, maps.fine, maps.grid);
+  const int length = static_cast<int>(pass.end - pass.begin);
+  for (int i = threadIdx.x; i < length; i += kMapThreads) {
+    places[i] = Place::of(pass.begin + i, maps.fine, maps.grid);
   }
-  for (int i = threadIdx.x; i < length * kTaps; i += kChannelThreads) {
-    const int64_t from = neighbour(part.begin + i / kTaps, i % kTaps, -1, maps.fine);
+  for (int i = threadIdx.x; i < length * kTaps; i += kMapThreads) {
+    const int64_t from = neighbour(pass.begin + i / kTaps, i % kTaps, -1, maps.fine);
     d_taps[i / kTaps][i % kTaps] = from >= 0 ? gradient[image + from] : 0.0f;
   }
   __syncthreads();
-  if (part.channel >= size.channels) return;
 
   const float* const coarse = maps.coarse + blockIdx.z * maps.grid.positions() * size.channels;
-  const float context = d_context[int64_t{blockIdx.z} * size.channels + part.channel];
-  float factors[kTaps];
-  float sums[kTaps] = {};
-#pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
-    factors[k] = maps.weight[static_cast<int64_t>(k) * size.channels + part.channel];
-  }
-  for (int i = 0; i < length; ++i) {
-    const int64_t position = image + part.begin + i;
-    const int64_t at = position * size.channels + part.channel;
-    const float up = places[i].upsampled(coarse, maps.grid, size.channels, part.channel);
-    const float open = sigmoid(up + maps.features[at]);
-    const float gated = maps.local[at] * open;
-    float d_gated = 0.0f;
+  Channels<width> context{};
+  Channels<width> factors[kTaps] = {};
+  Channels<width> sums[kTaps] = {};
+  if (pass.any) {
+    context = Channels<width>::load(d_context + pass.row(size));
 #pragma unroll
     for (int k = 0; k < kTaps; ++k) {
-      d_gated += d_taps[i][k] * factors[k];
-      sums[k] += d_taps[i][k] * gated;
+      factors[k] =
+          Channels<width>::load(maps.weight + static_cast<int64_t>(k) * size.channels + pass.channel);
     }
-    const float d_sum = d_gated * gated * (1.0f - open);
-    d_local[at] = d_gated * open;
-    d_up[at] = d_sum;
-    d_features[at] = d_output[at] + attention[position] * context + d_sum;
   }
-  float* const own = weight_parts + (blockIdx.z * size.parts() + blockIdx.x) * kTaps * size.channels;
+  pass.each(size, [&](int64_t p, int64_t at) {
+    const auto place = static_cast<int>(p - pass.begin);
+    const auto features = Channels<width>::load(maps.features + at);
+    const auto local = Channels<width>::load(maps.local + at);
+    auto d_sum = Channels<width>::load(d_output + at);
+    const auto up = places[place].template upsampled<width>(coarse, maps.grid, size.channels, pass.channel);
+    const float weight = attention[image + p];
+    Channels<width> d_gate;
+    Channels<width> d_gated;
+    Channels<width>::each([&](int i) {
+      const float open = sigmoid(up.of[i] + features.of[i]);
+      const float gated = local.of[i] * open;
+      float through = 0.0f;
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) own[static_cast<int64_t>(k) * size.channels + part.channel] = sums[k];
-}
-
-// The adjoint of the upsampling: a coarse position gathers from those that it is in.
-__global__ void find_coarse_gradient(const float* d_up,  // [images, positions, channels]
-                                     MapSize size, Grid fine, Grid coarse, int64_t elements,
-                                     float* d_coarse) {  // [images, coarse positions, channels]
-  for (int64_t i = int64_t{blockIdx.x} * kMapThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kMapThreads) {
-    const int64_t c = i % size.channels;
-    const int64_t position = i / size.channels % coarse.positions();
-    const float* const own = d_up + i / size.channels / coarse.positions() * size.image();
-    const int coarse_y = static_cast<int>(position / coarse.width);
-    const int coarse_x = static_cast<int>(position % coarse.width);
-    const Reach rows = reach(coarse_y, coarse.height, fine.height);
-    const Reach columns = reach(coarse_x, coarse.width, fine.width);
-    float sum = 0.0f;
-    for (int y = rows.first; y < rows.end; ++y) {
-      const float row_weight = weight_of<float>(coarse_y, y, coarse.height, fine.height);
-      if (row_weight == 0.0f) continue;
-      for (int x = columns.first; x < columns.end; ++x) {
-        const float weight = row_weight * weight_of<float>(coarse_x, x, coarse.width, fine.width);
-        if (weight == 0.0f) continue;
-        sum += weight * own[(int64_t{y} * fine.width + x) * size.channels + c];
+      for (int k = 0; k < kTaps; ++k) {
+        through += d_taps[place][k] * factors[k].of[i];
+        sums[k].of[i] += d_taps[place][k] * gated;
       }
-    }
-    d_coarse[i] = sum;
+      d_gated.of[i] = through * open;
+      d_gate.of[i] = through * gated * (1.0f - open);
+      d_sum.of[i] += weight * context.of[i] + d_gate.of[i];
+    });
+    d_gated.store(d_local + at);
+    d_gate.store(d_up + at);
+    d_sum.store(d_features + at);
+  });
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    pass.write_sum(size, sums[k], weight_parts + (pass.part(size) * kTaps + k) * size.channels);
   }
 }
 
-// The sum of a map's positions, each image's own: [images, channels].
-template <bool weighed>
+// The sum of a map's positions, each image's own: [images, channels]. Without weights as they are.
 Tensor summed(const Device& device, const char* name, const Tensor& map, const float* weights,
               const MapSize& size) {
   const Tensor parts = new_floats(map, {size.images, size.parts(), size.channels});
   Tensor sums = new_floats(map, {size.images, size.channels});
-  device.launch(name, add_weighted<weighed>, part_grid(size), kChannelThreads, 0, map.const_data_ptr<float>(),
-                weights, size, parts.mutable_data_ptr<float>());
-  device.launch("spatial_reunion: find_context", find_context, size.images, kMapThreads, 0,
+  launch_weighted(device, name, map.const_data_ptr<float>(), weights, size, parts.mutable_data_ptr<float>());
+  device.launch("spatial_reunion: find_context", find_context, size.images, kLayerThreads, 0,
                 parts.const_data_ptr<float>(), size, sums.mutable_data_ptr<float>());
   return sums;
 }
@@ -335,9 +336,11 @@ std::tuple<Tensor, Tensor> spatial_reunion(const Tensor& features_given, const T
   const int64_t count = size.images * size.positions;
   const Tensor taps = new_floats(features, {count, kTaps});
   float* const weights = attention.mutable_data_ptr<float>();
-  device.launch("spatial_reunion: find_taps", find_taps,
-                blocks_for(device, divide_up(count, kGroup * kMapThreads / kWarp)), kMapThreads, 0, maps,
-                taps.mutable_data_ptr<float>());
+  with_width(maps.are_wide(), [&](auto width) {
+    device.launch("spatial_reunion: find_taps", find_taps<width>,
+                  blocks_for(device, divide_up(count, kGroup * kMapWarps)), kMapThreads, 0, maps,
+                  taps.mutable_data_ptr<float>());
+  });
   device.launch("spatial_reunion: find_attention", find_attention,
                 blocks_for(device, divide_up(count, kMapThreads)), kMapThreads, 0,
                 taps.const_data_ptr<float>(), bias.const_data_ptr<float>(), size, maps.fine,
@@ -345,10 +348,13 @@ std::tuple<Tensor, Tensor> spatial_reunion(const Tensor& features_given, const T
   if (normalisation == kSoftmax) {
     device.launch("spatial_reunion: find_softmax", find_softmax, size.images, kMapThreads, 0, size, weights);
   }
-  const Tensor context = summed<true>(device, "spatial_reunion: add_weighted", features, weights, size);
-  device.launch("spatial_reunion: add_context", add_context,
-                blocks_for(device, divide_up(size.elements(), kMapThreads)), kMapThreads, 0, maps.features,
-                context.const_data_ptr<float>(), size, size.elements(), output.mutable_data_ptr<float>());
+  const Tensor context = summed(device, "spatial_reunion: add_weighted", features, weights, size);
+  const bool wide = are_wide(
+      size.channels, {maps.features, context.const_data_ptr<float>(), output.const_data_ptr<float>()});
+  with_width(wide, [&](auto width) {
+    device.launch("spatial_reunion: add_context", add_context<width>, pass_grid(size, width), kMapThreads, 0,
+                  maps.features, context.const_data_ptr<float>(), size, output.mutable_data_ptr<float>());
+  });
   return {output, attention};
 }
 
@@ -385,23 +391,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spatial_reunion_backward(
     const Tensor gradient = new_floats(features, {size.images, size.positions});
     const Tensor d_up = torch::stable::empty_like(features);
     const Tensor d_context =
-        summed<false>(device, "spatial_reunion_backward: add_weighted", d_output, nullptr, size);
-    device.launch("spatial_reunion_backward: find_dots", find_dots, warps_for(device, size), kMapThreads, 0,
-                  maps.features, d_context.const_data_ptr<float>(), size.channels, nullptr, size,
-                  gradient.mutable_data_ptr<float>());
+        summed(device, "spatial_reunion_backward: add_weighted", d_output, nullptr, size);
+    launch_dots(device, "spatial_reunion_backward: find_dots", maps.features,
+                d_context.const_data_ptr<float>(), size.channels, nullptr, size,
+                gradient.mutable_data_ptr<float>());
     device.launch("spatial_reunion_backward: find_logit_gradient", find_logit_gradient, size.images,
                   kMapThreads, 0, attention.const_data_ptr<float>(), size, normalisation,
                   gradient.mutable_data_ptr<float>(), bias_sums.mutable_data_ptr<double>());
-    device.launch("spatial_reunion_backward: find_gate_gradient", find_gate_gradient, part_grid(size),
-                  kChannelThreads, 0, maps, d_output.const_data_ptr<float>(),
+    const bool wide =
+        maps.are_wide() &&
+        are_wide(size.channels, {d_output.const_data_ptr<float>(), d_context.const_data_ptr<float>(),
+                                 d_features.const_data_ptr<float>(), d_local.const_data_ptr<float>(),
+                                 d_up.const_data_ptr<float>()});
+    const auto find_gradient = wide ? find_gate_gradient<2> : find_gate_gradient<1>;
+    device.launch("spatial_reunion_backward: find_gate_gradient", find_gradient,
+                  pass_grid(size, wide ? 2 : 1), kMapThreads, 0, maps, d_output.const_data_ptr<float>(),
                   d_context.const_data_ptr<float>(), attention.const_data_ptr<float>(),
                   gradient.const_data_ptr<float>(), d_features.mutable_data_ptr<float>(),
                   d_local.mutable_data_ptr<float>(), d_up.mutable_data_ptr<float>(),
                   weight_parts.mutable_data_ptr<float>());
-    device.launch("spatial_reunion_backward: find_coarse_gradient", find_coarse_gradient,
-                  blocks_for(device, divide_up(d_coarse.numel(), kMapThreads)), kMapThreads, 0,
-                  d_up.const_data_ptr<float>(), size, maps.fine, maps.grid, d_coarse.numel(),
-                  d_coarse.mutable_data_ptr<float>());
+    launch_adjoint(device, "spatial_reunion_backward: gather_upsampled", d_up.const_data_ptr<float>(),
+                   size.images, size.channels, maps.fine, maps.grid, d_coarse.mutable_data_ptr<float>());
   }
   const int64_t elements = d_weight.numel();
   device.launch("spatial_reunion_backward: finish_parameters", finish_parameters<double>,
