@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pydefect.calibration import Calibration, check_terms, held_out_calibration
 from pydefect.config import MethodConfig
+from pydefect.cuda_graphs import ReplayedCalls
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
 from pydefect.errors import InputError
 from pydefect.preprocessing import Preprocessing
@@ -103,6 +104,9 @@ class Detector(ABC):
         Name in the registry.
     takes_validation
         Whether :meth:`fit` calibrates on a data set's validation images where there are some.
+    capturable
+        Whether a CUDA graph can capture :meth:`predict_maps`: on a card nothing in it waits for the device.
+        Images that come one by one are then scored by replaying one.
     config_type
         Type of the settings: its ``from_preset`` takes what a user gives to :func:`pydefect.fit`.
     config
@@ -122,6 +126,7 @@ class Detector(ABC):
 
     method: ClassVar[str]
     takes_validation: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
     config_type: ClassVar[type[MethodConfig]]
     config: MethodConfig
     seed: int
@@ -313,10 +318,13 @@ class Detector(ABC):
         collection = open_images(images, on_error=on_error)
         bars = ProgressBars(progress)
         total, done = known_length(collection), 0
+        predict: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = self.predict_maps
+        if self.capturable and batch_size == 1:
+            predict = ReplayedCalls(self.predict_maps)
         try:
             began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):
-                image_scores, maps = self.predict_maps(tensors.to(self.device))
+                image_scores, maps = predict(tensors.to(self.device))
                 scores = image_scores.tolist()
                 maps = {name: some.cpu() for name, some in maps.items()}
                 share = (time.perf_counter() - began) / len(group)

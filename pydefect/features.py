@@ -39,9 +39,10 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
     ----------
     precision
         ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 on a CPU with instructions for it (AVX512_BF16,
-        which all processors with AMX have as well), else float32.
+        which all processors with AMX have as well) and on a CUDA card with instructions for it (8.0 and
+        later), else float32.
     device
-        Where the backbone computes.
+        Where the network computes.
 
     Returns
     -------
@@ -54,12 +55,18 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
     """
     if precision != "auto":
         return precision
-    return "bfloat16" if device.type == "cpu" and cpu_has_bfloat16() else "float32"
+    has = {"cpu": cpu_has_bfloat16, "cuda": cuda_has_bfloat16}.get(device.type)
+    return "bfloat16" if has is not None and has() else "float32"
 
 
 def cpu_has_bfloat16() -> bool:
     """Tell whether this processor multiplies bfloat16 numbers with instructions of its own."""
     return "avx512bf16" in _native.build_info()["cpu_levels_usable"]
+
+
+def cuda_has_bfloat16() -> bool:
+    """Tell whether the CUDA device multiplies bfloat16 numbers with instructions of its own."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
@@ -181,6 +188,8 @@ class FeatureCache:
     ----------
     memory_budget
         Bytes to keep in memory; the rest goes to disk.
+    device
+        In whose memory.
     folder
         Where the file is made, in a temporary folder that is removed with the cache; None: the system's
         temporary folder.
@@ -193,11 +202,17 @@ class FeatureCache:
     scores then differ by some percent (``tests/test_features.py`` holds all this on real images).
     """
 
-    def __init__(self, memory_budget: int = 2 << 30, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        memory_budget: int = 2 << 30,
+        folder: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if memory_budget < 0:
             raise InputError(f"memory_budget: {memory_budget} given; allowed are 0 and more bytes")
         self._budget = memory_budget
         self._parent = folder
+        self._device = torch.device(device)
         self._shapes: list[tuple[int, int, int]] = []
         self._in_memory: list[Tensor] = []
         self._on_disk = 0
@@ -251,7 +266,7 @@ class FeatureCache:
         for image in range(levels[0].shape[0]):
             # Channels last: the order in which the projection reads.
             flat = torch.cat([level[image].permute(1, 2, 0).flatten() for level in levels]).to(
-                "cpu", torch.float16
+                self._device, torch.float16
             )
             if not bool(torch.isfinite(flat).all()):
                 raise PydefectError("features: the backbone gave a value that is not finite or over 65504")
@@ -266,7 +281,7 @@ class FeatureCache:
             weakref.finalize(self, shutil.rmtree, folder, True)
             self._file = open(Path(folder) / "features.float16", "w+b")  # noqa: SIM115 - lives as long as the cache
         self._file.seek(self._on_disk * self._image_bytes)
-        self._file.write(flat.numpy().tobytes())
+        self._file.write(flat.cpu().numpy().tobytes())
         self._on_disk += 1
 
     def _flat(self, index: int) -> Tensor:
@@ -293,7 +308,7 @@ class FeatureCache:
         list of Tensor
             One [len(indices), C, H, W] float32 a level, channels last in memory.
         """
-        batch = torch.stack([self._flat(index) for index in indices]).to(device).float()
+        batch = torch.stack([self._flat(index).to(device) for index in indices]).float()
         sizes = [channels * height * width for channels, height, width in self._shapes]
         return [
             part.reshape(len(indices), height, width, channels).permute(0, 3, 1, 2)

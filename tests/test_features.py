@@ -101,11 +101,14 @@ def test_no_image_and_one_image():
     ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("has_bfloat16", [False, True])
-def test_auto_is_bfloat16_where_the_processor_has_it(monkeypatch, device, has_bfloat16):
-    monkeypatch.setattr(features, "cpu_has_bfloat16", lambda: has_bfloat16)
-    expected = "bfloat16" if has_bfloat16 and device == "cpu" else "float32"
+def test_auto_is_bfloat16_where_processor_or_card_have_it(monkeypatch, device, has_bfloat16):
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(
+            features, f"{name}_has_bfloat16", lambda name=name: has_bfloat16 and name == device
+        )
+    expected = "bfloat16" if has_bfloat16 and device in ("cpu", "cuda") else "float32"
     assert resolve_precision("auto", torch.device(device)) == expected
     assert resolve_precision("bfloat16", torch.device(device)) == "bfloat16"
     assert resolve_precision("float32", torch.device(device)) == "float32"

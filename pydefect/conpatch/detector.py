@@ -58,6 +58,7 @@ class ConPatchDetector(FeatureDetector):
     """
 
     method: ClassVar[str] = "conpatch"
+    capturable: ClassVar[bool] = True
     config_type: ClassVar[type[FeatureConfig]] = ConPatchConfig
     config: ConPatchConfig
 

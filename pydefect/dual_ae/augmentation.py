@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
@@ -15,6 +18,8 @@ from pydefect.errors import InputError
 from pydefect.preprocessing import Preprocessing
 
 __all__ = ["PenaltyImages", "jittered"]
+
+Pixels = np.ndarray[Any, Any]
 
 _GREY = (0.299, 0.587, 0.114)
 _GREY_SHARE = 0.3
@@ -60,7 +65,7 @@ def jittered(
     return pixels.clamp_(0, 1).sub_(mean).div_(std)
 
 
-class PenaltyImages:
+class PenaltyImages(Dataset[Pixels]):
     """A source of out-of-distribution images, the same for the same seed and step.
 
     Parameters
@@ -73,6 +78,9 @@ class PenaltyImages:
         (height, width) of the network's input.
     seed
         Of the run.
+    pool
+        So many procedural images are drawn, each when it is needed first; then the same ones come again. Of a
+        folder's images every one is read anew.
 
     Raises
     ------
@@ -80,13 +88,17 @@ class PenaltyImages:
         The folder is not there, or holds no images.
     """
 
-    def __init__(self, source: str, preprocessing: Preprocessing, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, source: str, preprocessing: Preprocessing, size: tuple[int, int], seed: int, pool: int
+    ) -> None:
         self._size = size
         self._normalise = Preprocessing(None, None, preprocessing.mean, preprocessing.std)
         self._enlarged = Preprocessing(
             (2 * size[0], 2 * size[1]), size, preprocessing.mean, preprocessing.std
         )
         self._seed = seed
+        self._pool = pool
+        self._kept: dict[int, Pixels] = {}
         self._files: list[Path] | None = None
         if source != "procedural":
             folder = Path(source)
@@ -119,15 +131,65 @@ class PenaltyImages:
             [B, 3, H, W] float32, normalised, channels last in memory. Files are enlarged to twice the size,
             made grey with a probability of 0.3 and cropped at the centre, as EfficientAD does with ImageNet.
         """
-        draw: Callable[[int], Tensor] = self._drawn if self._files is None else self._read
-        images = torch.stack([draw(step * count + number).permute(1, 2, 0) for number in range(count)])
-        return images.permute(0, 3, 1, 2)
+        (images,) = self.stream(range(step, step + 1), count)
+        return images
 
-    def _drawn(self, number: int) -> Tensor:
-        return self._normalise(texture((self._seed, number), self._size))
+    def stream(self, steps: range, count: int, workers: int = 0) -> Iterator[Tensor]:
+        """Yield the images of one step after the other.
 
-    def _read(self, number: int) -> Tensor:
-        assert self._files is not None
+        Parameters
+        ----------
+        steps
+            One after the other.
+        count
+            B.
+        workers
+            Processes that draw or read ahead; 0: everything is done here when it is needed.
+
+        Yields
+        ------
+        Tensor
+            As a call with each step.
+        """
+        draws = range(steps.start * count, steps.stop * count)
+        missing: Iterable[int] = draws
+        if self._files is None:
+            # What comes again within these steps is drawn once.
+            first = draws[: self._pool]
+            missing = [n for n in (draw % self._pool for draw in first) if n not in self._kept]
+        new = self._made(missing, workers)
+        for step in steps:
+            images = []
+            for draw in range(step * count, (step + 1) * count):
+                if self._files is not None:
+                    image = self._enlarged(next(new))
+                else:
+                    number = draw % self._pool
+                    if number not in self._kept:
+                        self._kept[number] = next(new)
+                    image = self._normalise(self._kept[number])
+                images.append(image.permute(1, 2, 0))
+            yield torch.stack(images).permute(0, 3, 1, 2)
+
+    def _made(self, numbers: Iterable[int], workers: int) -> Iterator[Pixels]:
+        if workers == 0:
+            return (self[number] for number in numbers)
+        return iter(
+            DataLoader(
+                self,
+                sampler=numbers,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=4,
+                collate_fn=_as_it_is,
+                worker_init_fn=_one_thread,
+            )
+        )
+
+    def __getitem__(self, number: int) -> Pixels:
+        """Return the pixels of the n-th image, before they are normalised: [H, W, 3]."""
+        if self._files is None:
+            return texture((self._seed, number), self._size)
         rng = np.random.default_rng((self._seed, number))
         pixels = read_image(self._files[int(rng.integers(len(self._files)))])
         if rng.random() < _GREY_SHARE:
@@ -135,4 +197,13 @@ class PenaltyImages:
                 (pixels @ np.array(_GREY)).round() if pixels.dtype == np.uint8 else pixels @ np.array(_GREY)
             )
             pixels = np.repeat(grey.astype(pixels.dtype)[..., None], 3, axis=2)
-        return self._enlarged(pixels)
+        return pixels
+
+
+def _as_it_is(pixels: Any) -> Any:
+    return pixels
+
+
+def _one_thread(_: int) -> None:
+    # A process has one image at a time, and OpenCV's threads do not survive a fork.
+    cv2.setNumThreads(0)

@@ -89,6 +89,7 @@ class DualAEConfig(MethodConfig):
         "cosine_weight": (0, math.inf),
         "hard_quantile": (0, 1),
         "dropout": (0, 0.99),
+        "penalty_pool": (1, math.inf),
         "jitter": (0, 1),
         "steps": (1, math.inf),
         "batch_size": (1, math.inf),
@@ -132,6 +133,8 @@ class DualAEConfig(MethodConfig):
     penalty: str = "procedural"
     """Images of anything else for L_pen (12): ``"procedural"``, drawn by :mod:`pydefect.data.textures`; the
     path of a folder with images of any kind; ``"none"``: no L_pen."""
+    penalty_pool: int = 2048
+    """So many procedural images are drawn (0.05 s each, 0.2 MB in memory); then the same ones come again."""
     jitter: float = 0.2
     """The autoencoders' copy of an image has one of brightness, contrast and saturation changed by a factor
     of 1 - jitter to 1 + jitter."""

@@ -20,13 +20,13 @@ from pydefect.data.images import SkippedImage, open_images
 from pydefect.detector import Detector, OnError, batches, known_length
 from pydefect.dual_ae.augmentation import PenaltyImages
 from pydefect.dual_ae.config import DualAEConfig, EfficientADConfig, check_input_size
-from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher, network_precision
+from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher
 from pydefect.dual_ae.network import DualNetwork
 from pydefect.dual_ae.scorer import MapScales, Scorer, placed_maps
 from pydefect.dual_ae.teacher import SHIPPED_TEACHER, load_teacher
 from pydefect.dual_ae.trainer import Trainer, build_network
 from pydefect.errors import InputError, ModelFileError
-from pydefect.features import FeatureCache
+from pydefect.features import FeatureCache, resolve_precision
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
@@ -65,6 +65,7 @@ class TrainingImages:
         *,
         what: str,
         memory_budget: int,
+        device: torch.device,
         on_error: OnError,
         bars: ProgressBars,
     ) -> TrainingImages:
@@ -76,7 +77,7 @@ class TrainingImages:
             There are none, one cannot be read, or their sizes differ and nothing resizes them.
         """
         collection = open_images(images, on_error=on_error)
-        cache, digest = FeatureCache(memory_budget), hashlib.sha256()
+        cache, digest = FeatureCache(memory_budget, device=device), hashlib.sha256()
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, _BATCH):
             cache.append([tensors])
@@ -113,6 +114,7 @@ class DualAEDetector(Detector):
 
     method: ClassVar[str] = "dual_ae"
     takes_validation: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
     config: DualAEConfig
     config_type: ClassVar[type[DualAEConfig]] = DualAEConfig
 
@@ -159,20 +161,23 @@ class DualAEDetector(Detector):
         With `until` training stops after so many steps of the schedule in all, and the detector is that of
         this moment; with a checkpoint a later call goes on from there.
         """
-        config = dataclasses.replace(config, precision=network_precision(config.precision, device))
+        config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
         preprocessing = Preprocessing.create(config.resize, config.crop)
         teacher = _load_teacher(config, device, weights)
         bars = ProgressBars(progress)
         # Network inputs are small beside the teacher's maps of them, which get what is left.
         budget = config.cache_memory_mb << 20
         reading: dict[str, Any] = {"on_error": on_error, "bars": bars, "memory_budget": budget // 4}
+        reading["device"] = device
         try:
             seen = TrainingImages.read(images, preprocessing, what="images", **reading)
             _, height, width = seen.cache.shapes[0]
             check_input_size("images", (height, width), config.padding)
             penalty = None
             if config.penalty != "none":
-                penalty = PenaltyImages(config.penalty, preprocessing, (height, width), seed)
+                penalty = PenaltyImages(
+                    config.penalty, preprocessing, (height, width), seed, config.penalty_pool
+                )
             skipped = seen.skipped
             train, part = _split(len(seen.cache), config.held_out_share, seed)
             held_out, others = seen.cache, part
@@ -361,7 +366,7 @@ def _load_teacher(
     state: Mapping[str, Tensor] | None = None,
 ) -> NormalisedTeacher:
     """Load the teacher that the settings name; `state` is that of a model file, where it has one."""
-    precision = network_precision(config.precision, device)
+    precision = resolve_precision(config.precision, device)
     how: dict[str, Any] = {"padding": config.padding, "precision": precision}
     if config.teacher in ARCHITECTURES:
         network = load_teacher(
@@ -386,7 +391,7 @@ def _teacher_features(
     bars: ProgressBars,
 ) -> FeatureCache:
     """Run the teacher over the training images: keep its own output of each, and set its statistics."""
-    statistics, features = ChannelStatistics(), FeatureCache(memory_budget)
+    statistics, features = ChannelStatistics(), FeatureCache(memory_budget, device=device)
     for index in train:
         (image,) = images.get([index], device)
         found = teacher.describe(image).float()

@@ -28,11 +28,12 @@ from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprin
 from pydefect.config import Settings
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
-from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic, network_precision
+from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic
 from pydefect.dual_ae.optimisers import Optimiser, Optimisers
 from pydefect.dual_ae.pdn import PDN, Size, output_size
 from pydefect.dual_ae.teacher import BackboneTeacher
 from pydefect.errors import InputError, PydefectError
+from pydefect.features import resolve_precision
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -514,7 +515,7 @@ class Distillation:
         target = _on_grid(self._target(enlarged), images, self.config.padding)
         if self.config.part is not None:
             images, target = self._part(images, target)
-        with arithmetic(network_precision(self.config.precision, self.device), self.device):
+        with arithmetic(resolve_precision(self.config.precision, self.device), self.device):
             described = self.network(images.contiguous(memory_format=torch.channels_last))
         loss = F.mse_loss(described.float(), target)
         self.network.zero_grad(set_to_none=True)
@@ -692,7 +693,7 @@ def pretrain_teacher(
     collection = DistillationImages(images, config, seed)
     backbone = build_backbone(source, os.fspath(weights))
     fingerprint = weights_fingerprint(backbone.state_dict())
-    target = BackboneTeacher(backbone, True, network_precision(config.precision, device)).to(device)
+    target = BackboneTeacher(backbone, True, resolve_precision(config.precision, device)).to(device)
     kept = None
     if checkpoint is not None:
         kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))

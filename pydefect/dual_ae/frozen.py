@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pydefect.backbones import FoldedSequence
 from pydefect.dual_ae.pdn import PDN
-from pydefect.features import Precision, resolve_precision
+from pydefect.features import Precision
 
-__all__ = ["DTYPES", "ChannelStatistics", "NormalisedTeacher", "arithmetic", "network_precision"]
+__all__ = ["DTYPES", "ChannelStatistics", "NormalisedTeacher", "arithmetic"]
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def network_precision(precision: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
-    """Say what ``"auto"`` means for the networks of this method.
-
-    Returns
-    -------
-    str
-        On the CPU as :func:`pydefect.features.resolve_precision`; bfloat16 on a card with instructions for
-        it.
-    """
-    if (
-        precision == "auto"
-        and device.type == "cuda"
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        return "bfloat16"
-    return resolve_precision(precision, device)
 
 
 def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:

@@ -6,8 +6,10 @@ The geometry is that of continuous image coordinates, as in :mod:`pydefect.prepr
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["PDN", "PDN_CHANNELS", "RECEPTIVE_FIELD", "STRIDE", "Size", "first_centre", "output_size"]
@@ -20,6 +22,48 @@ STRIDE = 4
 
 # What padding adds before the first pixel: 3 and 1 at stride 1, 3 and 1 at stride 2, 1 at stride 4.
 _PADDED_BEFORE = 3 + 1 + 2 * (3 + 1) + 4
+
+
+class _Halving(nn.AvgPool2d):
+    """The mean of 2 x 2 cells; on a card out of four views of the map.
+
+    PyTorch's kernels for channels_last take a third of a whole training step there, most of it backward.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, (H + 2 p) // 2, (W + 2 p) // 2], p the padding."""
+        if not maps.is_cuda:
+            return super().forward(maps)
+        pad = int(self.padding if isinstance(self.padding, int) else self.padding[0])
+        padded = F.pad(maps, (pad, pad, pad, pad)) if pad else maps
+        return cast(Tensor, _Halved.apply(padded))
+
+
+class _Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> Tensor:
+        ctx.shape = maps.shape
+        first, second, third, fourth = _quarters(maps)
+        return (first + second).add_(third + fourth).mul_(0.25)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        share = gradients[0] * 0.25
+        result = torch.empty(
+            ctx.shape, dtype=share.dtype, device=share.device, memory_format=torch.channels_last
+        )
+        # An odd last row or column is in no mean.
+        result[:, :, ctx.shape[2] // 2 * 2 :].zero_()
+        result[:, :, :, ctx.shape[3] // 2 * 2 :].zero_()
+        for quarter in _quarters(result):
+            quarter.copy_(share)
+        return result
+
+
+def _quarters(maps: Tensor) -> list[Tensor]:
+    """Views of the four cells of every 2 x 2, [B, C, H // 2, W // 2] each."""
+    height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2
+    return [maps[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)]
 
 
 class PDN(nn.Sequential):
@@ -49,10 +93,10 @@ class PDN(nn.Sequential):
         layers: list[nn.Module] = [
             nn.Conv2d(3, first, 4, padding=3 * pad),
             nn.ReLU(inplace=True),
-            nn.AvgPool2d(2, 2, padding=pad),
+            _Halving(2, 2, padding=pad),
             nn.Conv2d(first, second, 4, padding=3 * pad),
             nn.ReLU(inplace=True),
-            nn.AvgPool2d(2, 2, padding=pad),
+            _Halving(2, 2, padding=pad),
         ]
         if size == "medium":
             layers += [nn.Conv2d(second, second, 1), nn.ReLU(inplace=True)]

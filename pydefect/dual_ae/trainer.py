@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydefect.cuda_graphs import CapturedCall
 from pydefect.dual_ae.augmentation import PenaltyImages, jittered
 from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic
@@ -32,6 +34,8 @@ __all__ = ["LOSSES", "LossRecord", "Progress", "Trainer", "build_network", "step
 
 LOSSES = ("hard", "penalty", "teacher_autoencoder", "student_autoencoder", "cosine")
 
+# Processes that draw penalty images ahead of a card, at most: a step takes less time there than one image.
+_WORKERS = 15
 # Seconds between checkpoints; saving 100 MB of weights and moments takes about one.
 _CHECKPOINT_INTERVAL = 60.0
 _RECORDS = 200
@@ -124,6 +128,9 @@ def step_losses(
 class Trainer:
     """One training run, which can stop after any step and go on later.
 
+    On a card a step's losses and gradients are a CUDA graph: a step of one image has hundreds of kernels, and
+    launching them takes longer than running them.
+
     Parameters
     ----------
     images
@@ -180,6 +187,7 @@ class Trainer:
         )
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         self._order: tuple[int, list[int]] = (-1, [])
+        self._captured: CapturedCall | None = None
         self._saved_at = time.monotonic()
         saved = self.checkpoint.load("training") if self.checkpoint else None
         if saved is not None:
@@ -196,8 +204,9 @@ class Trainer:
         steps = self.config.steps
         end = steps if until is None else min(until, steps)
         interval = max(1, steps // _RECORDS)
+        penalties = self._penalties(range(self.step, end))
         while self.step < end:
-            self._sums += self._train_step().double()
+            self._sums += self._train_step(next(penalties)).double()
             self.step += 1
             if self.step % interval == 0 or self.step == steps:
                 self._record(self.step - (self.history[-1].step if self.history else 0))
@@ -217,7 +226,16 @@ class Trainer:
         self.history.append(LossRecord(self.step, *means))
         self._sums.zero_()
 
-    def _train_step(self) -> Tensor:
+    def _penalties(self, steps: range) -> Iterator[Tensor | None]:
+        if self.penalty is None:
+            yield from (None for _ in steps)
+            return
+        workers = 0
+        if self.device.type == "cuda":
+            workers = max(1, min(_WORKERS, len(os.sched_getaffinity(0)) - 1))
+        yield from self.penalty.stream(steps, self.config.batch_size, workers)
+
+    def _train_step(self, penalty: Tensor | None) -> Tensor:
         config = self.config
         chosen = [
             self._image_of(self.step * config.batch_size + number) for number in range(config.batch_size)
@@ -227,22 +245,35 @@ class Trainer:
         # Drawn from (seed, step) alone, so that a resumed run needs no generator's state.
         rng = np.random.default_rng((self.seed, self.step))
         augmented = jittered(images, self.preprocessing, config.jitter, rng)
-        penalty = None if self.penalty is None else self.penalty(self.step, config.batch_size).to(self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        inputs = [images, features, augmented]
+        if penalty is not None:
+            inputs.append(penalty.to(self.device))
+        on_card = self.device.type == "cuda"
+        if on_card and self._captured is None:
+            self._captured = CapturedCall(self._losses_and_gradients, inputs)
+        with torch.random.fork_rng(devices=[self.device] if on_card else []):
             torch.manual_seed(int(rng.integers(2**63)))
-            with arithmetic(self.teacher.precision, self.device):
-                losses = step_losses(
-                    self.network,
-                    config,
-                    images,
-                    self.teacher.normalise(features),
-                    augmented,
-                    self.teacher(augmented),
-                    penalty,
-                )
+            call = self._losses_and_gradients if self._captured is None else self._captured
+            losses: Tensor = call(*inputs)
+        self._optimisers.step(config.rate(self.step))
+        return losses
+
+    def _losses_and_gradients(
+        self, images: Tensor, features: Tensor, augmented: Tensor, penalty: Tensor | None = None
+    ) -> Tensor:
+        with arithmetic(self.teacher.precision, self.device):
+            losses = step_losses(
+                self.network,
+                self.config,
+                images,
+                self.teacher.normalise(features),
+                augmented,
+                self.teacher(augmented),
+                penalty,
+            )
+        # None: a graph's gradients get memory of its own, and every replay writes them anew.
         self.network.zero_grad(set_to_none=True)
         losses.sum().backward()
-        self._optimisers.step(config.rate(self.step))
         return losses.detach()
 
     def _image_of(self, draw: int) -> int:

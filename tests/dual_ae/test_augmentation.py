@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pydefect.dual_ae import augmentation
 from pydefect.dual_ae.augmentation import PenaltyImages, jittered
 from pydefect.errors import InputError
 from pydefect.preprocessing import Preprocessing
@@ -55,13 +56,46 @@ def test_black_and_white_stay_in_range():
 
 
 def test_procedural_penalty_images_depend_on_seed_and_draw_alone():
-    source = PenaltyImages("procedural", PREPROCESSING, (48, 40), 5)
+    source = PenaltyImages("procedural", PREPROCESSING, (48, 40), 5, 100)
     both = source(3, 2)
     assert both.shape == (2, 3, 48, 40)
     # Batches of one see the same images in the same order.
     assert torch.equal(torch.cat([source(6, 1), source(7, 1)]), both)
     assert not torch.equal(both[0], both[1])
-    assert not torch.equal(PenaltyImages("procedural", PREPROCESSING, (48, 40), 6)(3, 2), both)
+    assert not torch.equal(PenaltyImages("procedural", PREPROCESSING, (48, 40), 6, 100)(3, 2), both)
+
+
+def test_a_pool_of_procedural_images_is_drawn_once(monkeypatch):
+    drawn = []
+    real = augmentation.texture
+
+    def texture(seed, size):
+        drawn.append(seed)
+        return real(seed, size)
+
+    monkeypatch.setattr(augmentation, "texture", texture)
+    source = PenaltyImages("procedural", PREPROCESSING, (40, 48), 5, 3)
+    images = torch.cat(list(source.stream(range(4), 2)))
+    assert drawn == [(5, 0), (5, 1), (5, 2)]
+    assert torch.equal(images[3:6], images[:3])
+    assert torch.equal(source(2, 2), images[4:6])
+    # A later run begins anywhere.
+    later = PenaltyImages("procedural", PREPROCESSING, (40, 48), 5, 3)
+    assert torch.equal(torch.cat(list(later.stream(range(2, 4), 2))), images[4:])
+
+
+@pytest.mark.parametrize("procedural", [True, False])
+def test_workers_draw_the_same_images(tmp_path, procedural):
+    if not procedural:
+        rng = np.random.default_rng(0)
+        for number in range(3):
+            cv2.imwrite(str(tmp_path / f"{number}.png"), rng.integers(0, 256, (30, 20, 3)).astype(np.uint8))
+    name = "procedural" if procedural else str(tmp_path)
+    here, ahead = (
+        list(PenaltyImages(name, PREPROCESSING, (40, 48), 5, 4).stream(range(1, 4), 2, workers))
+        for workers in (0, 2)
+    )
+    assert all(torch.equal(*pair) for pair in zip(here, ahead, strict=True))
 
 
 def test_penalty_images_of_a_folder(tmp_path):
@@ -70,7 +104,7 @@ def test_penalty_images_of_a_folder(tmp_path):
         path = tmp_path / "deep" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         cv2.imwrite(str(path), rng.integers(0, 256, (30 + number, 20, 3)).astype(np.uint8))
-    source = PenaltyImages(str(tmp_path), PREPROCESSING, (32, 40), 0)
+    source = PenaltyImages(str(tmp_path), PREPROCESSING, (32, 40), 0, 1)
     images = torch.cat([source(step, 1) for step in range(40)])
     assert images.shape == (40, 3, 32, 40)
     assert torch.isfinite(images).all()
@@ -83,6 +117,6 @@ def test_penalty_images_of_a_folder(tmp_path):
 
 def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(InputError, match=r"penalty.*is no folder"):
-        PenaltyImages(str(tmp_path / "none"), PREPROCESSING, (32, 32), 0)
+        PenaltyImages(str(tmp_path / "none"), PREPROCESSING, (32, 32), 0, 1)
     with pytest.raises(InputError, match=r"penalty.*holds no images"):
-        PenaltyImages(str(tmp_path), PREPROCESSING, (32, 32), 0)
+        PenaltyImages(str(tmp_path), PREPROCESSING, (32, 32), 0, 1)

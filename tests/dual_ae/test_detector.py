@@ -101,11 +101,11 @@ def test_a_fit_goes_on_where_it_stopped(settings, good_images, tmp_path, monkeyp
     whole = fit(good_images, **settings)
     step = module.Trainer._train_step
 
-    def stop(self):
+    def stop(self, penalty):
         if self.step == 2:
             self._save()
             raise KeyboardInterrupt
-        return step(self)
+        return step(self, penalty)
 
     monkeypatch.setattr(module.Trainer, "_train_step", stop)
     with pytest.raises(KeyboardInterrupt):

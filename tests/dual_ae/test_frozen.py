@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydefect.dual_ae.frozen import DTYPES, ChannelStatistics, NormalisedTeacher, network_precision
+from pydefect.dual_ae.frozen import DTYPES, ChannelStatistics, NormalisedTeacher
 from pydefect.dual_ae.pdn import PDN
 
 
@@ -42,9 +42,3 @@ def test_the_teacher_is_normalised(precision, tolerance):
     assert found.dtype == DTYPES[precision]
     expected = (expected - teacher.mean[:, None, None]) / teacher.std[:, None, None]
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
-
-
-def test_precision_is_kept_where_it_is_given():
-    assert network_precision("float32", torch.device("cpu")) == "float32"
-    assert network_precision("bfloat16", torch.device("cpu")) == "bfloat16"
-    assert network_precision("auto", torch.device("cpu")) in ("float32", "bfloat16")

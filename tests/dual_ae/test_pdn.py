@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from pydefect.dual_ae.pdn import PDN, RECEPTIVE_FIELD, STRIDE, first_centre, output_size
+from pydefect.dual_ae.pdn import PDN, RECEPTIVE_FIELD, STRIDE, _Halved, first_centre, output_size
 
 SMALL = {
     "0.weight": (128, 3, 4, 4),
@@ -81,3 +82,26 @@ def test_channels_last_and_bfloat16_pass_through():
     assert rounded.dtype == torch.bfloat16
     # Four layers of 8-bit roundings.
     assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("size", [(8, 10), (9, 10), (8, 11), (7, 5)])
+def test_halving_on_a_card_is_average_pooling(size):
+    maps = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    results = []
+    for halve in (_Halved.apply, lambda x: F.avg_pool2d(x, 2)):
+        x = maps.clone().requires_grad_()
+        halved = halve(x)
+        results.append((halved, torch.autograd.grad(halved.square().sum(), x)[0]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_card_describes_as_the_processor(padding, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network = PDN(padding=padding)
+    images = torch.randn(2, 3, 70, 81)
+    expected = network(images)
+    actual = network.cuda()(images.cuda().contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-5)

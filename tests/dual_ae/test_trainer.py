@@ -22,18 +22,18 @@ from pydefect.preprocessing import Preprocessing
 @pytest.fixture
 def make(good_images, config):
     preprocessing = Preprocessing.create((64, 72))
-    images, features = FeatureCache(), FeatureCache()
-    torch.manual_seed(0)
-    teacher = NormalisedTeacher(PDN(), "float32")
-    teacher.set_statistics(torch.zeros(384), torch.full((384,), 0.05))
-    for image in good_images:
-        tensor = preprocessing(image)[None]
-        images.append([tensor])
-        features.append([teacher.describe(tensor)])
 
-    def build(checkpoint=None, seed=0, progress=None, **changes):
+    def build(checkpoint=None, seed=0, progress=None, device="cpu", **changes):
+        images, features = (FeatureCache(device=device) for _ in range(2))
+        torch.manual_seed(0)
+        teacher = NormalisedTeacher(PDN().to(device), "float32")
+        teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))
+        for image in good_images:
+            tensor = preprocessing(image)[None].to(device)
+            images.append([tensor])
+            features.append([teacher.describe(tensor)])
         own = dataclasses.replace(config, **changes)
-        penalty = PenaltyImages("procedural", preprocessing, (64, 72), seed)
+        penalty = PenaltyImages("procedural", preprocessing, (64, 72), seed, own.penalty_pool)
         return Trainer(
             images,
             range(len(good_images)),
@@ -43,7 +43,7 @@ def make(good_images, config):
             preprocessing,
             own,
             seed,
-            torch.device("cpu"),
+            torch.device(device),
             checkpoint,
             progress,
         )
@@ -75,10 +75,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make, tmp_path, optimis
 
 
 def test_training_leaves_the_users_random_numbers_alone(make):
+    trainer = make(steps=1)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    make(steps=1).train()
+    trainer.train()
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -140,6 +141,33 @@ def test_a_loss_that_is_not_finite_ends_the_run(make):
     torch.nn.init.constant_(trainer.network.student[0].weight, float("nan"))
     with pytest.raises(PydefectError, match="not finite"):
         trainer.train()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+@pytest.mark.parametrize("penalty", ["procedural", "none"])
+def test_a_card_trains_as_the_processor(make, optimiser, penalty, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    settings = {"optimiser": optimiser, "penalty": penalty, "dropout": 0.0, "steps": 6, "batch_size": 2}
+    own, card = make(**settings), make(device="cuda", **settings)
+    for trainer in (own, card):
+        trainer.train()
+    # Convolutions of other orders of summation, amplified over six steps.
+    for one, other in zip(own.history, card.history, strict=True):
+        for name, value in vars(one).items():
+            assert getattr(other, name) == pytest.approx(value, rel=2e-3), name
+
+
+@pytest.mark.gpu
+def test_a_card_drops_out_anew_in_every_step_and_alike_in_every_run(make):
+    runs = [make(device="cuda", steps=8, learning_rate=0.0, jitter=0.0, penalty="none") for _ in range(2)]
+    for trainer in runs:
+        trainer.train()
+    # The weights stay, and six images come again after six steps: what differs then is dropped out anew.
+    first, again = ([vars(record) for record in trainer.history] for trainer in runs)
+    assert len({record["teacher_autoencoder"] for record in first}) == len(first)
+    for one, other in zip(first, again, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,82 @@
+"""Functions on a card as CUDA graphs: one launch instead of hundreds, which small batches wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CapturedCall", "ReplayedCalls"]
+
+# PyTorch asks for a few runs before a capture: workspaces are made and convolutions chosen in them.
+_RUNS_BEFORE = 3
+
+
+class CapturedCall:
+    """A function of tensors, captured once and replayed on new inputs.
+
+    Parameters
+    ----------
+    function
+        Of tensors on one CUDA device; waits for the device nowhere. Everything it does besides launching
+        kernels happens here and never again.
+    inputs
+        Of the shapes, dtypes and memory layouts that all inputs will have.
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        self._inputs = [one.detach().clone() for one in inputs]
+        with torch.cuda.device(self._inputs[0].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_RUNS_BEFORE):
+                    function(*self._inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = function(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the function.
+
+        Returns
+        -------
+        Any
+            What the function returned; the next call overwrites the tensors in it.
+        """
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        self._graph.replay()
+        return self._result
+
+
+class ReplayedCalls:
+    """A function of one tensor that is captured for a shape when this has come a few times in a row.
+
+    Parameters
+    ----------
+    function
+        See :class:`CapturedCall`; inputs on the CPU are handed on to it as they are.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self._function = function
+        self._shape: torch.Size | None = None
+        self._seen = 0
+        self._captured: CapturedCall | None = None
+
+    def __call__(self, given: Tensor) -> Any:
+        """Run the function; what it returns may be overwritten by the next call."""
+        if not given.is_cuda:
+            return self._function(given)
+        if given.shape != self._shape:
+            self._shape, self._seen, self._captured = given.shape, 0, None
+        self._seen += 1
+        if self._seen <= _RUNS_BEFORE:
+            return self._function(given)
+        if self._captured is None:
+            self._captured = CapturedCall(self._function, [given])
+        return self._captured(given)
