@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     images = [sample.image for sample in dataset.train][: arguments.images]
     validation = [sample.image for sample in dataset.validation] or None
     test = replace(dataset, test=dataset.test[:: arguments.every])
-    for step in milestones(arguments.steps):
+    for step in arguments.at or milestones(arguments.steps):
         if step in measured:
             continue
         row: dict[str, Any] = {"run": label, **name, "step": step, "steps": arguments.steps}
@@ -137,6 +137,12 @@ def main() -> None:
     parser.add_argument("--rows", required=True, type=Path, help="JSON lines, appended to")
     parser.add_argument("--data", type=Path, help="a product's folder")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument(
+        "--at",
+        type=lambda text: [int(step) for step in text.split(",")],
+        metavar="STEP,STEP,...",
+        help="measure there, and end with the last of them  [default: 125, 250, 500, ..., the last step]",
+    )
     parser.add_argument("--preset", default="default")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting")
     parser.add_argument("--weights", default="imagenet", help="of a backbone as the teacher")

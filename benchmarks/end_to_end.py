@@ -33,6 +33,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -277,19 +278,18 @@ def metrics(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict
 
 
 def step_seconds(method: str, files: list[Path], settings: dict[str, Any], rounds: int) -> list[float]:
-    """Seconds of every training step of a fit, after one that does not count."""
-    times: list[float] = []
+    """Seconds of every training step of a fit, with its penalty image, after one that does not count."""
+    ends: list[float] = []
     train_step = Trainer._train_step
 
-    def timed(trainer: Trainer) -> torch.Tensor:
-        began = time.perf_counter()
-        losses = train_step(trainer)
-        times.append(time.perf_counter() - began)
+    def timed(trainer: Trainer, penalty: torch.Tensor | None) -> torch.Tensor:
+        losses = train_step(trainer, penalty)
+        ends.append(time.perf_counter())
         return losses
 
     with unittest.mock.patch.object(Trainer, "_train_step", timed):
         pydefect.fit(files, method=method, **{**settings, "steps": rounds + 1})
-    return times[1:]
+    return [end - began for began, end in pairwise(ends)]
 
 
 def dual_ae(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict[str, Any]]:
