@@ -90,7 +90,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu"]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command += [str(ROOT / "tests" / room) for room in ("ops", "dual_ae", "conpatch")]
+    command += [str(ROOT / "tests" / room) for room in ("ops", "dual_ae", "conpatch", "test_cuda_graphs.py")]
     with log.open("w") as file:
         try:  # not in the source folder, which Python would put in front of the package
             subprocess.run(command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)

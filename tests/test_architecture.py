@@ -19,7 +19,7 @@ PACKAGE = Path(pydefect.__file__).parent
 
 # Lowest first. A room may import its own floor's and lower floors' rooms.
 FLOORS = [
-    ["version", "errors"],
+    ["version", "errors", "cuda_graphs"],
     ["config", "ops", "data", "preprocessing", "backbones"],
     ["progress", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "scoring", "crossfit"],

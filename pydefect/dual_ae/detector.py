@@ -114,7 +114,6 @@ class DualAEDetector(Detector):
 
     method: ClassVar[str] = "dual_ae"
     takes_validation: ClassVar[bool] = True
-    capturable: ClassVar[bool] = True
     config: DualAEConfig
     config_type: ClassVar[type[DualAEConfig]] = DualAEConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -96,6 +97,13 @@ def place(maps: Tensor, image_size: tuple[int, int], padding: bool) -> Tensor:
     Tensor
         [B, height, width] float32.
     """
-    rows = placement_matrix(image_size[0], maps.shape[1], padding).to(maps.device)
-    columns = placement_matrix(image_size[1], maps.shape[2], padding).to(maps.device)
+    rows = _placement_on(maps.device, image_size[0], maps.shape[1], padding)
+    columns = _placement_on(maps.device, image_size[1], maps.shape[2], padding)
     return rows @ maps @ columns.T
+
+
+# Kept for good: a CUDA graph can neither copy them nor live without them.
+@functools.cache
+def _placement_on(device: torch.device, pixels: int, cells: int, padding: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return placement_matrix(pixels, cells, padding).to(device)
