@@ -105,15 +105,37 @@ def run_tests(seconds: float) -> dict[str, Any]:
 # --- Measuring ---------------------------------------------------------------------------------------------
 
 
-class Bench:
+class Results:
+    """What was measured: a row for every contender of a group, and the card's limits."""
+
+    def __init__(self, rows: list[dict[str, Any]], limits: dict[str, float]) -> None:
+        self.rows = rows
+        self.limits = limits
+
+    def ms(self, group: str, contender: str = "pydefect", *, device: bool = False) -> float | None:
+        """Milliseconds as called, or on the card alone."""
+        for row in self.rows:
+            if row["group"] == group and row.get("contender") == contender:
+                return on_the_card(row) if device else row.get("ms")
+        return None
+
+
+def on_the_card(row: dict[str, Any]) -> float | None:
+    """A replayed graph's milliseconds, or where none was captured those of the kernels one by one."""
+    if "device_ms" in row:
+        return float(row["device_ms"])
+    return row["kernels_us"] / 1e3 if "kernels_us" in row else None
+
+
+class Bench(Results):
     """Times calls on the card and keeps the results."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = False) -> None:
         import torch
 
+        super().__init__([], {})
         self.torch = torch
-        self.rows: list[dict[str, Any]] = []
-        self.limits: dict[str, float] = {}
+        self._kernels = kernels
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
     def milliseconds(self, call: Call, rounds: int = ROUNDS) -> float:
@@ -197,16 +219,33 @@ class Bench:
                 graph = self.captured(call) if capture else None
                 if graph is not None:
                     row["device_ms"] = self.milliseconds(graph.replay, rounds)
+                if self._kernels:
+                    row |= self.kernels_of(call)
             except Exception as error:
                 # A contender that does not run (out of memory, a compiler's refusal) is a finding.
                 row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
                 self.torch.cuda.empty_cache()
             self.rows.append(row)
-            took, alone = (row.get(key, float("nan")) for key in ("ms", "device_ms"))
+            took, alone = row.get("ms", float("nan")), on_the_card(row) or float("nan")
             say(
                 f"{name:<44} {contender:<10} {took:9.3f} ms, {alone:9.3f} on the card  "
                 f"{row.get('failed', agreement)}"
             )
+
+    def kernels_of(self, call: Call, calls: int = 5) -> dict[str, Any]:
+        """Microseconds of a call's kernels by PyTorch's profiler: their sum, and the longest ones'."""
+        torch = self.torch
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                call()
+            torch.cuda.synchronize()
+        found = [
+            (event.key, event.self_device_time_total / calls, event.count / calls)
+            for event in profile.key_averages()
+            if event.self_device_time_total > 0
+        ]
+        found.sort(key=lambda kernel: -kernel[1])
+        return {"kernels_us": sum(us for _, us, _ in found), "kernels": found[:12]}
 
     def captured(self, call: Call) -> Any:
         """Capture the call in a CUDA graph, after a few runs, as PyTorch asks for; None: it cannot be."""
@@ -225,12 +264,6 @@ class Bench:
             torch.cuda.synchronize()
             return None
         return graph
-
-    def ms(self, group: str, contender: str = "pydefect", *, device: bool = False) -> float | None:
-        for row in self.rows:
-            if row["group"] == group and row.get("contender") == contender:
-                return row.get("device_ms" if device else "ms")
-        return None
 
 
 def operations(bench: Bench) -> None:
@@ -507,7 +540,7 @@ def whole_paths(bench: Bench) -> None:
 # --- Targets -----------------------------------------------------------------------------------------------
 
 
-def targets(bench: Bench) -> list[dict[str, Any]]:
+def targets(bench: Results) -> list[dict[str, Any]]:
     """The targets for an H200 or H100, each with what was measured."""
     found: list[dict[str, Any]] = []
 
@@ -546,7 +579,7 @@ def targets(bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def print_table(bench: Bench, met: list[dict[str, Any]]) -> None:
+def print_table(bench: Results, met: list[dict[str, Any]]) -> None:
     print(
         "\n| what | contender | ms as called | ms on the card | of limit | peak MiB | agreement |"
         "\n| --- | --- | --- | --- | --- | --- | --- |"
@@ -556,9 +589,9 @@ def print_table(bench: Bench, met: list[dict[str, Any]]) -> None:
             why = row.get("failed", row.get("skipped"))
             print(f"| {row['group']} | {row.get('contender', '')} | {why} | | | | |")
             continue
-        best = min(row["ms"], row.get("device_ms", row["ms"]))
-        share = f"{row['bound_ms'] / best:.0%}" if row.get("bound_ms") else ""
-        alone = f"{row['device_ms']:.3f}" if "device_ms" in row else ""
+        card = on_the_card(row)
+        share = f"{row['bound_ms'] / (card or row['ms']):.0%}" if row.get("bound_ms") else ""
+        alone = "" if card is None else f"{card:.3f}"
         print(
             f"| {row['group']} | {row['contender']} | {row['ms']:.3f} | {alone} | {share} "
             f"| {row.get('peak_mib', '')} | {row.get('agreement', '')} |"
@@ -577,7 +610,7 @@ def measure(arguments: argparse.Namespace, built: dict[str, Any]) -> int:
     if tests:
         say(f"tests: {' '.join(tests['summary'])} ({tests['ended']})")
         print("\n".join(tests["failed"]), flush=True)
-    bench = Bench()
+    bench = Bench(arguments.kernels)
     bench.measure_limits()
     say(", ".join(f"{name} {value:.0f}" for name, value in bench.limits.items()))
     try:
@@ -617,13 +650,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, type=Path, help="the JSON")
+    parser.add_argument("--out", type=Path, help="the JSON")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="only print the tables of an earlier run")
+    parser.add_argument("--kernels", action="store_true", help="time every call's kernels one by one too")
     parser.add_argument("--build", type=Path, help="compile the package into this folder and use that")
     parser.add_argument("--built", help=argparse.SUPPRESS)
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the tests out")
     parser.add_argument("--seconds", type=float, default=clock.limit, help="be done by then")
     arguments = parser.parse_args()
     clock.limit = arguments.seconds
+    if arguments.show is not None:
+        run = json.loads(arguments.show.read_text())
+        results = Results(run["rows"], run["limits"])
+        print_table(results, targets(results))
+        return 0
+    if arguments.out is None:
+        parser.error("--out or --show is needed")
     arguments.out = arguments.out.absolute()
     import torch
 
@@ -639,6 +681,7 @@ def main() -> int:
     command = [sys.executable, __file__, "--out", str(arguments.out), "--built", json.dumps(built)]
     command += ["--seconds", str(arguments.seconds)]
     command += [] if arguments.tests else ["--no-tests"]
+    command += ["--kernels"] if arguments.kernels else []
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {
         **os.environ,
