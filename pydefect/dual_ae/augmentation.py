@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from pydefect.data.ahead import done_ahead
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
 from pydefect.errors import InputError
@@ -65,7 +64,7 @@ def jittered(
     return pixels.clamp_(0, 1).sub_(mean).div_(std)
 
 
-class PenaltyImages(Dataset[Pixels]):
+class PenaltyImages:
     """A source of out-of-distribution images, the same for the same seed and step.
 
     Parameters
@@ -157,7 +156,7 @@ class PenaltyImages(Dataset[Pixels]):
             # What comes again within these steps is drawn once.
             first = draws[: self._pool]
             missing = [n for n in (draw % self._pool for draw in first) if n not in self._kept]
-        new = self._made(missing, workers)
+        new = done_ahead(self._pixels, missing, workers)
         for step in steps:
             images = []
             for draw in range(step * count, (step + 1) * count):
@@ -171,23 +170,8 @@ class PenaltyImages(Dataset[Pixels]):
                 images.append(image.permute(1, 2, 0))
             yield torch.stack(images).permute(0, 3, 1, 2)
 
-    def _made(self, numbers: Iterable[int], workers: int) -> Iterator[Pixels]:
-        if workers == 0:
-            return (self[number] for number in numbers)
-        return iter(
-            DataLoader(
-                self,
-                sampler=numbers,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=4,
-                collate_fn=_as_it_is,
-                worker_init_fn=_one_thread,
-            )
-        )
-
-    def __getitem__(self, number: int) -> Pixels:
-        """Return the pixels of the n-th image, before they are normalised: [H, W, 3]."""
+    def _pixels(self, number: int) -> Pixels:
+        """Draw or read the n-th image, before it is normalised."""
         if self._files is None:
             return texture((self._seed, number), self._size)
         rng = np.random.default_rng((self._seed, number))
@@ -198,12 +182,3 @@ class PenaltyImages(Dataset[Pixels]):
             )
             pixels = np.repeat(grey.astype(pixels.dtype)[..., None], 3, axis=2)
         return pixels
-
-
-def _as_it_is(pixels: Any) -> Any:
-    return pixels
-
-
-def _one_thread(_: int) -> None:
-    # A process has one image at a time, and OpenCV's threads do not survive a fork.
-    cv2.setNumThreads(0)

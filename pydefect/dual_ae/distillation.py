@@ -11,9 +11,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
 from pydefect.config import Settings
+from pydefect.data.ahead import done_ahead, idle_workers
 from pydefect.data.images import list_image_files, read_image
 from pydefect.data.textures import texture
 from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic
@@ -221,7 +222,44 @@ class DistillationImages:
             [B, 3, S, S] and [B, 3, 2 S, 2 S] float32, normalised, channels last in memory: what the PDN sees,
             and the same windows as the source sees them.
         """
-        return _to_networks([self._window(step, place) for place in range(self.config.batch_size)])
+        return _to_networks(self._windows(step))
+
+    def stream(
+        self, steps: range, device: torch.device, workers: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the windows of one step after the other.
+
+        Parameters
+        ----------
+        steps
+            One after the other.
+        device
+            Where the tensors go.
+        workers
+            Processes that draw and read ahead; 0: everything is done here when it is needed; None: as many as
+            the device leaves idle.
+
+        Yields
+        ------
+        tuple of Tensor
+            As :meth:`batch`.
+        """
+        workers = idle_workers(device) if workers is None else workers
+        # The steps that share their drawings are one process's.
+        together = self.config.windows if self.config.procedural or not self.training else 1
+        first = range(steps.start // together * together, steps.stop, together)
+        runs = [range(max(step, steps.start), min(step + together, steps.stop)) for step in first]
+        make = partial(self._windows_of, runs)
+        if workers == 0:
+            found: Iterator[Iterator[tuple[Pixels, Pixels]]] = map(make, range(len(runs)))
+        else:
+            found = map(iter, done_ahead(partial(_listed, make), range(len(runs)), workers, ahead=1))
+        for run in found:
+            for windows in run:
+                yield _to_networks(windows, device)
+
+    def _windows_of(self, runs: Sequence[range], number: int) -> Iterator[tuple[Pixels, Pixels]]:
+        return (self._windows(step) for step in runs[number])
 
     def measured(self, kind: Literal["procedural", "images"], count: int) -> tuple[Tensor, Tensor] | None:
         """Return windows that no step draws: of procedural images, or of the folders' held-out ones.
@@ -238,15 +276,18 @@ class DistillationImages:
         images, enlarged
             As :meth:`batch`; None where there are none.
         """
-        windows = []
+        pairs = []
         for number in range(count if kind == "procedural" else min(count, len(self.held_out))):
             if kind == "procedural":
                 pixels = texture((self.seed, _HELD_OUT, number), 2 * self.config.image_size)
             else:
                 pixels = _as_bytes(read_image(self.held_out[number]))
             rng = np.random.default_rng([self.seed, _HELD_OUT, number])
-            windows.append(_cut(rng, pixels, self.config.image_size, 0.0))
-        return _to_networks(windows) if windows else None
+            pairs.append(_cut(rng, pixels, self.config.image_size, 0.0))
+        return _to_networks(_stacked(pairs)) if pairs else None
+
+    def _windows(self, step: int) -> tuple[Pixels, Pixels]:
+        return _stacked([self._window(step, place) for place in range(self.config.batch_size)])
 
     def _window(self, step: int, place: int) -> tuple[Pixels, Pixels]:
         config = self.config
@@ -294,11 +335,22 @@ def _cut(rng: np.random.Generator, pixels: Pixels, edge: int, grey: float) -> tu
     return images[0], images[1]
 
 
-def _to_networks(windows: Sequence[tuple[Pixels, Pixels]]) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+def _listed(make: Callable[[int], Iterator[Any]], number: int) -> list[Any]:
+    return list(make(number))
+
+
+def _stacked(pairs: Sequence[tuple[Pixels, Pixels]]) -> tuple[Pixels, Pixels]:
+    images, enlarged = (np.stack(part) for part in zip(*pairs, strict=True))
+    return images, enlarged
+
+
+def _to_networks(windows: tuple[Pixels, Pixels], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     images, enlarged = (
-        torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-        for part in zip(*windows, strict=True)
+        torch.from_numpy(part).to(device).permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+        for part in windows
     )
     return images, enlarged
 
@@ -329,8 +381,8 @@ def source_statistics(
     """
     steps = math.ceil(images.config.statistics_images / images.config.batch_size)
     statistics = ChannelStatistics()
-    for step in range(steps):
-        statistics.add(source.enlarged(images.batch(step)[1].to(device)))
+    for step, (_, enlarged) in enumerate(images.stream(range(steps), device)):
+        statistics.add(source.enlarged(enlarged))
         if progress is not None:
             progress("statistics", step + 1, steps)
     mean, std = (value[None, :, None, None].to(device) for value in statistics.result())
@@ -467,8 +519,8 @@ class Distillation:
         PydefectError
             The loss is no longer finite.
         """
-        while self.step < self.config.steps:
-            self._losses.append(self._train_step())
+        for images, enlarged in self.images.stream(range(self.step, self.config.steps), self.device):
+            self._losses.append(self._train_step(images, enlarged))
             self.step += 1
             if self.step % _RECORD == 0 or self.step == self.config.steps:
                 loss = sum(self._losses) / len(self._losses)
@@ -510,8 +562,7 @@ class Distillation:
     def _target(self, enlarged: Tensor) -> Tensor:
         return (self.source.enlarged(enlarged) - self.mean) / self.std
 
-    def _train_step(self) -> float:
-        images, enlarged = (part.to(self.device) for part in self.images.batch(self.step))
+    def _train_step(self, images: Tensor, enlarged: Tensor) -> float:
         target = _on_grid(self._target(enlarged), images, self.config.padding)
         if self.config.part is not None:
             images, target = self._part(images, target)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pydefect.cuda_graphs import CapturedCall
+from pydefect.data.ahead import idle_workers
 from pydefect.dual_ae.augmentation import PenaltyImages, jittered
 from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic
@@ -34,8 +34,6 @@ __all__ = ["LOSSES", "LossRecord", "Progress", "Trainer", "build_network", "step
 
 LOSSES = ("hard", "penalty", "teacher_autoencoder", "student_autoencoder", "cosine")
 
-# Processes that draw penalty images ahead of a card, at most: a step takes less time there than one image.
-_WORKERS = 15
 # Seconds between checkpoints; saving 100 MB of weights and moments takes about one.
 _CHECKPOINT_INTERVAL = 60.0
 _RECORDS = 200
@@ -230,10 +228,7 @@ class Trainer:
         if self.penalty is None:
             yield from (None for _ in steps)
             return
-        workers = 0
-        if self.device.type == "cuda":
-            workers = max(1, min(_WORKERS, len(os.sched_getaffinity(0)) - 1))
-        yield from self.penalty.stream(steps, self.config.batch_size, workers)
+        yield from self.penalty.stream(steps, self.config.batch_size, idle_workers(self.device))
 
     def _train_step(self, penalty: Tensor | None) -> Tensor:
         config = self.config

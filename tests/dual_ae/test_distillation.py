@@ -84,6 +84,19 @@ def test_a_step_is_drawn_from_seed_and_step_alone(folder):
     assert not torch.equal(first.batch(1)[0], other.batch(1)[0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("procedural", [0.0, 0.5, 1.0])
+def test_steps_in_a_row_are_those_drawn_one_by_one(folder, procedural, workers):
+    settings = config(procedural=procedural, windows=3)
+    images = DistillationImages([folder] if procedural < 1 else [], settings, 7)
+    steps = range(2, 9)  # neither end where a drawing's steps begin
+    found = list(images.stream(steps, CPU, workers))
+    assert len(found) == len(steps)
+    for step, windows in zip(steps, found, strict=True):
+        for one, other in zip(windows, images.batch(step), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_both_networks_see_the_same_window():
     """What the source sees, halved, is what the PDN sees, but for interpolation."""
     images, enlarged = DistillationImages([], config(batch_size=6), 0).batch(0)
@@ -97,7 +110,7 @@ def test_both_networks_see_the_same_window():
 def test_pixels_are_normalised_as_everywhere():
     settings = config(grey=0.0)
     image = texture(3, 40)
-    windows = distillation._to_networks([(image, cv2.resize(image, (80, 80)))])
+    windows = distillation._to_networks((image[None], cv2.resize(image, (80, 80))[None]))
     assert torch.allclose(windows[0][0], Preprocessing.create()(image), atol=1e-6)
     assert settings.grey == 0
 
@@ -324,7 +337,7 @@ def test_learning_explains_what_it_is_shown(source, how):
     images, enlarged = run.images.batch(0)
     targets = (source.enlarged(enlarged) - run.mean) / run.std
     assert explained_variance(run.teacher(), images, targets, padding=False)["both"] < 0.05
-    run.images.batch = lambda step: (images, enlarged)  # type: ignore[method-assign]
+    run.images.stream = lambda steps, device: ((images, enlarged) for _ in steps)  # type: ignore[method-assign]
     # The normalisation's running statistics lag behind weights that change as fast as here.
     enough = 0.4 if how.get("batch_normalisation") else 0.6
     assert explained_variance(run.run(), images, targets, padding=False)["both"] > enough

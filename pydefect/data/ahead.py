@@ -1,0 +1,90 @@
+"""Work for each of some numbers, done ahead of its use by processes of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["done_ahead", "idle_workers"]
+
+Item = TypeVar("Item")
+
+# More than that are seldom needed to keep a card busy.
+_MOST_WORKERS = 15
+
+
+def idle_workers(device: torch.device) -> int:
+    """Count the processes that can prepare images for a device.
+
+    Parameters
+    ----------
+    device
+        Where the networks compute.
+
+    Returns
+    -------
+    int
+        0 where they compute on the processor, which has no core to spare; else all cores but one, at most 15.
+    """
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_WORKERS, cores - 1))
+
+
+def done_ahead(
+    make: Callable[[int], Item], numbers: Iterable[int], workers: int, ahead: int = 4
+) -> Iterator[Item]:
+    """Yield ``make(number)`` for every number, in order.
+
+    Parameters
+    ----------
+    make
+        Depends on its argument alone; with workers what it returns is pickled, arrays and tensors by way of
+        shared memory.
+    numbers
+        Read as they are needed.
+    workers
+        Processes; 0: everything is made here when it is asked for.
+    ahead
+        Items that each process makes ahead of their use.
+
+    Yields
+    ------
+    Item
+        What `make` returned.
+    """
+    if workers == 0:
+        yield from map(make, numbers)
+        return
+    yield from DataLoader(
+        _Made(make),
+        sampler=numbers,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        collate_fn=_as_it_is,
+        worker_init_fn=_one_thread,
+    )
+
+
+class _Made(Dataset[Item], Generic[Item]):
+    def __init__(self, make: Callable[[int], Item]) -> None:
+        self._make = make
+
+    def __getitem__(self, number: int) -> Item:
+        return self._make(number)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _one_thread(_: int) -> None:
+    # A process has one image at a time, and OpenCV's threads do not survive a fork.
+    cv2.setNumThreads(0)

@@ -1,0 +1,59 @@
+"""Work done ahead: the same results in the same order, whoever does it."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from pydefect.data.ahead import done_ahead, idle_workers
+
+
+def square(number: int) -> np.ndarray:
+    return np.full(3, number**2, np.uint8)
+
+
+def whose(number: int) -> int:
+    return os.getpid()
+
+
+def fails(number: int) -> int:
+    if number == 3:
+        raise ValueError("number 3 cannot be made")
+    return number
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order(workers):
+    numbers = [5, 2, 2, 9, 0, 11]
+    found = list(done_ahead(square, numbers, workers))
+    assert [int(one[0]) for one in found] == [number**2 for number in numbers]
+    assert all(one.dtype == np.uint8 for one in found)
+    assert list(done_ahead(square, [], workers)) == []
+
+
+def test_who_does_the_work():
+    assert set(done_ahead(whose, range(4), 0)) == {os.getpid()}
+    assert os.getpid() not in set(done_ahead(whose, range(4), 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_arrive(workers):
+    found = done_ahead(fails, range(6), workers)
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="number 3 cannot be made"):
+        next(found)
+
+
+def test_without_workers_nothing_is_done_before_it_is_asked_for():
+    seen = []
+    found = done_ahead(seen.append, range(9), 0)
+    next(found)
+    assert seen == [0]
+
+
+def test_only_cards_leave_cores_idle():
+    assert idle_workers(torch.device("cpu")) == 0
+    assert 1 <= idle_workers(torch.device("cuda")) <= 15
