@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -459,3 +463,28 @@ def test_wrong_calls(data: Path, tmp_path: Path, changes: list[str], message: st
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends processes with their parents")
+def test_a_pairs_process_ends_with_the_benchmark_however_that_ends(tmp_path):
+    child = (
+        "import os, sys, time; from pydefect.benchmark.worker import end_with; "
+        "end_with(int(sys.argv[1])); print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    parent = (
+        "import os, subprocess, sys; "
+        f"subprocess.run([sys.executable, '-c', {child!r}, str(os.getpid())], start_new_session=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        number = int(process.stdout.readline())
+        process.kill()
+    for _ in range(100):
+        # Gone, or dead and not yet collected.
+        if not (status := Path(f"/proc/{number}/stat")).exists() or ") Z " in status.read_text():
+            return
+        time.sleep(0.1)
+    os.kill(number, signal.SIGKILL)
+    pytest.fail("the pair's process goes on without its parent")

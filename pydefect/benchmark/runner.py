@@ -164,7 +164,7 @@ def run_benchmark(
         log = work / "log.txt"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, work / "job.json", work / "result.json"],
+                [sys.executable, "-c", _WORKER, work / "job.json", work / "result.json", str(os.getpid())],
                 stdout=file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,

@@ -5,7 +5,10 @@ Its peak memory is the pair's, and nothing that happens to it happens to the oth
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -25,7 +28,10 @@ from pydefect.heap import return_large_blocks
 from pydefect.persistence import write_atomically
 from pydefect.run import machine
 
-__all__ = ["Job", "main", "run_job"]
+__all__ = ["Job", "end_with", "main", "run_job"]
+
+# prctl's parameter (linux/prctl.h).
+_PARENT_DEATH_SIGNAL = 1
 
 CHOSEN_BY = ("image_auroc", "pixel_auroc")
 """What the best number of epochs is chosen by, each for itself."""
@@ -151,8 +157,18 @@ def _best_epoch(
     return best
 
 
-def main(job: str, result: str) -> None:
+def end_with(parent: int) -> None:
+    """Let Linux end this process when its parent, the process of that number, is ended in whatever way."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        sys.exit(1)
+
+
+def main(job: str, result: str, parent: str) -> None:
     """Read a job's file, write its result's: all that the process of a pair does."""
+    end_with(int(parent))
     return_large_blocks()
     row = run_job(Job(**json.loads(Path(job).read_text(encoding="utf-8"))))
     write_atomically(result, json.dumps(row, allow_nan=False).encode())
