@@ -283,7 +283,11 @@ def operations(bench: Bench) -> None:
         torch.manual_seed(1)
         found = loss(*leaves)
         parts = found if isinstance(found, tuple) else (found,)
-        gradients = [torch.randn_like(part) if part.dim() else torch.ones_like(part) for part in parts]
+        # Not randn_like, which draws in the order of the memory, and that is not the same for all.
+        gradients = [
+            torch.randn(part.shape, device=part.device) if part.dim() else torch.ones_like(part)
+            for part in parts
+        ]
         del found, parts
 
         def call() -> Any:
