@@ -118,8 +118,8 @@ class DualAEConfig(MethodConfig):
     pool: int = 4
     """r of (1) and (2)."""
     context_normalisation: Normalisation = "mean"
-    """The sum (6) over all positions: ``"none"`` as printed, ``"mean"`` over them, or with the softmax of the
-    attention over them."""
+    """The sums (6) and (9) over all positions: ``"none"`` as printed, ``"mean"`` over them, or ``"softmax"``:
+    (6) with the softmax of the attention over them, (9) as their mean."""
     reduction: int = 16
     """Of the channels inside the channel reunion (10) and the fusion module."""
 

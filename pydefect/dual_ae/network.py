@@ -123,5 +123,5 @@ def _reunion(name: Reunion, config: DualAEConfig) -> nn.Module:
     if name == "spatial":
         return SpatialReunion(PDN_CHANNELS, config.pool, config.context_normalisation)
     if name == "channel":
-        return ChannelReunion(PDN_CHANNELS, config.reduction)
+        return ChannelReunion(PDN_CHANNELS, config.reduction, config.context_normalisation)
     return nn.Identity()

@@ -56,10 +56,15 @@ class ChannelReunion(nn.Module):
         C of the map.
     reduction
         C over the width between the two fully connected layers, and between the two 1x1 convolutions.
+    normalisation
+        Of the sum (9): ``"none"`` as printed, else the mean over positions. Over some thousands of positions
+        the printed sum drives the gates (10) to 0 or 1 within the first steps: a channel at 0 gets no
+        gradient and stays there.
     """
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    def __init__(self, channels: int, reduction: int, normalisation: Normalisation) -> None:
         super().__init__()
+        self.normalisation = normalisation
         reduced = max(1, channels // reduction)
         self.inner = nn.Conv2d(channels, reduced, 1)
         self.outer = nn.Conv2d(reduced, 1, 1)
@@ -68,9 +73,11 @@ class ChannelReunion(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map I to O2, both [B, C, H, W]; O2 is float32."""
-        return channel_reunion(
-            features.float(), *_parameters(self.inner, self.outer, self.reduce, self.expand)
-        )
+        parameters = _parameters(self.inner, self.outer, self.reduce, self.expand)
+        if self.normalisation != "none":
+            # The layer behind the sum is linear: dividing its weights divides the sum.
+            parameters[4] = parameters[4] / (features.shape[2] * features.shape[3])
+        return channel_reunion(features.float(), *parameters)
 
 
 class SelectiveFusion(nn.Module):

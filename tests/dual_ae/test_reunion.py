@@ -57,18 +57,38 @@ def test_spatial_reunion(normalisation, size):
     compare(module, module, lambda features: spatial(module, features), maps(2, 16, *size))
 
 
-def test_channel_reunion():
+@pytest.mark.parametrize("normalisation", ["none", "mean", "softmax"])
+def test_channel_reunion(normalisation):
     torch.manual_seed(0)
-    module = ChannelReunion(32, 16)
+    module = ChannelReunion(32, 16, normalisation)
 
     def written(features):
         weights = module.outer(module.inner(features))  # (8)
         pooled = torch.einsum("bnhw,bchw->bc", weights, features)  # (9)
+        if normalisation != "none":
+            pooled = pooled / (5 * 7)
         gate = torch.sigmoid(module.expand(torch.relu(module.reduce(pooled))))  # (10)
         return features * gate[:, :, None, None]
 
     assert module.reduce.out_features == 2
     compare(module, module, written, maps(2, 32, 5, 7))
+
+
+def test_the_printed_sum_shuts_channels_for_good_and_the_mean_does_not():
+    """Of (9), over as many positions as the method has."""
+    torch.manual_seed(0)
+    features = torch.randn(1, 384, 56, 56) + torch.randn(384, 1, 1)
+    gates = {}
+    for normalisation in ("none", "mean"):
+        torch.manual_seed(1)
+        module = ChannelReunion(384, 16, normalisation)
+        with torch.no_grad():
+            # Trained attention is larger than that of a start, of which its sums are a tenth and more.
+            module.outer.bias.fill_(1.0)
+            gates[normalisation] = (module(features) / features).mean((0, 2, 3))
+    shut = {name: float(((gate < 0.01) | (gate > 0.99)).float().mean()) for name, gate in gates.items()}
+    assert shut["mean"] == 0
+    assert shut["none"] > 0.5
 
 
 def test_selective_fusion():
