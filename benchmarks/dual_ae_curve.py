@@ -7,9 +7,9 @@
 
 ``run`` trains once and measures on the way, at steps that double. A row is one measurement; a run that was
 stopped goes on from its checkpoint (a folder beside the rows) and repeats no measurement. The learning rate
-falls at 95 % of ``--steps``, so only a run's last row is what a fit of that length gives; the rows before it
-are without that fall. Test images are measured and choose nothing within a run. A run whose loss stops being
-finite leaves a row that says so: the question of equation (6)'s normalisation.
+falls towards the end of ``--steps``, so only a run's last row is what a fit of that length gives, and the
+picture has these alone. Test images are measured and choose nothing within a run. A run whose loss stops
+being finite leaves a row that says so: the question of equation (6)'s normalisation.
 """
 
 from __future__ import annotations
@@ -101,31 +101,41 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = pydefect.evaluate(detector, test, progress=False).to_dict()
         kept = ("image_auroc", "pixel_auroc", "image_auroc_by_defect", "seconds_per_image")
         losses = detector.training["history"][-1] if detector.training["history"] else {}
+        row |= {"device": str(detector.device), "configuration": detector.configuration}
         yield {**row, "fit_seconds": seconds, "losses": losses, **{key: found[key] for key in kept}}
 
 
+def finished_runs(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The last measurement of every finished run, by product and settings: (steps, AUROC in percent)."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if "failed" not in row and row["step"] == row["steps"]:
+            words = {name: value for name, value in json.loads(row["run"]).items() if value != "default"}
+            product, _, _ = (words.pop(name) for name in ("product", "steps", "seed"))
+            label = ", ".join([product, *(f"{name}={value}" for name, value in words.items())])
+            found.setdefault(label, []).append((row["steps"], 100 * row["image_auroc"]))
+    return {label: sorted(points) for label, points in sorted(found.items())}
+
+
 def picture(arguments: argparse.Namespace) -> None:
-    """Draw image AUROC over steps, a line a run."""
+    """Draw image AUROC over the length of a run, a line for settings."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for row in read_rows(arguments.rows):
-        if "failed" not in row:
-            runs.setdefault(row["run"], []).append(row)
-    for label, rows in runs.items():
-        rows.sort(key=lambda row: row["step"])
-        words = {name: value for name, value in json.loads(label).items() if name != "preset"}
-        text = " ".join(f"{name}={value}" for name, value in words.items())
-        axes.plot([row["step"] for row in rows], [100 * row["image_auroc"] for row in rows], "o-", label=text)
-    axes.set(xscale="log", xlabel="training steps", ylabel="image AUROC, %")
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
+    runs = finished_runs(read_rows(arguments.rows))
+    for number, (label, points) in enumerate(runs.items()):
+        steps, auroc = zip(*points, strict=True)
+        axes.plot(steps, auroc, "os^vDP*X"[number % 8] + "-", label=label)
+    axes.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
+    ticks = sorted({step for points in runs.values() for step, _ in points})
+    axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(arguments.out)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(arguments.out, bbox_inches="tight")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CapturedCall", "ReplayedCalls"]
+__all__ = ["CapturedCall", "ReplayedCalls", "ReplayedSteps"]
 
 # PyTorch asks for a few runs before a capture: workspaces are made and convolutions chosen in them.
 _RUNS_BEFORE = 3
@@ -80,3 +80,32 @@ class ReplayedCalls:
         if self._captured is None:
             self._captured = CapturedCall(self._function, [given])
         return self._captured(given)
+
+
+class ReplayedSteps:
+    """A function without arguments that changes tensors in place, captured after a few calls.
+
+    The capture itself changes nothing: every call is one step, launched by itself or replayed.
+
+    Parameters
+    ----------
+    function
+        Of tensors on the current CUDA device that stay where they are; waits for the device nowhere.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self._calls += 1
+        if self._calls <= _RUNS_BEFORE:
+            self._function()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._function()
+        self._graph.replay()

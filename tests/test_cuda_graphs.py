@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pydefect
-from pydefect.cuda_graphs import CapturedCall, ReplayedCalls
+from pydefect.cuda_graphs import CapturedCall, ReplayedCalls, ReplayedSteps
 
 
 def test_on_the_processor_the_function_is_called_as_it_is():
@@ -47,6 +47,15 @@ def test_a_shape_that_comes_again_is_captured():
     # Three calls, three runs before the capture and the capture; later ones are replays.
     assert launches.count((9, 2)) == 7
     assert launches.count((7,)) == 1
+
+
+@pytest.mark.gpu
+def test_a_capture_takes_no_step_of_its_own():
+    count = torch.zeros(2, device="cuda")
+    step = ReplayedSteps(lambda: count.add_(1))
+    for expected in range(1, 8):
+        step()
+        assert count.tolist() == [expected] * 2
 
 
 @pytest.mark.gpu

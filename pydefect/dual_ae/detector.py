@@ -160,7 +160,11 @@ class DualAEDetector(Detector):
         With `until` training stops after so many steps of the schedule in all, and the detector is that of
         this moment; with a checkpoint a later call goes on from there.
         """
-        config = dataclasses.replace(config, precision=resolve_precision(config.precision, device))
+        config = dataclasses.replace(
+            config,
+            precision=resolve_precision(config.precision, device),
+            steps=config.default_steps(device.type) if config.steps is None else config.steps,
+        )
         preprocessing = Preprocessing.create(config.resize, config.crop)
         teacher = _load_teacher(config, device, weights)
         bars = ProgressBars(progress)

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pydefect.cuda_graphs import ReplayedSteps
+
 __all__ = ["Optimiser", "Optimisers"]
 
 Optimiser = Literal["adam", "muon"]
@@ -28,9 +30,14 @@ class Optimisers:
         size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``).
     rate, decay
         Learning rate and weight decay. Adam adds the decay to the gradient, Muon takes it off the weights.
+    captured
+        Gradients come into the same memory in every step: on a card a step is then a CUDA graph. One of Muon
+        has more than a thousand kernels, and launching them takes longer than running them.
     """
 
-    def __init__(self, network: nn.Module, optimiser: Optimiser, rate: float, decay: float) -> None:
+    def __init__(
+        self, network: nn.Module, optimiser: Optimiser, rate: float, decay: float, *, captured: bool = False
+    ) -> None:
         self._weights = [
             module.weight
             for module in network.modules()
@@ -41,23 +48,56 @@ class Optimisers:
             assert weight.data_ptr() == matrix.data_ptr(), "the weights must be channels last"
         apart = {id(weight) for weight in self._weights}
         self._others = [parameter for parameter in network.parameters() if id(parameter) not in apart]
+        self._captured = captured
+        device = next(network.parameters()).device
+        on_card = captured and device.type == "cuda"
+        # What a graph multiplies its steps by has to be a share of something.
+        self._rate = rate or 1.0
         self._all: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(self._others, lr=rate, weight_decay=decay, fused=True)
+            "adam": torch.optim.Adam(
+                self._others, lr=self._rate, weight_decay=decay, fused=True, capturable=on_card
+            )
         }
         if self._matrices:
             self._all["muon"] = torch.optim.Muon(
-                self._matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                self._matrices, lr=self._rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
             )
+        if captured:
+            self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]
+            self._share = torch.ones((), device=device)
+            self._steps_as_graph = ReplayedSteps(self._step_by_share) if on_card else self._step_by_share
 
     def step(self, rate: float) -> None:
         """Take a step along the parameters' gradients."""
+        if self._captured:
+            self._share.fill_(rate / self._rate)
+            self._steps_as_graph()
+            return
+        for optimiser in self._all.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        self._step()
+
+    def _step(self) -> None:
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
             assert weight.grad is not None
             matrix.grad = _as_matrix(weight.grad)
         for optimiser in self._all.values():
-            for group in optimiser.param_groups:
-                group["lr"] = rate
             optimiser.step()
+
+    @torch.no_grad()
+    def _step_by_share(self) -> None:
+        """Take a step at the first rate and go back by a share of it.
+
+        The rate is a number that a graph holds as it was when it was captured. Both optimisers move the
+        parameters in proportion to it.
+        """
+        parameters: list[Tensor] = [*self._matrices, *self._others]
+        torch._foreach_copy_(self._before, parameters)
+        self._step()
+        torch._foreach_sub_(parameters, self._before)
+        torch._foreach_mul_(parameters, self._share)
+        torch._foreach_add_(parameters, self._before)
 
     def state(self) -> dict[str, Tensor]:
         """What a later run needs to go on."""

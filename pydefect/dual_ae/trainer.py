@@ -126,8 +126,8 @@ def step_losses(
 class Trainer:
     """One training run, which can stop after any step and go on later.
 
-    On a card a step's losses and gradients are a CUDA graph: a step of one image has hundreds of kernels, and
-    launching them takes longer than running them.
+    On a card a step is two CUDA graphs, its losses with their gradients and the optimisers' part: a step of
+    one image has hundreds of kernels, and launching them takes longer than running them.
 
     Parameters
     ----------
@@ -180,8 +180,13 @@ class Trainer:
         _, height, width = self.images.shapes[0]
         self.network = build_network(self.config, (height, width), self.seed).to(self.device)
         self.network.train()
+        config = self.config
         self._optimisers = Optimisers(
-            self.network, self.config.optimiser, self.config.learning_rate, self.config.weight_decay
+            self.network,
+            config.optimiser,
+            config.learning_rate,
+            config.weight_decay,
+            captured=self.device.type == "cuda",
         )
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         self._order: tuple[int, list[int]] = (-1, [])
@@ -200,6 +205,7 @@ class Trainer:
             The loss is no longer finite.
         """
         steps = self.config.steps
+        assert steps is not None, "DualAEDetector.fit has chosen them"
         end = steps if until is None else min(until, steps)
         interval = max(1, steps // _RECORDS)
         penalties = self._penalties(range(self.step, end))

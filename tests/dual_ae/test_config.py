@@ -14,6 +14,7 @@ def test_defaults_and_presets():
     assert DualAEConfig.from_preset("default") == DualAEConfig()
     paper = DualAEConfig.from_preset("paper")
     assert (paper.steps, paper.context_normalisation, paper.batch_size) == (70_000, "none", 1)
+    assert [paper.rate(step) for step in (0, 66_499, 66_500)] == pytest.approx([1e-4, 1e-4, 1e-5])
     assert EfficientADConfig().additions == "none"
     hint = typing.get_type_hints(DualAEConfig)["additions"]
     assert set(typing.get_args(hint)) == set(ADDITIONS)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import pydefect
-from pydefect.dual_ae import DualAEDetector, EfficientADDetector
+from pydefect.dual_ae import DualAEConfig, DualAEDetector, EfficientADDetector
 from pydefect.dual_ae.detector import _split
 from pydefect.dual_ae.pdn import PDN
 from pydefect.errors import InputError, ModelFileError
@@ -38,6 +38,18 @@ def fitted(teacher_file, good_images):
             false_alarm_rate=0.5,
             held_out_share=0.5,
         )
+
+
+def test_the_steps_are_those_of_the_device_where_none_are_asked_for(
+    teacher_file, good_images, tmp_path, monkeypatch
+):
+    assert (DualAEConfig.default_steps("cpu"), DualAEConfig.default_steps("cuda")) == (2_000, 6_000)
+    monkeypatch.setattr(DualAEConfig, "default_steps", staticmethod({"cpu": 3}.__getitem__))
+    settings = {"teacher": str(teacher_file), "resize": 64, "held_out_share": 0, "penalty": "none"}
+    detector = fit(good_images, **settings, additions="none")
+    assert (detector.training["steps"], detector.config.steps) == (3, 3)
+    detector.save(tmp_path / "model.safetensors")
+    assert pydefect.load(tmp_path / "model.safetensors").config.steps == 3
 
 
 def test_scores_maps_and_kinds(fitted, good_images):

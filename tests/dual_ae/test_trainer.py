@@ -100,7 +100,7 @@ def test_all_images_come_before_any_comes_again(make):
 
 
 def test_the_rate_falls_to_a_tenth_at_95_percent(make):
-    trainer = make(steps=20, penalty="none")
+    trainer = make(steps=20, penalty="none", schedule="drop", learning_rate=1e-4)
     rates = []
     step = trainer._optimisers.step
     trainer._optimisers.step = lambda rate: (rates.append(rate), step(rate))
@@ -119,7 +119,7 @@ def test_the_falling_schedule():
     assert rates[-1] == pytest.approx(1e-5)
     falls = [before - after for before, after in itertools.pairwise(rates[604:])]
     assert falls == pytest.approx([0.99e-3 / 400] * len(falls))
-    assert DualAEConfig(schedule="fall", steps=1).rate(0) == pytest.approx(1e-6)
+    assert DualAEConfig(schedule="fall", steps=1, learning_rate=1e-4).rate(0) == pytest.approx(1e-6)
 
 
 def test_muon_takes_the_convolutions_and_leaves_the_rest_to_adam(make):

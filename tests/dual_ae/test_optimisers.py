@@ -1,0 +1,52 @@
+"""Steps at a share of the first rate, which a graph can hold, are steps at the rate."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pydefect.dual_ae.optimisers import Optimisers
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    return layers.to(memory_format=torch.channels_last)
+
+
+def train(network, optimisers, rates):
+    """Gradients in the same memory in every step, as a graph's are."""
+    device = next(network.parameters()).device
+    held = [torch.empty_like(parameter) for parameter in network.parameters()]
+    images = torch.rand(len(rates), 5, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(device)
+    for rate, batch in zip(rates, images, strict=True):
+        gradients = torch.autograd.grad(network(batch).square().sum(), list(network.parameters()))
+        for parameter, own, gradient in zip(network.parameters(), held, gradients, strict=True):
+            parameter.grad = own.copy_(gradient)
+        optimisers.step(rate)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_steps_by_a_share_are_steps_at_the_rate(network, optimiser, device):
+    rates = [1e-3, 5e-4, 2e-3, 0.0, 1e-3, 1e-5, 7e-4]
+    found = []
+    for captured in (False, True):
+        own = copy.deepcopy(network).to(device)
+        train(own, Optimisers(own, optimiser, 1e-3, 1e-2, captured=captured), rates)
+        found.append(torch.cat([parameter.detach().flatten() for parameter in own.parameters()]))
+    # Numbers of up to one, moved by a thousandth seven times: a rounding of the moved number and one of the
+    # move itself in each. Muon's products are bfloat16, but of gradients that differ by no more than that.
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6 if optimiser == "adam" else 2e-5)
+    assert not torch.equal(found[0], torch.cat([one.detach().flatten() for one in network.parameters()]))
+
+
+def test_a_first_rate_of_zero_moves_nothing(network):
+    before = copy.deepcopy(network)
+    train(network, Optimisers(network, "adam", 0.0, 0.0, captured=True), [0.0, 0.0])
+    for one, other in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other)
