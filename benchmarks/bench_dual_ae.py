@@ -33,7 +33,8 @@ def build(
     additions: str, contender: str, device: str, size: str = "small"
 ) -> tuple[DualAEConfig, DualNetwork, NormalisedTeacher]:
     precision = "bfloat16" if contender.endswith("bf16") else "float32"
-    config = DualAEConfig(additions=additions, precision=precision, size=size, dropout=0.0)
+    # Unpadded and at 256 pixels, as EfficientAD.
+    config = DualAEConfig(additions=additions, precision=precision, size=size, dropout=0.0, padding=False)
     network = build_network(config, (256, 256), 0).to(device)
     torch.manual_seed(0)
     teacher = NormalisedTeacher(PDN(size).to(device, memory_format=torch.channels_last), precision)

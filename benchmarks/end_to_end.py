@@ -307,6 +307,7 @@ def dual_ae(arguments: argparse.Namespace, python: Path | None) -> Iterator[dict
         teacher = Path(folder) / "teacher.safetensors"
         save_tensors(teacher, PDN().state_dict(), {})
         common = {"teacher": teacher, "resize": arguments.size, "held_out_share": 0, "progress": False}
+        common |= {"padding": False, "optimiser": "adam", "learning_rate": 1e-4}  # as the peer
         settings = {name: {**common, "precision": precision} for name, _, precision in contenders}
         detectors = {
             name: pydefect.fit(files, method=method, steps=1, **settings[name])

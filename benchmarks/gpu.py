@@ -472,7 +472,7 @@ def training_steps(bench: Bench) -> None:
     from pydefect.features import resolve_precision
 
     device = torch.device("cuda")
-    config = DualAEConfig()
+    config = DualAEConfig(padding=False)  # at 256 pixels below: as EfficientAD
     precision = resolve_precision(config.precision, device)
     teacher = NormalisedTeacher(PDN(config.size).to(device, memory_format=torch.channels_last), precision)
     teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))

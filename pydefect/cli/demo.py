@@ -33,10 +33,9 @@ _WITHOUT_LEARNED_FEATURES: dict[str, Any] = {
 }
 # A few hundred steps on small images learn where parts belong; the flange's defects need none of that.
 _LOGICAL: dict[str, Any] = {
-    "resize": 128,
+    "resize": 96,
     "padding": True,
     "steps": 240,
-    "learning_rate": 1e-3,
     "held_out_share": 0.3,
     "false_alarm_rate": 0.05,
 }

@@ -80,7 +80,7 @@ class DualAEConfig(MethodConfig):
         "default": {},
         # 2.2 and EfficientAD's published code.
         "paper": {
-            **{"padding": False, "context_normalisation": "none"},
+            **{"resize": 256, "padding": False, "context_normalisation": "none"},
             **{"steps": 70_000, "learning_rate": 1e-4, "schedule": "drop", "optimiser": "adam"},
         },
     }
@@ -98,10 +98,15 @@ class DualAEConfig(MethodConfig):
         "batch_size": (1, math.inf),
         "learning_rate": (0, math.inf),
         "weight_decay": (0, math.inf),
+        "muon_weight_decay": (0, math.inf),
         "low_quantile": (0, 1),
         "high_quantile": (0, 1),
         "cache_memory_mb": (0, math.inf),
     }
+
+    resize: tuple[int, int] | int | None = 128
+    """(height, width) in pixels, or one number for a square; None keeps the images' size. EfficientAD's code
+    has 256: small defects on large images need that, four times the work a step, and more steps."""
 
     # -- networks (1.1) ------------------------------------------------------------------------------------
     teacher: str = "shipped"
@@ -110,8 +115,8 @@ class DualAEConfig(MethodConfig):
     with the state of a PDN, such as EfficientAD's published ones. See ``docs/teacher.md``."""
     size: Size = "small"
     """Of the student's PDN (EfficientAD-S or -M), and of a PDN teacher."""
-    padding: bool = False
-    """Whether the PDNs see zeros beyond the image's edge: 64x64 instead of 56x56 cells of 256x256 pixels."""
+    padding: bool = True
+    """Whether the PDNs see zeros beyond the image's edge: 32x32 instead of 24x24 cells of 128x128 pixels."""
     additions: AdditionsName = "all"
     """A row of the paper's ablation tables 2 and 3, a key of :data:`ADDITIONS`; ``"none"`` is EfficientAD."""
     dropout: float = 0.2
@@ -154,6 +159,10 @@ class DualAEConfig(MethodConfig):
     """``"muon"``: for the convolutions' weights, see :class:`pydefect.dual_ae.optimisers.Optimisers`;
     ``"adam"`` wants a learning rate of 5e-4 at most."""
     weight_decay: float = 1e-5
+    """Of Adam, as EfficientAD's code has it: added to the gradient."""
+    muon_weight_decay: float = 0.5
+    """Of Muon: a step takes ``learning_rate`` times this off the convolutions' weights. Without it they grow
+    until the autoencoders' values overflow, after 1,500 to 2,400 steps at the default rate."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the networks; ``"auto"``: bfloat16 on processors and cards with instructions for it. A
     fitted detector keeps what ``"auto"`` meant for it. Losses, modules and weights are float32 always."""
@@ -175,7 +184,7 @@ class DualAEConfig(MethodConfig):
     @staticmethod
     def default_steps(device_type: str) -> int:
         """Training steps where none are asked for: as many as a user would wait for; ``docs/dual_ae.md``."""
-        return 6_000 if device_type == "cuda" else 2_000
+        return 3_000 if device_type == "cuda" else 1_500
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0; needs a number of ``steps``."""

@@ -489,8 +489,9 @@ class Distillation:
         plain = _fresh_network(self.config, self.seed, self.images.batch(0)[0])
         network = _with_normalisation(plain) if self.config.batch_normalisation else plain
         self.network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decay = self.config.weight_decay
         self._optimisers = Optimisers(
-            self.network, self.config.optimiser, self.config.learning_rate, self.config.weight_decay
+            self.network, self.config.optimiser, self.config.learning_rate, decay, muon_decay=decay
         )
         self._losses: list[float] = []
         self._saved_at = time.monotonic()

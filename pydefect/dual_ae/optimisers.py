@@ -28,15 +28,27 @@ class Optimisers:
     optimiser
         ``"muon"``: the convolutions' weights move in directions whose singular values are all alike, by the
         size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``).
-    rate, decay
-        Learning rate and weight decay. Adam adds the decay to the gradient, Muon takes it off the weights.
+    rate
+        Learning rate.
+    decay
+        Weight decay of Adam, which adds it to the gradient.
+    muon_decay
+        Weight decay of Muon, which takes ``rate * muon_decay`` off the matrices in every step. Its steps are
+        equally long whatever the gradient, so that matrices grow with their number where nothing holds them.
     captured
         Gradients come into the same memory in every step: on a card a step is then a CUDA graph. One of Muon
         has more than a thousand kernels, and launching them takes longer than running them.
     """
 
     def __init__(
-        self, network: nn.Module, optimiser: Optimiser, rate: float, decay: float, *, captured: bool = False
+        self,
+        network: nn.Module,
+        optimiser: Optimiser,
+        rate: float,
+        decay: float,
+        *,
+        muon_decay: float,
+        captured: bool = False,
     ) -> None:
         self._weights = [
             module.weight
@@ -60,7 +72,7 @@ class Optimisers:
         }
         if self._matrices:
             self._all["muon"] = torch.optim.Muon(
-                self._matrices, lr=self._rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+                self._matrices, lr=self._rate, weight_decay=muon_decay, adjust_lr_fn="match_rms_adamw"
             )
         if captured:
             self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]

@@ -186,6 +186,7 @@ class Trainer:
             config.optimiser,
             config.learning_rate,
             config.weight_decay,
+            muon_decay=config.muon_weight_decay,
             captured=self.device.type == "cuda",
         )
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)

@@ -43,7 +43,7 @@ def fitted(teacher_file, good_images):
 def test_the_steps_are_those_of_the_device_where_none_are_asked_for(
     teacher_file, good_images, tmp_path, monkeypatch
 ):
-    assert (DualAEConfig.default_steps("cpu"), DualAEConfig.default_steps("cuda")) == (2_000, 6_000)
+    assert (DualAEConfig.default_steps("cpu"), DualAEConfig.default_steps("cuda")) == (1_500, 3_000)
     monkeypatch.setattr(DualAEConfig, "default_steps", staticmethod({"cpu": 3}.__getitem__))
     settings = {"teacher": str(teacher_file), "resize": 64, "held_out_share": 0, "penalty": "none"}
     detector = fit(good_images, **settings, additions="none")

@@ -35,18 +35,30 @@ def train(network, optimisers, rates):
 def test_steps_by_a_share_are_steps_at_the_rate(network, optimiser, device):
     rates = [1e-3, 5e-4, 2e-3, 0.0, 1e-3, 1e-5, 7e-4]
     found = []
+    before = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
     for captured in (False, True):
         own = copy.deepcopy(network).to(device)
-        train(own, Optimisers(own, optimiser, 1e-3, 1e-2, captured=captured), rates)
-        found.append(torch.cat([parameter.detach().flatten() for parameter in own.parameters()]))
+        train(own, Optimisers(own, optimiser, 1e-3, 1e-2, muon_decay=0.5, captured=captured), rates)
+        found.append(torch.cat([parameter.detach().flatten().cpu() for parameter in own.parameters()]))
     # Numbers of up to one, moved by a thousandth seven times: a rounding of the moved number and one of the
     # move itself in each. Muon's products are bfloat16, but of gradients that differ by no more than that.
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6 if optimiser == "adam" else 2e-5)
-    assert not torch.equal(found[0], torch.cat([one.detach().flatten() for one in network.parameters()]))
+    assert not torch.equal(found[0], before)
+
+
+def test_muon_s_decay_holds_the_matrices_and_nothing_else(network):
+    """By the rate times the decay in every step, beside the step itself."""
+    own, other = copy.deepcopy(network), copy.deepcopy(network)
+    train(own, Optimisers(own, "muon", 1e-3, 0.0, muon_decay=0.0), [1e-3])
+    train(other, Optimisers(other, "muon", 1e-3, 0.0, muon_decay=0.5), [1e-3])
+    for start, free, held in zip(*(one.parameters() for one in (network, own, other)), strict=True):
+        expected = free - 5e-4 * start if start.dim() == 4 else free
+        # Two roundings of numbers of up to one.
+        torch.testing.assert_close(held, expected, rtol=0, atol=2e-7)
 
 
 def test_a_first_rate_of_zero_moves_nothing(network):
     before = copy.deepcopy(network)
-    train(network, Optimisers(network, "adam", 0.0, 0.0, captured=True), [0.0, 0.0])
+    train(network, Optimisers(network, "adam", 0.0, 0.0, muon_decay=0.0, captured=True), [0.0, 0.0])
     for one, other in zip(network.parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other)
