@@ -3,7 +3,8 @@
     python benchmarks/dual_ae_curve.py run --data mvtec_loco/juice_bottle --steps 2000 --rows curve.jsonl
     python benchmarks/dual_ae_curve.py run --data mvtec_loco/juice_bottle --steps 2000 --rows curve.jsonl \\
         --set context_normalisation=none --set additions=none
-    python benchmarks/dual_ae_curve.py picture --rows curve.jsonl --out docs/dual_ae-curve.png
+    python benchmarks/dual_ae_curve.py picture --rows benchmarks/results/dual_ae_curve.jsonl \\
+        --fits benchmarks/results/methods.jsonl --out docs/dual_ae-curve.png
 
 ``run`` trains once and measures on the way, at steps that double. A row is one measurement; a run that was
 stopped goes on from its checkpoint (a folder beside the rows) and repeats no measurement. The learning rate
@@ -105,9 +106,19 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {**row, "fit_seconds": seconds, "losses": losses, **{key: found[key] for key in kept}}
 
 
-def finished_runs(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The last measurement of every finished run, by product and settings: (steps, AUROC in percent)."""
+def finished_runs(
+    rows: list[dict[str, Any]], fits: list[dict[str, Any]]
+) -> dict[str, list[tuple[int, float]]]:
+    """The last measurement of every finished run, by product and settings: (steps, AUROC in percent).
+
+    ``fits`` are lines of `pydefect benchmark`, with every setting at its default.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
+    for fit in fits:
+        if fit["method"] in ("dual_ae", "efficientad") and fit["status"] == "finished":
+            label = fit["category"] + (", additions=none" if fit["method"] == "efficientad" else "")
+            point = fit["configuration"]["steps"], 100 * fit["metrics"]["image_auroc"]
+            found.setdefault(label, []).append(point)
     for row in rows:
         if "failed" not in row and row["step"] == row["steps"]:
             words = {name: value for name, value in json.loads(row["run"]).items() if value != "default"}
@@ -125,7 +136,7 @@ def picture(arguments: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
-    runs = finished_runs(read_rows(arguments.rows))
+    runs = finished_runs(read_rows(arguments.rows), read_rows(arguments.fits) if arguments.fits else [])
     for number, (label, points) in enumerate(runs.items()):
         steps, auroc = zip(*points, strict=True)
         axes.plot(steps, auroc, "os^vDP*X"[number % 8] + "-", label=label)
@@ -161,6 +172,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="train on the first so many only, to try the script")
     parser.add_argument("--every", type=int, default=1, help="measure every n-th test image only")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--fits", type=Path, help="for the picture: results.jsonl of `pydefect benchmark`")
     parser.add_argument("--out", type=Path, help="the picture")
     arguments = parser.parse_args()
     if arguments.what == "picture":
