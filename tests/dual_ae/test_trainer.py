@@ -26,7 +26,7 @@ def make(good_images, config):
     def build(checkpoint=None, seed=0, progress=None, device="cpu", **changes):
         images, features = (FeatureCache(device=device) for _ in range(2))
         torch.manual_seed(0)
-        teacher = NormalisedTeacher(PDN().to(device), "float32")
+        teacher = NormalisedTeacher(PDN(padding=config.padding).to(device), "float32")
         teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))
         for image in good_images:
             tensor = preprocessing(image)[None].to(device)
@@ -175,7 +175,7 @@ def test_a_graph_can_capture_the_losses_and_their_gradients(config):
     device = torch.device("cuda")
     own = dataclasses.replace(config, dropout=0.0)
     network = build_network(own, (64, 72), 0).to(device).train()
-    teacher = NormalisedTeacher(PDN().to(device), "float32")
+    teacher = NormalisedTeacher(PDN(padding=config.padding).to(device), "float32")
     teacher.set_statistics(torch.zeros(384, device=device), torch.full((384,), 0.05, device=device))
     images, augmented, penalty = (torch.randn(1, 3, 64, 72, device=device) for _ in range(3))
 
