@@ -80,8 +80,13 @@ class DualAEConfig(MethodConfig):
         "default": {},
         # 2.2 and EfficientAD's published code.
         "paper": {
-            **{"resize": 256, "padding": False, "context_normalisation": "none"},
-            **{"steps": 70_000, "learning_rate": 1e-4, "schedule": "drop", "optimiser": "adam"},
+            "resize": 256,
+            "padding": False,
+            "context_normalisation": "none",
+            "steps": 70_000,
+            "optimiser": "adam",
+            "learning_rate": 1e-4,
+            "schedule": "drop",
         },
     }
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -162,7 +167,7 @@ class DualAEConfig(MethodConfig):
     """Of Adam, as EfficientAD's code has it: added to the gradient."""
     muon_weight_decay: float = 0.5
     """Of Muon: a step takes ``learning_rate`` times this off the convolutions' weights. Without it they grow
-    until the autoencoders' values overflow, after 1,500 to 2,400 steps at the default rate."""
+    until the autoencoders' values overflow (``docs/dual_ae.md``)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the networks; ``"auto"``: bfloat16 on processors and cards with instructions for it. A
     fitted detector keeps what ``"auto"`` meant for it. Losses, modules and weights are float32 always."""
@@ -183,7 +188,13 @@ class DualAEConfig(MethodConfig):
 
     @staticmethod
     def default_steps(device_type: str) -> int:
-        """Training steps where none are asked for: as many as a user would wait for; ``docs/dual_ae.md``."""
+        """Count the training steps of a fit that asks for none: what docs/dual_ae.md found worth waiting for.
+
+        Parameters
+        ----------
+        device_type
+            ``"cpu"``, ``"cuda"``, ... as ``torch.device.type``.
+        """
         return 3_000 if device_type == "cuda" else 1_500
 
     def rate(self, step: int) -> float:

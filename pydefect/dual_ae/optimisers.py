@@ -77,13 +77,19 @@ class Optimisers:
         if captured:
             self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]
             self._share = torch.ones((), device=device)
-            self._steps_as_graph = ReplayedSteps(self._step_by_share) if on_card else self._step_by_share
+            self._take_step = ReplayedSteps(self._step_by_share) if on_card else self._step_by_share
 
     def step(self, rate: float) -> None:
-        """Take a step along the parameters' gradients."""
+        """Take a step along the parameters' gradients, all of which have one.
+
+        Parameters
+        ----------
+        rate
+            Learning rate of this step, 0 or more.
+        """
         if self._captured:
             self._share.fill_(rate / self._rate)
-            self._steps_as_graph()
+            self._take_step()
             return
         for optimiser in self._all.values():
             for group in optimiser.param_groups:
