@@ -311,12 +311,12 @@ __global__ void rank_candidates(Problem problem, int splits, const float* candid
   __syncwarp();
 
   for (int first = 0; first < winners; first += 2) {
-    // The second half of the warp repeats the last winner where their number is odd.
+    // The second half of the warp measures the last winner too where their number is odd.
     const int winner = min(first + lane / 16, winners - 1);
     const int row = winner_rows[warp][winner];
     const float distance =
         squared_distance(vector, problem.bank + static_cast<int64_t>(row) * problem.width, problem.width);
-    if (lane % 16 == 0) winner_keys[warp][winner] = ranking_key(distance, row);
+    if (lane % 16 == 0 && first + lane / 16 == winner) winner_keys[warp][winner] = ranking_key(distance, row);
   }
   __syncwarp();
 

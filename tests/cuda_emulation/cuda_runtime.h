@@ -5,7 +5,8 @@
 // operation or its end; who runs next, and the order of the blocks, comes from a seeded generator, so that a
 // missing barrier, a race between blocks or a use of what a copy has not yet brought shows as a wrong result
 // for some seed. Divergence where all lanes must meet, launches beyond a card's limits and barriers that not
-// every thread reaches are errors.
+// every thread reaches are errors. With PYDEFECT_EMULATION_RACES ThreadSanitizer knows the fibers as threads
+// and reports races within a block whatever their order was.
 #pragma once
 
 #include <cmath>
@@ -70,7 +71,8 @@ extern dim3 block_size;
 extern dim3 grid_size;
 extern char* dynamic_shared;
 
-enum class Wait { kNothing, kWarp, kBlock, kEnd };
+// kWarp and kBlock order what threads read and write before and after, kCollective does not.
+enum class Wait { kNothing, kWarp, kCollective, kBlock, kEnd };
 
 void wait(Wait what, const char* where);
 // A place for a lane's message; another one for every operation, so that none is overwritten unread.
@@ -80,12 +82,16 @@ void next_message();
 unsigned random_below(unsigned bound);
 void run(const char* name, dim3 grid, int threads, size_t shared, const std::function<void()>& kernel);
 
+// What stands between barriers on the card is not seen by ThreadSanitizer: atomic operations and the
+// messages.
+#define PYDEFECT_NO_RACE __attribute__((no_sanitize("thread")))
+
 template <class T>
-T exchange(const T& mine, int from_lane, const char* where) {
+PYDEFECT_NO_RACE T exchange(const T& mine, int from_lane, const char* where) {
   static_assert(sizeof(T) <= kLargestMessage);
   next_message();
   std::memcpy(message(current->lane), &mine, sizeof(T));
-  wait(Wait::kWarp, where);
+  wait(Wait::kCollective, where);
   T theirs;
   std::memcpy(&theirs, message(from_lane), sizeof(T));
   return theirs;
@@ -137,20 +143,20 @@ inline bool __any_sync(unsigned mask, int predicate) {
 }
 
 template <class T>
-T atomicAdd(T* to, T value) {
+PYDEFECT_NO_RACE T atomicAdd(T* to, T value) {
   const T before = *to;
   *to = before + value;
   return before;
 }
 template <class T>
-T atomicMax(T* to, T value) {
+PYDEFECT_NO_RACE T atomicMax(T* to, T value) {
   const T before = *to;
   if (value > before) *to = value;
   return before;
 }
 
 template <class T>
-T atomicMin(T* to, T value) {
+PYDEFECT_NO_RACE T atomicMin(T* to, T value) {
   const T before = *to;
   if (value < before) *to = value;
   return before;

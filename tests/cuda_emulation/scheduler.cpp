@@ -12,6 +12,10 @@
 #include <ucontext.h>
 #endif
 
+#ifdef PYDEFECT_EMULATION_RACES
+#include <sanitizer/tsan_interface.h>
+#endif
+
 namespace emulation {
 
 Fiber* current = nullptr;
@@ -85,6 +89,40 @@ class Context {
 };
 #endif
 
+// What ThreadSanitizer is told: every fiber is a thread of its own, and only barriers order what threads of a
+// block read and write. Collective operations such as __shfl_sync order no memory. One block follows the
+// other, as if all were ordered: shared memory is the same for all of them here. This file is not
+// instrumented, so that the scheduler's own bookkeeping is no race.
+#ifdef PYDEFECT_EMULATION_RACES
+class Races {
+ public:
+  void switch_to() {
+    if (fiber_ == nullptr) fiber_ = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(fiber_, __tsan_switch_to_fiber_no_sync);
+  }
+  void be_here() { fiber_ = __tsan_get_current_fiber(); }
+  static void arrive(void* barrier) { __tsan_release(barrier); }
+  static void leave(void* barrier) { __tsan_acquire(barrier); }
+
+ private:
+  void* fiber_ = nullptr;
+};
+#else
+class Races {
+ public:
+  void switch_to() {}
+  void be_here() {}
+  static void arrive(void*) {}
+  static void leave(void*) {}
+};
+#endif
+
+// A thread may be at the next barrier before another has left this one, never two ahead.
+struct Barriers {
+  uint64_t both[2];
+  void* of(unsigned passed) { return &both[passed % 2]; }
+};
+
 struct Copy {
   void* to;
   const void* from;
@@ -102,9 +140,12 @@ struct Slot {
   std::vector<Copy> open;                 // not committed yet
   std::vector<std::vector<Copy>> groups;  // oldest first
   Context context;
+  Races races;
   Wait waits = Wait::kNothing;
   const char* where = "";
   unsigned operations = 0;
+  unsigned warp_barriers = 0;
+  unsigned block_barriers = 0;
 };
 
 uint64_t generator = 0x9e3779b97f4a7c15u;
@@ -112,6 +153,11 @@ std::vector<Slot> slots;
 char* stacks = nullptr;
 int thread_count = 0;
 Context scheduler;
+Races scheduler_races;
+Barriers block_barriers;
+Barriers warp_barriers[kMostThreads / kLanes];
+uint64_t block_start;
+uint64_t block_end;
 const std::function<void()>* body = nullptr;
 std::string failure;
 alignas(64) char messages[kMostThreads][2][kLargestMessage];
@@ -121,6 +167,7 @@ Slot& slot_of(Fiber* fiber) {
 }
 
 void enter() {
+  Races::leave(&block_start);
   try {
     (*body)();
   } catch (const std::exception& error) {
@@ -151,11 +198,12 @@ void run_warp(const char* name, int warp) {
       Slot& slot = slots[static_cast<size_t>(first + lane)];
       if (slot.waits == Wait::kNothing) {
         current = &slot.fiber;
+        slot.races.switch_to();
         scheduler.switch_to(slot.context);
         current = nullptr;
         if (!failure.empty()) fail(name, failure);
       }
-      if (slot.waits == Wait::kWarp) {
+      if (slot.waits == Wait::kWarp || slot.waits == Wait::kCollective) {
         if (waits != nullptr && std::string(waits->where) != slot.where) {
           fail(name, std::string("lanes of a warp are at ") + waits->where + " and at " + slot.where);
         }
@@ -179,10 +227,14 @@ void run_block(const char* name) {
     Slot& slot = slots[static_cast<size_t>(t)];
     slot.fiber = {{static_cast<unsigned>(t), 0, 0}, t % kLanes, t / kLanes};
     slot.waits = Wait::kNothing;
+    slot.warp_barriers = 0;
+    slot.block_barriers = 0;
     slot.open.clear();
     slot.groups.clear();
     slot.context.start(stacks + static_cast<size_t>(t) * kStack, &enter);
   }
+  scheduler_races.be_here();
+  Races::arrive(&block_start);
   for (;;) {
     const int shift = static_cast<int>(random_below(static_cast<unsigned>(warps)));
     const bool backwards = random_below(2) == 1;
@@ -192,10 +244,11 @@ void run_block(const char* name) {
     }
     int ended = 0;
     for (int t = 0; t < thread_count; ++t) ended += slots[static_cast<size_t>(t)].waits == Wait::kEnd;
-    if (ended == thread_count) return;
+    if (ended == thread_count) break;
     if (ended > 0) fail(name, "some threads have ended, others wait at __syncthreads");
     for (int t = 0; t < thread_count; ++t) slots[static_cast<size_t>(t)].waits = Wait::kNothing;
   }
+  Races::leave(&block_end);
 }
 
 }  // namespace
@@ -220,7 +273,14 @@ void wait(Wait what, const char* where) {
   Slot& slot = slot_of(current);
   slot.waits = what;
   slot.where = where;
+  void* barrier = nullptr;
+  if (what == Wait::kWarp) barrier = warp_barriers[current->warp].of(slot.warp_barriers++);
+  if (what == Wait::kBlock) barrier = block_barriers.of(slot.block_barriers++);
+  if (what == Wait::kEnd) barrier = &block_end;
+  if (barrier != nullptr) Races::arrive(barrier);
+  scheduler_races.switch_to();
   slot.context.switch_to(scheduler);
+  if (barrier != nullptr) Races::leave(barrier);
 }
 
 void copy(void* to, const void* from, int valid, int bytes) {
