@@ -116,7 +116,7 @@ def finished_runs(
     found: dict[str, list[tuple[int, float]]] = {}
     for fit in fits:
         if fit["method"] in ("dual_ae", "efficientad") and fit["status"] == "finished":
-            label = fit["category"] + (", additions=none" if fit["method"] == "efficientad" else "")
+            label = fit["category"] + (f", {_ONE_AUTOENCODER}" if fit["method"] == "efficientad" else "")
             point = fit["configuration"]["steps"], 100 * fit["metrics"]["image_auroc"]
             found.setdefault(label, []).append(point)
     for row in rows:
@@ -129,24 +129,59 @@ def finished_runs(
 
 
 def picture(arguments: argparse.Namespace) -> None:
-    """Draw image AUROC over the length of a run, a line for settings."""
+    """Draw image AUROC over the length of a run at the defaults, and of all other settings side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
     runs = finished_runs(read_rows(arguments.rows), read_rows(arguments.fits) if arguments.fits else [])
-    for number, (label, points) in enumerate(runs.items()):
-        steps, auroc = zip(*points, strict=True)
-        axes.plot(steps, auroc, "os^vDP*X"[number % 8] + "-", label=label)
-    axes.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
-    ticks = sorted({step for points in runs.values() for step, _ in points})
-    axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(arguments.out, bbox_inches="tight")
+    at_defaults = {label: runs[label] for label in runs if _settings(label) in ("", _ONE_AUTOENCODER)}
+    others = {label: points for label, points in runs.items() if label not in at_defaults}
+    height = 0.28 * len(others)
+    figure = plt.figure(figsize=(11, 4.5 + height), dpi=100, layout="constrained")
+    # Apart, so that the long names of the settings leave the curves their width.
+    above, below = figure.subfigures(2, height_ratios=(3.5, 1 + height))
+    curves, dots = above.subplots(), below.subplots()
+
+    products = list(dict.fromkeys(label.partition(", ")[0] for label in at_defaults))
+    for label, points in at_defaults.items():
+        product, _, one = label.partition(", ")
+        number = products.index(product)
+        curves.plot(
+            *zip(*points, strict=True),
+            "os^D"[number % 4] + ("--" if one else "-"),
+            color=f"C{number}",
+            markerfacecolor="white" if one else None,
+            label=f"{product}, {'EfficientAD' if one else 'dual autoencoder'}",
+        )
+    curves.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
+    curves.set_title("default settings")
+    ticks = sorted({step for points in at_defaults.values() for step, _ in points})
+    curves.set_xticks(ticks, [f"{step:,}" for step in ticks])
+    curves.minorticks_off()
+    curves.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    best_first = sorted(others, key=lambda label: max(auroc for _, auroc in others[label]))
+    for place, label in enumerate(best_first):
+        for steps, auroc in others[label]:
+            dots.plot(auroc, place, "o", color="C0")
+            dots.annotate(
+                f"{steps:,}", (auroc, place), (0, 4), textcoords="offset points", ha="center", size=6
+            )
+    dots.set_yticks(range(len(best_first)), best_first, fontsize=7)
+    dots.set(xlabel="image AUROC, %, and the run's steps", ylim=(-0.8, len(best_first)))
+    dots.set_title("other settings, and what differs from the defaults")
+    for axes in (curves, dots):
+        axes.grid(alpha=0.3)
+    figure.savefig(arguments.out)
+
+
+_ONE_AUTOENCODER = "additions=none"
+
+
+def _settings(label: str) -> str:
+    return label.partition(", ")[2]
 
 
 def main() -> None:
