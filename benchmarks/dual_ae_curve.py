@@ -106,6 +106,10 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {**row, "fit_seconds": seconds, "losses": losses, **{key: found[key] for key in kept}}
 
 
+# What the label of an EfficientAD run adds to the product.
+_ONE_AUTOENCODER = "additions=none"
+
+
 def finished_runs(
     rows: list[dict[str, Any]], fits: list[dict[str, Any]]
 ) -> dict[str, list[tuple[int, float]]]:
@@ -136,7 +140,7 @@ def picture(arguments: argparse.Namespace) -> None:
     import matplotlib.pyplot as plt
 
     runs = finished_runs(read_rows(arguments.rows), read_rows(arguments.fits) if arguments.fits else [])
-    at_defaults = {label: runs[label] for label in runs if _settings(label) in ("", _ONE_AUTOENCODER)}
+    at_defaults = {label: runs[label] for label in runs if label.partition(", ")[2] in ("", _ONE_AUTOENCODER)}
     others = {label: points for label, points in runs.items() if label not in at_defaults}
     height = 0.28 * len(others)
     figure = plt.figure(figsize=(11, 4.5 + height), dpi=100, layout="constrained")
@@ -175,13 +179,6 @@ def picture(arguments: argparse.Namespace) -> None:
     for axes in (curves, dots):
         axes.grid(alpha=0.3)
     figure.savefig(arguments.out)
-
-
-_ONE_AUTOENCODER = "additions=none"
-
-
-def _settings(label: str) -> str:
-    return label.partition(", ")[2]
 
 
 def main() -> None:

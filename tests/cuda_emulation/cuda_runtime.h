@@ -82,8 +82,8 @@ void next_message();
 unsigned random_below(unsigned bound);
 void run(const char* name, dim3 grid, int threads, size_t shared, const std::function<void()>& kernel);
 
-// What stands between barriers on the card is not seen by ThreadSanitizer: atomic operations and the
-// messages.
+// Of functions whose accesses are no races: atomic operations, and the messages, which are registers on a
+// card.
 #define PYDEFECT_NO_RACE __attribute__((no_sanitize("thread")))
 
 template <class T>
