@@ -146,39 +146,46 @@ def picture(arguments: argparse.Namespace) -> None:
     figure = plt.figure(figsize=(11, 4.5 + height), dpi=100, layout="constrained")
     # Apart, so that the long names of the settings leave the curves their width.
     above, below = figure.subfigures(2, height_ratios=(3.5, 1 + height))
-    curves, dots = above.subplots(), below.subplots()
+    _draw_defaults(above.subplots(), at_defaults)
+    _draw_others(below.subplots(), others)
+    figure.savefig(arguments.out)
 
-    products = list(dict.fromkeys(label.partition(", ")[0] for label in at_defaults))
-    for label, points in at_defaults.items():
+
+def _draw_defaults(axes: Any, runs: dict[str, list[tuple[int, float]]]) -> None:
+    """AUROC over steps, a colour for a product, dashed for EfficientAD."""
+    products = list(dict.fromkeys(label.partition(", ")[0] for label in runs))
+    for label, points in runs.items():
         product, _, one = label.partition(", ")
         number = products.index(product)
-        curves.plot(
+        axes.plot(
             *zip(*points, strict=True),
             "os^D"[number % 4] + ("--" if one else "-"),
             color=f"C{number}",
             markerfacecolor="white" if one else None,
             label=f"{product}, {'EfficientAD' if one else 'dual autoencoder'}",
         )
-    curves.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
-    curves.set_title("default settings")
-    ticks = sorted({step for points in at_defaults.values() for step, _ in points})
-    curves.set_xticks(ticks, [f"{step:,}" for step in ticks])
-    curves.minorticks_off()
-    curves.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
+    axes.set_title("default settings")
+    ticks = sorted({step for points in runs.values() for step, _ in points})
+    axes.set_xticks(ticks, [f"{step:,}" for step in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    best_first = sorted(others, key=lambda label: max(auroc for _, auroc in others[label]))
-    for place, label in enumerate(best_first):
-        for steps, auroc in others[label]:
-            dots.plot(auroc, place, "o", color="C0")
-            dots.annotate(
+
+def _draw_others(axes: Any, runs: dict[str, list[tuple[int, float]]]) -> None:
+    """A row for settings, the best ones on top."""
+    ascending = sorted(runs, key=lambda label: max(auroc for _, auroc in runs[label]))
+    for place, label in enumerate(ascending):
+        for steps, auroc in runs[label]:
+            axes.plot(auroc, place, "o", color="C0")
+            axes.annotate(
                 f"{steps:,}", (auroc, place), (0, 4), textcoords="offset points", ha="center", size=6
             )
-    dots.set_yticks(range(len(best_first)), best_first, fontsize=7)
-    dots.set(xlabel="image AUROC, %, and the run's steps", ylim=(-0.8, len(best_first)))
-    dots.set_title("other settings, and what differs from the defaults")
-    for axes in (curves, dots):
-        axes.grid(alpha=0.3)
-    figure.savefig(arguments.out)
+    axes.set_yticks(range(len(ascending)), ascending, fontsize=7)
+    axes.set(xlabel="image AUROC, %, and the run's steps", ylim=(-0.8, len(ascending)))
+    axes.set_title("other settings, and what differs from the defaults")
+    axes.grid(alpha=0.3)
 
 
 def main() -> None:
