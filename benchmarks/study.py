@@ -267,7 +267,13 @@ def render(arguments: argparse.Namespace) -> None:
     last: dict[tuple[str, str, int], dict[str, Any]] = {}
     for row in rows:
         last[row["run"], row["data"], row["seed"]] = row
-    lines = ["| run | " + " | ".join(f"{name}: eq. 9 | nearest" for name in names) + " |"]
+    lines = [
+        "A cell: image AUROC by the largest patch score / by the maximum of the smoothed map / pixel AUROC, "
+        'in percent, at the last epoch; "eq. 9" weighs a patch\'s distance by its certainty, "nearest" '
+        "does not.",
+        "",
+    ]
+    lines.append("| run | " + " | ".join(f"{name}: eq. 9 | nearest" for name in names) + " |")
     lines.append("|---" * (1 + 2 * len(names)) + "|")
     for run_name in runs:
         cells = []
