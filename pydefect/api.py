@@ -69,9 +69,9 @@ def fit(
         ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``,
         ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``.
     seed
-        Same images, settings, seed, machine and number of threads: same detector.
+        Same images, settings, seed, machine and number of threads: same detector, on the CPU to the bit.
     device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``; cards of compute capability 8.0 or later.
     on_error
         ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in the
         detector's ``training``.

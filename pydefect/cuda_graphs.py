@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,19 @@ __all__ = ["CapturedCall", "ReplayedCalls", "ReplayedSteps"]
 
 # PyTorch asks for a few runs before a capture: workspaces are made and convolutions chosen in them.
 _RUNS_BEFORE = 3
+# PyTorch captures one graph at a time in a process.
+_capturing = threading.Lock()
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Capture what is launched within.
+
+    On a stream of the right device: PyTorch's own one for captures belongs to the device that captured first.
+    Other threads may go on using CUDA meanwhile.
+    """
+    with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        yield
 
 
 class CapturedCall:
@@ -36,7 +51,7 @@ class CapturedCall:
                     function(*self._inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with _capture(self._graph, stream):
                 self._result = function(*self._inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -60,10 +75,16 @@ class ReplayedCalls:
     ----------
     function
         See :class:`CapturedCall`; inputs on the CPU are handed on to it as they are.
+    state
+        Returns what the function reads besides its input. A graph reads from the memory where this lay when
+        it was captured: the object is kept alive as long, and where another one has come in its place the
+        graph is dropped.
     """
 
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+    def __init__(self, function: Callable[[Tensor], Any], state: Callable[[], object]) -> None:
         self._function = function
+        self._state = state
+        self._read: object = None
         self._shape: torch.Size | None = None
         self._seen = 0
         self._captured: CapturedCall | None = None
@@ -72,8 +93,9 @@ class ReplayedCalls:
         """Run the function; what it returns may be overwritten by the next call."""
         if not given.is_cuda:
             return self._function(given)
-        if given.shape != self._shape:
-            self._shape, self._seen, self._captured = given.shape, 0, None
+        state = self._state()
+        if given.shape != self._shape or state is not self._read:
+            self._shape, self._read, self._seen, self._captured = given.shape, state, 0, None
         self._seen += 1
         if self._seen <= _RUNS_BEFORE:
             return self._function(given)
@@ -90,22 +112,27 @@ class ReplayedSteps:
     Parameters
     ----------
     function
-        Of tensors on the current CUDA device that stay where they are; waits for the device nowhere.
+        Of tensors on `device` that stay where they are; waits for the device nowhere.
+    device
+        A CUDA device.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device) -> None:
         self._function = function
+        self._device = device
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         """Take a step."""
         self._calls += 1
-        if self._calls <= _RUNS_BEFORE:
-            self._function()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+        with torch.cuda.device(self._device):
+            if self._calls <= _RUNS_BEFORE:
                 self._function()
-        self._graph.replay()
+                return
+            if self._graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with _capture(graph, torch.cuda.Stream()):
+                    self._function()
+                self._graph = graph
+            self._graph.replay()

@@ -29,17 +29,21 @@ __all__ = ["Detector", "OnError", "batches", "resolve_device"]
 
 OnError = Literal["raise", "skip"]
 
+# Compute capability that the CUDA kernels need: asynchronous copies and bfloat16 products.
+_OLDEST_CARD = (8, 0)
+
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return a usable device; ``"auto"`` is CUDA where it is there, else the CPU.
+    """Return a usable device; ``"auto"`` is CUDA where a card is there that is new enough, else the CPU.
 
     Raises
     ------
     InputError
-        The device is unknown or not there.
+        The device is unknown, not there, or too old for the kernels.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _OLDEST_CARD
+        return torch.device("cuda" if usable else "cpu")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -50,6 +54,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise InputError(f"device: {device!r} given; allowed are 'auto', 'cpu', 'cuda', 'cuda:0', ...")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {device!r} given, but {torch.cuda.device_count()} CUDA devices are there")
+    if chosen.type == "cuda":
+        capability = torch.cuda.get_device_capability(chosen)
+        if capability < _OLDEST_CARD:
+            raise InputError(
+                f"device: {device!r} given, a card of compute capability {capability[0]}.{capability[1]}; "
+                f"allowed are cards from {_OLDEST_CARD[0]}.{_OLDEST_CARD[1]} on, and 'cpu'"
+            )
     return chosen
 
 
@@ -104,9 +115,6 @@ class Detector(ABC):
         Name in the registry.
     takes_validation
         Whether :meth:`fit` calibrates on a data set's validation images where there are some.
-    capturable
-        Whether a CUDA graph can capture :meth:`predict_maps`: on a card nothing in it waits for the device.
-        Images that come one by one are then scored by replaying one.
     config_type
         Type of the settings: its ``from_preset`` takes what a user gives to :func:`pydefect.fit`.
     config
@@ -126,7 +134,6 @@ class Detector(ABC):
 
     method: ClassVar[str]
     takes_validation: ClassVar[bool] = False
-    capturable: ClassVar[bool] = False
     config_type: ClassVar[type[MethodConfig]]
     config: MethodConfig
     seed: int
@@ -266,6 +273,15 @@ class Detector(ABC):
         image_scores, anomaly_maps = self.predict(images)
         return image_scores, {"anomaly": anomaly_maps}
 
+    def captured_state(self) -> object | None:
+        """Return what :meth:`predict_maps` reads besides the images and another call may replace.
+
+        Images that come one by one are scored on a card by replaying a CUDA graph, which is captured anew
+        where another object is returned. None: no graph can capture it, because something waits for the
+        device.
+        """
+        return None
+
     @abstractmethod
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
         """Write the model file, atomically.
@@ -319,8 +335,8 @@ class Detector(ABC):
         bars = ProgressBars(progress)
         total, done = known_length(collection), 0
         predict: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = self.predict_maps
-        if self.capturable and batch_size == 1:
-            predict = ReplayedCalls(self.predict_maps)
+        if batch_size == 1 and self.captured_state() is not None:
+            predict = ReplayedCalls(self.predict_maps, self.captured_state)
         try:
             began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):

@@ -16,6 +16,7 @@ import torch
 import pydefect
 from pydefect import InputError, ModelFileError, WeightsNotFoundError
 from pydefect.data.procedural import render_product, write_dataset
+from pydefect.detector import resolve_device
 
 PACKAGE = Path(pydefect.__file__).parent
 SMALL = {
@@ -312,6 +313,18 @@ def test_load_refuses(detector, tmp_path):
     with pytest.raises(InputError, match="device: 'gpu' given; allowed are"):
         pydefect.load(tmp_path / "model", device="gpu")
     assert pydefect.load(tmp_path / "model", weights="random").calibration == detector.calibration
+
+
+def test_cards_that_are_too_old_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(InputError, match=r"device: 'cuda' given, a card of compute capability 7\.5"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
 
 
 def test_errors_are_what_python_expects():

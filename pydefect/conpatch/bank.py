@@ -70,6 +70,10 @@ def _nearest_centres(patches: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 def _received(patches: Tensor, nearest: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Sum [size, D] and number [size] of the patches at each centre."""
+    if patches.is_cuda:
+        # index_add_ adds in whatever order there; a product adds in one.
+        belongs = (nearest == torch.arange(size, device=nearest.device).unsqueeze(1)).to(patches.dtype)
+        return belongs @ patches, belongs.sum(1)
     sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, nearest, patches)
     counts = patches.new_zeros(size).index_add_(0, nearest, torch.ones_like(patches[:, 0]))
     return sums, counts

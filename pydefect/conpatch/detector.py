@@ -58,7 +58,6 @@ class ConPatchDetector(FeatureDetector):
     """
 
     method: ClassVar[str] = "conpatch"
-    capturable: ClassVar[bool] = True
     config_type: ClassVar[type[FeatureConfig]] = ConPatchConfig
     config: ConPatchConfig
 
@@ -160,6 +159,10 @@ class ConPatchDetector(FeatureDetector):
         self.bank = bank
         self.training["images"] += done
         return list(collection.skipped)
+
+    def captured_state(self) -> MemoryBank:
+        """Return the bank, which :meth:`update` replaces by another."""
+        return self.bank
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the network and the bank."""

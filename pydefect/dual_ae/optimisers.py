@@ -77,7 +77,7 @@ class Optimisers:
         if captured:
             self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]
             self._share = torch.ones((), device=device)
-            self._take_step = ReplayedSteps(self._step_by_share) if on_card else self._step_by_share
+            self._take_step = ReplayedSteps(self._step_by_share, device) if on_card else self._step_by_share
 
     def step(self, rate: float) -> None:
         """Take a step along the parameters' gradients, all of which have one.

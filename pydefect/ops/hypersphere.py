@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydefect.ops._library import has_kernels
-from pydefect.ops.knn import knn
+from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.hypersphere import check_arguments
 
 __all__ = ["hypersphere"]
@@ -21,7 +21,8 @@ def hypersphere(
 
     Float32 takes native kernels: the loss comes out of the search's own distances, and the gradient is made
     in one pass over the rows; both are the same for every number of threads. So do half-precision features
-    on CUDA, in float32. Other dtypes take PyTorch's operators around :func:`pydefect.ops.knn`.
+    on CUDA, in float32. Other dtypes, and on CUDA more than 64 centres, take PyTorch's operators around
+    :func:`pydefect.ops.knn`.
 
     Parameters
     ----------
@@ -31,7 +32,7 @@ def hypersphere(
     bank : Tensor
         The memory bank, of the same dtype and on the same device, shape ``[M, D]``; taken as constant.
     k : int
-        Number of centres K, between 1 and ``M``; on CUDA at most 64.
+        Number of centres K, between 1 and ``M``.
     r : float
         Radius, finite and at least 0; as printed, distances are compared with r^2.
     distance_power : {1, 2}
@@ -67,11 +68,12 @@ def hypersphere(
     tensor(1.)
     """
     bank = bank.detach()
-    if has_kernels(features.device) and features.dtype == torch.float32:
+    native = has_kernels(features.device) and not (features.is_cuda and k > MOST_NEIGHBORS_ON_CUDA)
+    if native and features.dtype == torch.float32:
         loss: Tensor = torch.ops.pydefect.hypersphere(features, bank, k, r, distance_power)[0]
         return loss
     check_arguments(features, bank, k, r, distance_power)
-    if features.is_cuda and has_kernels(features.device) and features.dtype != torch.float64:
+    if native and features.is_cuda and features.dtype != torch.float64:
         loss = torch.ops.pydefect.hypersphere(features.float(), bank.float(), k, r, distance_power)[0]
         return loss.to(features.dtype)
     indices = knn(features.float(), bank.float(), k)[1]

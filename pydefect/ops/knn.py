@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from pydefect.ops._library import load_cpu_library, load_cuda_library, require_kernels
+from pydefect.ops.reference.knn import knn as compose
 
 load_cpu_library()
 load_cuda_library()
+
+# kMostNeighbours of csrc/cuda/knn.cu.
+MOST_NEIGHBORS_ON_CUDA = 64
 
 
 def knn(
@@ -31,7 +35,8 @@ def knn(
     bank : Tensor
         Float32, shape ``[M, D]``, on the same device; fewer than 2**30 rows.
     k : int
-        Number of neighbours, between 1 and ``M``; on CUDA at most 64.
+        Number of neighbours, between 1 and ``M``. On CUDA more than 64 take the twin, which measures every
+        pair in float64: far slower, and neighbours that rounding alone tells apart may come in another order.
     precision : {"float32", "bf16"}
         How candidates are found; the answer is the same bit for bit. "bf16" scores them by bfloat16
         products, at about twice the rate, and measures every row whose score the roundings leave in
@@ -73,6 +78,8 @@ def knn(
     tensor([[0, 2]])
     """
     require_kernels(queries.device)
+    if queries.is_cuda and k > MOST_NEIGHBORS_ON_CUDA:
+        return compose(queries, bank, k, precision=precision)
     distances, indices = torch.ops.pydefect.knn(queries.detach(), bank.detach(), k, precision=precision)
     return distances, indices
 

@@ -9,16 +9,13 @@ from torch import Tensor
 
 from pydefect.ops import reference
 from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
-from pydefect.ops.knn import knn
+from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.relaxed_contrastive import PairSource, Reduction, SimilarityPower, check_settings
 
 __all__ = ["relaxed_contrastive"]
 
 load_cpu_library()
 load_cuda_library()
-
-# The k-NN search on CUDA lists at most so many neighbours.
-_MOST_NEIGHBORS_ON_CUDA = 64
 
 
 def relaxed_contrastive(
@@ -114,7 +111,7 @@ def _takes_kernels(z: Tensor, neighbors: int) -> bool:
     if not has_kernels(z.device):
         return False
     if z.is_cuda:
-        return z.dtype != torch.float64 and neighbors <= _MOST_NEIGHBORS_ON_CUDA
+        return z.dtype != torch.float64 and neighbors <= MOST_NEIGHBORS_ON_CUDA
     return z.dtype == torch.float32
 
 

@@ -67,6 +67,15 @@ def test_a_graph_can_capture_scoring(products, defective, batch):
     torch.testing.assert_close(maps, expected_maps, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bank", ["ema", "kmeans", "kcenter"])
+def test_equal_seeds_give_equal_banks_on_a_card(products, bank):
+    settings = {"weights": "random", "epochs": 0, "calibration_folds": 0, "resize": 64, "bank": bank}
+    one, other = (pydefect.fit(products, device="cuda", progress=False, **settings) for _ in range(2))
+    for name, tensor in one.bank.state().items():
+        assert torch.equal(tensor, other.bank.state()[name]), name
+
+
 @pytest.mark.parametrize("image_score", ["max_patch", "max_map"])
 @pytest.mark.parametrize("score", ["certainty", "nearest"])
 def test_scores_follow_section_3_5(fit, products, defective, score, image_score):

@@ -290,9 +290,32 @@ STREAMED = {
     "hypersphere": lambda x: (ops.hypersphere(x, x[:50].contiguous()),),
     "relaxed_contrastive": lambda x: (ops.relaxed_contrastive(x, x),),
     "kcenter_greedy": lambda x: (ops.kcenter_greedy(x, 9),),
+    "kcenter_reduce": lambda x: ops.kcenter_reduce(x[:20].contiguous(), x[20:50].contiguous(), 9),
     "assign_unique": lambda x: (ops.assign_unique(x[:9].contiguous(), x),),
     "project_levels": lambda x: (ops.project_levels([x.reshape(1, 16, 20, -1)], x.new_ones(4, 18)),),
     "score_maps": lambda x: ops.score_maps(x.abs().reshape(1, 20, 16, -1), (32, 32), 2.0),
+    "channel_reunion": lambda x: (
+        ops.channel_reunion(
+            x.reshape(1, 64, 20, 16).contiguous(memory_format=torch.channels_last),
+            x[:3].reshape(3, 64, 1, 1),
+            x.new_zeros(3),
+            x[0, :3].reshape(1, 3, 1, 1),
+            x.new_zeros(1),
+            x[:4],
+            x.new_zeros(4),
+            x[:4].t().contiguous(),
+            x.new_zeros(64),
+        ),
+    ),
+    "selective_fusion": lambda x: ops.selective_fusion(
+        *[x.reshape(1, 64, 20, 16).contiguous(memory_format=torch.channels_last)] * 2,
+        x[:4],
+        x.new_zeros(4),
+        x[:4].t().reshape(64, 4, 1, 1),
+        x.new_zeros(64),
+        x[4:8].t().reshape(64, 4, 1, 1),
+        x.new_zeros(64),
+    ),
     "spatial_reunion": lambda x: (
         ops.spatial_reunion(
             x.reshape(1, 64, 20, 16),

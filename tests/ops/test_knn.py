@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydefect.buildinfo import build_info
-from pydefect.ops import knn, reference
+from pydefect.ops import hypersphere, knn, reference
 
 CUDA = pytest.param(
     "cuda",
@@ -112,6 +112,17 @@ def test_ties_go_to_the_lower_index(copies, device):
     bank = rows.repeat(copies, 1)
     for k in (1, 5, 60):
         assert_same(knn(queries, bank, k), expected_by_measuring(queries, bank, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [65, 300])
+def test_more_neighbours_than_the_cuda_kernels_list(k):
+    # Small integers: one right answer, which every way of measuring gives.
+    queries, bank = (part.cuda() for part in random_pair(20, 300, 5, "cpu"))
+    queries, bank = queries.round(), bank.round()
+    assert_same(knn(queries, bank, k), reference.knn(queries, bank, k))
+    loss, twin = (call(queries, bank, k) for call in (hypersphere, reference.hypersphere))
+    torch.testing.assert_close(loss, twin)
 
 
 @pytest.mark.parametrize("device", DEVICES)
