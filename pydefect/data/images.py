@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "ImageCollection",
     "SkippedImage",
     "decode_file",
+    "draw_image",
     "is_image_file",
     "list_image_files",
     "natural_order",
@@ -47,6 +49,8 @@ _ALLOWED_SOURCES = (
     "[N, H, W] or [N, H, W, 1|3|4], a torch tensor, or an iterable of these"
 )
 _CHANNELS = (1, 3, 4)
+# Files that cannot be read one after the other before draw_image gives up.
+_DRAWS = 10
 _FLOAT_SLACK = 1e-6  # rounding of a resize or a mean in float32 may leave 0..1 by this much
 
 _SILENT = 0  # a log level of OpenCV
@@ -246,6 +250,39 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
             raise InputError(f"{path}: has {pixels.shape[2]} channels; allowed are grey, RGB and RGBA")
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
     return _to_rgb(pixels, str(path))
+
+
+def draw_image(paths: Sequence[Path], rng: np.random.Generator) -> Pixels:
+    """Read an image drawn from many, for a training that one damaged file of a million must not end.
+
+    A file that cannot be read is named in a warning and another one is drawn.
+
+    Parameters
+    ----------
+    paths
+        Image files, at least one.
+    rng
+        Of the draw: one number, and one more for every file that cannot be read.
+
+    Returns
+    -------
+    numpy.ndarray
+        As :func:`read_image`.
+
+    Raises
+    ------
+    InputError
+        If none of ten drawn files can be read. The message names the last.
+    """
+    for left in reversed(range(_DRAWS)):
+        path = paths[int(rng.integers(len(paths)))]
+        try:
+            return read_image(path)
+        except InputError as error:
+            if not left:
+                raise
+            warnings.warn(f"{error}; another image is taken", stacklevel=2)
+    raise AssertionError
 
 
 def decode_file(path: Path) -> Pixels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pydefect.data.ahead import done_ahead
-from pydefect.data.images import list_image_files, read_image
+from pydefect.data.images import draw_image, list_image_files
 from pydefect.data.textures import texture
 from pydefect.errors import InputError
 from pydefect.preprocessing import Preprocessing
@@ -19,6 +19,9 @@ from pydefect.preprocessing import Preprocessing
 __all__ = ["PenaltyImages", "jittered"]
 
 Pixels = np.ndarray[Any, Any]
+
+# What a run draws random numbers for: each has a stream of its own, (seed, this, number).
+ORDER, SPLIT, JITTER, PENALTY = 1, 2, 3, 4
 
 _GREY = (0.299, 0.587, 0.114)
 _GREY_SHARE = 0.3
@@ -173,9 +176,9 @@ class PenaltyImages:
     def _pixels(self, number: int) -> Pixels:
         """Draw or read the n-th image, before it is normalised."""
         if self._files is None:
-            return texture((self._seed, number), self._size)
-        rng = np.random.default_rng((self._seed, number))
-        pixels = read_image(self._files[int(rng.integers(len(self._files)))])
+            return texture((self._seed, PENALTY, number), self._size)
+        rng = np.random.default_rng((self._seed, PENALTY, number))
+        pixels = draw_image(self._files, rng)
         if rng.random() < _GREY_SHARE:
             grey = (
                 (pixels @ np.array(_GREY)).round() if pixels.dtype == np.uint8 else pixels @ np.array(_GREY)

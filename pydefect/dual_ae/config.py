@@ -102,6 +102,7 @@ class DualAEConfig(MethodConfig):
         "steps": (1, math.inf),
         "batch_size": (1, math.inf),
         "learning_rate": (0, math.inf),
+        "gate_learning_rate": (0, math.inf),
         "weight_decay": (0, math.inf),
         "muon_weight_decay": (0, math.inf),
         "low_quantile": (0, 1),
@@ -147,7 +148,8 @@ class DualAEConfig(MethodConfig):
     """Images of anything else for L_pen (12): ``"procedural"``, drawn by :mod:`pydefect.data.textures`; the
     path of a folder with images of any kind; ``"none"``: no L_pen."""
     penalty_pool: int = 2048
-    """So many procedural images are drawn (0.05 s each, 0.2 MB in memory); then the same ones come again."""
+    """So many procedural images are drawn (0.05 s each; 0.05 MB in memory at 128 pixels, 0.2 at 256); then the
+    same ones come again."""
     jitter: float = 0.2
     """The autoencoders' copy of an image has one of brightness, contrast and saturation changed by a factor
     of 1 - jitter to 1 + jitter."""
@@ -157,6 +159,10 @@ class DualAEConfig(MethodConfig):
     """None: :meth:`default_steps`. A fitted detector keeps what that was."""
     batch_size: int = 1
     learning_rate: float = 3e-3
+    gate_learning_rate: float = 1e-4
+    """Of the layers of the channel reunion and the fusion module that see one vector an image, which Adam
+    trains; it rises and falls with ``learning_rate``. These vectors hardly differ between images of one
+    product, so that fast steps soon leave their ReLUs off for all of them."""
     schedule: Literal["drop", "fall"] = "fall"
     """``"drop"``: the learning rate falls to a tenth after 95 % of the steps, as in EfficientAD's code.
     ``"fall"``: it rises over the first 2 % and falls over the last 40 %, straight to a hundredth."""
@@ -238,6 +244,14 @@ class EfficientADConfig(DualAEConfig):
     TITLE: ClassVar[str] = "EfficientAD"
 
     additions: AdditionsName = "none"
+
+    def __post_init__(self) -> None:
+        """Check every setting before any work is done."""
+        super().__post_init__()
+        if self.additions != "none":
+            raise InputError(
+                f"additions: {self.additions!r} given; EfficientAD allows 'none', method='dual_ae' the others"
+            )
 
 
 def check_input_size(name: str, size: tuple[int, int], padding: bool) -> None:

@@ -27,7 +27,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
 from pydefect.config import Settings
 from pydefect.data.ahead import done_ahead, idle_workers
-from pydefect.data.images import list_image_files, read_image
+from pydefect.data.images import draw_image, list_image_files, read_image
 from pydefect.data.textures import texture
 from pydefect.dual_ae.frozen import ChannelStatistics, arithmetic
 from pydefect.dual_ae.optimisers import Optimiser, Optimisers
@@ -277,11 +277,14 @@ class DistillationImages:
             As :meth:`batch`; None where there are none.
         """
         pairs = []
-        for number in range(count if kind == "procedural" else min(count, len(self.held_out))):
+        numbers = range(count if kind == "procedural" else min(count, len(self.held_out)))
+        for number in numbers:
             if kind == "procedural":
                 pixels = texture((self.seed, _HELD_OUT, number), 2 * self.config.image_size)
             else:
-                pixels = _as_bytes(read_image(self.held_out[number]))
+                # Evenly over all folders and, in each, over the order of the names.
+                path = self.held_out[number * len(self.held_out) // len(numbers)]
+                pixels = _as_bytes(read_image(path))
             rng = np.random.default_rng([self.seed, _HELD_OUT, number])
             pairs.append(_cut(rng, pixels, self.config.image_size, 0.0))
         return _to_networks(_stacked(pairs)) if pairs else None
@@ -297,7 +300,7 @@ class DistillationImages:
             drawing = (step + place) // config.windows * config.batch_size + place
             pixels = _drawn(self.seed, drawing, 2 * config.image_size)
         else:
-            pixels = _as_bytes(read_image(self.training[int(rng.integers(len(self.training)))]))
+            pixels = _as_bytes(draw_image(self.training, rng))
         return _cut(rng, pixels, config.image_size, config.grey)
 
 

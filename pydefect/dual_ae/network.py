@@ -68,6 +68,17 @@ class DualNetwork(nn.Module):
         self.reunions = nn.ModuleList([_reunion(name, config) for name in addition.reunions])
         self.fusion = SelectiveFusion(PDN_CHANNELS, config.reduction) if addition.fusion else None
 
+    @property
+    def gates(self) -> list[nn.Module]:
+        """The modules' layers that see one vector an image."""
+        found: list[nn.Module] = []
+        for reunion in self.reunions:
+            if isinstance(reunion, ChannelReunion):
+                found += [reunion.reduce, reunion.expand]
+        if self.fusion is not None:
+            found += [self.fusion.reduce, self.fusion.first, self.fusion.second]
+        return found
+
     def describe(self, images: Tensor, augmented: Tensor, penalty: Tensor | None) -> StudentPasses:
         """Run the student over all images of a step in one pass.
 
@@ -88,8 +99,11 @@ class DualNetwork(nn.Module):
         for layer in trunk:
             x = layer(x)
         ends = len(x) - len(augmented)
-        first = F.conv2d(x[:ends], last.weight[:PDN_CHANNELS], _part(last.bias, 0))
-        second = F.conv2d(x[ends:], last.weight[PDN_CHANNELS:], _part(last.bias, 1))
+        assert last.bias is not None
+        halves = zip(last.weight.split(PDN_CHANNELS), last.bias.split(PDN_CHANNELS), strict=True)
+        first, second = (
+            F.conv2d(part, *half) for part, half in zip((x[:ends], x[ends:]), halves, strict=True)
+        )
         return StudentPasses(first[: len(images)], second, None if penalty is None else first[len(images) :])
 
     def reconstruct(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,11 +126,6 @@ class DualNetwork(nn.Module):
             for autoencoder, reunion in zip(self.autoencoders, self.reunions, strict=True)
         ]
         return outputs, outputs if self.fusion is None else list(self.fusion(*outputs))
-
-
-def _part(bias: Tensor | None, half: int) -> Tensor:
-    assert bias is not None
-    return bias[half * PDN_CHANNELS : (half + 1) * PDN_CHANNELS]
 
 
 def _reunion(name: Reunion, config: DualAEConfig) -> nn.Module:

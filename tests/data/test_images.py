@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydefect.data.images import Image, list_image_files, open_images, read_image
+from pydefect.data.images import Image, draw_image, list_image_files, open_images, read_image
 from pydefect.errors import InputError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -457,3 +457,33 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_wrong_on_error() -> None:
     with pytest.raises(InputError, match="on_error is 'ignore'"):
         open_images(np.zeros((2, 2)), on_error="ignore")  # type: ignore[arg-type]
+
+
+# -- drawing
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_a_drawn_image_is_any_of_them(tmp_path):
+    paths = []
+    for value in range(4):
+        paths.append(tmp_path / f"{value}.png")
+        cv2.imwrite(str(paths[-1]), np.full((5, 6, 3), value, np.uint8))
+    rng = np.random.default_rng(0)
+    assert {int(draw_image(paths, rng)[0, 0, 0]) for _ in range(40)} == {0, 1, 2, 3}
+
+
+def test_a_damaged_file_is_named_and_another_drawn(tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    cv2.imwrite(str(good), np.zeros((5, 6, 3), np.uint8))
+    bad.write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"bad\.png.*; another image is taken"):
+        shapes = [draw_image([good, bad], np.random.default_rng(seed)).shape for seed in range(6)]
+    assert shapes == [(5, 6, 3)] * 6
+
+
+@pytest.mark.filterwarnings("ignore:.*another image is taken")
+def test_damaged_files_alone_are_an_error(tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"bad\.png"):
+        draw_image([bad], np.random.default_rng(0))

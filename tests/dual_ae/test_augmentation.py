@@ -76,7 +76,7 @@ def test_a_pool_of_procedural_images_is_drawn_once(monkeypatch):
     monkeypatch.setattr(augmentation, "texture", texture)
     source = PenaltyImages("procedural", PREPROCESSING, (40, 48), 5, 3)
     images = torch.cat(list(source.stream(range(4), 2)))
-    assert drawn == [(5, 0), (5, 1), (5, 2)]
+    assert drawn == [(5, augmentation.PENALTY, number) for number in range(3)]
     assert torch.equal(images[3:6], images[:3])
     assert torch.equal(source(2, 2), images[4:6])
     # A later run begins anywhere.
@@ -113,6 +113,15 @@ def test_penalty_images_of_a_folder(tmp_path):
     assert 4 <= sum(grey) <= 22
     assert torch.equal(source(7, 1), images[7:8])
     assert source.identity == "0.png\n1.png\n2.png"
+
+
+def test_a_damaged_penalty_image_is_named_and_another_taken(tmp_path):
+    cv2.imwrite(str(tmp_path / "good.png"), np.full((30, 20, 3), 90, np.uint8))
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    source = PenaltyImages(str(tmp_path), PREPROCESSING, (32, 40), 0, 1)
+    with pytest.warns(UserWarning, match=r"broken\.png.*another image is taken"):
+        images = torch.cat([source(step, 1) for step in range(8)])
+    torch.testing.assert_close(pixels_of(images), torch.full_like(images, 90 / 255))
 
 
 def test_folders_that_will_not_do(tmp_path):

@@ -50,6 +50,12 @@ def test_bad_settings_are_named(name, value):
         DualAEConfig(**{name: value})
 
 
+def test_efficientad_has_no_additions():
+    assert EfficientADConfig().additions == "none"
+    with pytest.raises(InputError, match="additions: 'all' given; EfficientAD allows 'none'"):
+        EfficientADConfig(additions="all")
+
+
 def test_quantiles_in_the_wrong_order_are_refused():
     with pytest.raises(InputError, match="low_quantile"):
         DualAEConfig(low_quantile=0.9, high_quantile=0.8)

@@ -148,6 +148,16 @@ def test_held_out_images_are_never_learned_from(folder):
     assert DistillationImages([], config(), 0).measured("images", 64) is None
 
 
+def test_measured_images_are_spread_over_the_held_out_ones(folder, monkeypatch):
+    read = []
+    real = distillation.read_image
+    monkeypatch.setattr(distillation, "read_image", lambda path: read.append(path) or real(path))
+    images = DistillationImages([folder], config(procedural=0.0, held_out=0.5), 0)
+    assert len(images.held_out) == 10
+    images.measured("images", 4)
+    assert read == [images.held_out[number] for number in (0, 2, 5, 7)]
+
+
 def test_measured_procedural_images_are_not_those_of_training():
     images = DistillationImages([], config(), 0)
     measured = images.measured("procedural", 3)

@@ -57,6 +57,70 @@ def test_muon_s_decay_holds_the_matrices_and_nothing_else(network):
         torch.testing.assert_close(held, expected, rtol=0, atol=2e-7)
 
 
+def test_halves_for_different_losses_are_matrices_of_their_own(network):
+    """A half's step is what Muon gives the half alone, however small its gradients are beside the other's."""
+    torch.manual_seed(1)
+    gradient = torch.randn_like(network[2].weight)
+    gradient[2:] *= 1e-3
+    found = []
+    for half in (slice(0, 2), slice(2, 4)):
+        weight = network[2].weight.detach()[half].permute(0, 2, 3, 1).flatten(1)
+        alone = nn.Parameter(weight.clone())
+        alone.grad = gradient[half].permute(0, 2, 3, 1).flatten(1)
+        muon = torch.optim.Muon([alone], lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        muon.step()
+        found.append(alone.detach())
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    network[2].weight.grad = gradient
+    optimisers = Optimisers(network, "muon", 1e-3, 0.0, muon_decay=0.0, parted=[network[2]])
+    optimisers.step(1e-3)
+    assert torch.equal(network[2].weight.permute(0, 2, 3, 1).flatten(1), torch.cat(found))
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_gentle_layers_have_a_rate_of_their_own(network, optimiser, captured):
+    """Adam's first step is as long as the rate, and a layer at a hundredth moves a hundredth of that."""
+    before = copy.deepcopy(network)
+    gentle = [network[0], network[4]]
+    optimisers = Optimisers(
+        network, optimiser, 1e-3, 0.0, muon_decay=0.0, gentle=gentle, gentle_rate=1e-5, captured=captured
+    )
+    train(network, optimisers, [5e-4])
+    for layer, old in zip(network, before, strict=True):
+        for parameter, start in zip(layer.parameters(), old.parameters(), strict=True):
+            moved = (parameter - start).abs().max()
+            expected = 5e-6 if layer in gentle else 5e-4
+            if layer in gentle or parameter.dim() != 4 or optimiser == "adam":
+                # Rounding of numbers of up to one, moved by 5e-6.
+                assert abs(moved - expected) < 1e-7 + 1e-3 * expected
+            else:
+                assert moved > 1e-4
+
+
+def test_a_state_of_halves_and_gentle_layers_is_taken_up_again(network):
+    def optimisers(own):
+        return Optimisers(
+            own, "muon", 1e-3, 1e-2, muon_decay=0.5, parted=[own[2]], gentle=[own[4]], gentle_rate=1e-4
+        )
+
+    rates = [1e-3, 5e-4, 7e-4]
+    whole, resumed = copy.deepcopy(network), copy.deepcopy(network)
+    train(whole, optimisers(whole), rates)
+    images = torch.rand(3, 5, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    own = optimisers(resumed)
+    for rate, batch in zip(rates, images, strict=True):
+        state = {name: value.clone() for name, value in own.state().items()}
+        own = optimisers(resumed)
+        own.restore(state)
+        resumed.zero_grad()
+        resumed(batch).square().sum().backward()
+        own.step(rate)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_first_rate_of_zero_moves_nothing(network):
     before = copy.deepcopy(network)
     train(network, Optimisers(network, "adam", 0.0, 0.0, muon_decay=0.0, captured=True), [0.0, 0.0])
