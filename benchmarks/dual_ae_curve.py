@@ -20,18 +20,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import pydefect
+from pydefect.data.images import open_images
 from pydefect.data.layouts import read_dataset
 from pydefect.detector import resolve_device
 from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.detector import DualAEDetector
+from pydefect.dual_ae.reunion import ChannelReunion, SelectiveFusion
 from pydefect.errors import PydefectError
 
 
@@ -103,9 +106,46 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         kept = ("image_auroc", "pixel_auroc", "image_auroc_by_defect", "seconds_per_image")
         losses = detector.training["history"][-1] if detector.training["history"] else {}
         row |= {"device": str(detector.device), "configuration": detector.configuration}
+        row |= {"live_units": live_units(detector, images[:_LOOKED_AT])}
         yield {**row, "fit_seconds": seconds, "losses": losses, **{key: found[key] for key in kept}}
 
 
+@torch.no_grad()
+def live_units(detector: DualAEDetector, images: Sequence[Any]) -> dict[str, str]:
+    """Count the hidden units of the modules' gates that are on for one image at least, of all.
+
+    What a channel reunion or the fusion does to a channel depends on the image through these ReLUs alone:
+    with none of them on it multiplies every image by the same numbers.
+    """
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def look(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if isinstance(module, SelectiveFusion):
+            pooled = (given[0] + given[1]).float().mean((2, 3))
+        else:
+            assert isinstance(module, ChannelReunion)
+            features = given[0].float()
+            attention = module.outer(module.inner(features)) * features
+            pooled = attention.sum((2, 3)) if module.normalisation == "none" else attention.mean((2, 3))
+        seen.setdefault(module, []).append(torch.relu(module.reduce(pooled)) > 0)
+
+    network = detector.network
+    modules = {f"reunion {number}": one for number, one in enumerate(network.reunions)}
+    modules |= {"fusion": network.fusion} if network.fusion is not None else {}
+    gated = {name: one for name, one in modules.items() if isinstance(one, ChannelReunion | SelectiveFusion)}
+    hooks = [one.register_forward_pre_hook(look) for one in gated.values()]
+    try:
+        for image in open_images(images):
+            network.reconstruct(detector.preprocessing(image.pixels)[None].to(detector.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: torch.cat(seen[one]).any(0) for name, one in gated.items()}
+    return {name: f"{int(on.sum())} of {len(on)}" for name, on in found.items()}
+
+
+# Training images that live_units looks at.
+_LOOKED_AT = 16
 # What the label of an EfficientAD run adds to the product.
 _ONE_AUTOENCODER = "additions=none"
 

@@ -20,9 +20,6 @@ __all__ = ["PenaltyImages", "jittered"]
 
 Pixels = np.ndarray[Any, Any]
 
-# What a run draws random numbers for: each has a stream of its own, (seed, this, number).
-ORDER, SPLIT, JITTER, PENALTY = 1, 2, 3, 4
-
 _GREY = (0.299, 0.587, 0.114)
 _GREY_SHARE = 0.3
 
@@ -176,8 +173,8 @@ class PenaltyImages:
     def _pixels(self, number: int) -> Pixels:
         """Draw or read the n-th image, before it is normalised."""
         if self._files is None:
-            return texture((self._seed, PENALTY, number), self._size)
-        rng = np.random.default_rng((self._seed, PENALTY, number))
+            return texture((self._seed, number), self._size)
+        rng = np.random.default_rng((self._seed, number))
         pixels = draw_image(self._files, rng)
         if rng.random() < _GREY_SHARE:
             grey = (

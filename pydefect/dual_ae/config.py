@@ -148,8 +148,8 @@ class DualAEConfig(MethodConfig):
     """Images of anything else for L_pen (12): ``"procedural"``, drawn by :mod:`pydefect.data.textures`; the
     path of a folder with images of any kind; ``"none"``: no L_pen."""
     penalty_pool: int = 2048
-    """So many procedural images are drawn (0.05 s each; 0.05 MB in memory at 128 pixels, 0.2 at 256); then the
-    same ones come again."""
+    """So many procedural images are drawn (0.05 s each; in memory 0.05 MB of 128 x 128 pixels); then the same
+    ones come again."""
     jitter: float = 0.2
     """The autoencoders' copy of an image has one of brightness, contrast and saturation changed by a factor
     of 1 - jitter to 1 + jitter."""
@@ -159,10 +159,11 @@ class DualAEConfig(MethodConfig):
     """None: :meth:`default_steps`. A fitted detector keeps what that was."""
     batch_size: int = 1
     learning_rate: float = 3e-3
-    gate_learning_rate: float = 1e-4
-    """Of the layers of the channel reunion and the fusion module that see one vector an image, which Adam
-    trains; it rises and falls with ``learning_rate``. These vectors hardly differ between images of one
-    product, so that fast steps soon leave their ReLUs off for all of them."""
+    gate_learning_rate: float | None = None
+    """Of the layers of the channel reunion and the fusion module that see one vector an image: Adam trains
+    them at this rate, which rises and falls with ``learning_rate``. These vectors hardly differ between the
+    images of one product, and fast steps leave most of their ReLUs off for all of them
+    (``docs/dual_ae.md``). None: as all other layers."""
     schedule: Literal["drop", "fall"] = "fall"
     """``"drop"``: the learning rate falls to a tenth after 95 % of the steps, as in EfficientAD's code.
     ``"fall"``: it rises over the first 2 % and falls over the last 40 %, straight to a hundredth."""

@@ -18,7 +18,7 @@ from pydefect.backbones import ARCHITECTURES, weights_fingerprint
 from pydefect.calibration import Calibration, held_out_calibration
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.detector import Detector, OnError, batches, known_length
-from pydefect.dual_ae.augmentation import SPLIT, PenaltyImages
+from pydefect.dual_ae.augmentation import PenaltyImages
 from pydefect.dual_ae.config import DualAEConfig, EfficientADConfig, check_input_size
 from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher
 from pydefect.dual_ae.network import DualNetwork
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["DualAEDetector", "EfficientADDetector", "TrainingImages"]
 
 _BATCH = 8
-# Counts up where a checkpoint of before would be continued otherwise than it began.
-_CHECKPOINT_FORM = 2
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,6 @@ class DualAEDetector(Detector):
                 digest, skipped = f"{digest} {kept.digest}", [*skipped, *kept.skipped]
             run = {
                 **config.to_dict(),
-                "form": _CHECKPOINT_FORM,
                 "method": cls.method,
                 "seed": seed,
                 "images": digest,
@@ -361,7 +358,7 @@ class EfficientADDetector(DualAEDetector):
 def _split(count: int, share: float, seed: int) -> tuple[list[int], Sequence[int]]:
     """Which images to train on and which to hold out; of a single image nothing is held out."""
     out = min(count - 1, max(1, round(count * share))) if share > 0 else 0
-    order = np.random.default_rng((seed, SPLIT)).permutation(count).tolist()
+    order = np.random.default_rng((seed, 2)).permutation(count).tolist()
     return sorted(order[out:]), sorted(order[:out])
 
 

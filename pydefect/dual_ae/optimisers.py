@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -35,10 +35,6 @@ class Optimisers:
     muon_decay
         Weight decay of Muon, which takes ``rate * muon_decay`` off the matrices in every step. Its steps are
         equally long whatever the gradient, so that matrices grow with their number where nothing holds them.
-    parted
-        Convolutions whose first and last halves of output channels serve different losses: Muon takes each
-        half as a matrix of its own. In one matrix the half with the larger gradients would take nearly all of
-        a step.
     gentle, gentle_rate
         Layers that Adam trains, with a learning rate of their own; it rises and falls with `rate`.
     captured
@@ -54,28 +50,20 @@ class Optimisers:
         decay: float,
         *,
         muon_decay: float,
-        parted: Collection[nn.Module] = (),
         gentle: Collection[nn.Module] = (),
         gentle_rate: float = 0.0,
         captured: bool = False,
     ) -> None:
-        # Weights, and how many matrices each is.
         self._weights = [
-            (module.weight, 2 if module in parted else 1)
+            module.weight
             for module in network.modules()
             if isinstance(module, nn.Conv2d) and optimiser == "muon" and module not in gentle
         ]
-        self._matrices = [
-            nn.Parameter(part)
-            for weight, parts in self._weights
-            for part in _matrices(weight.detach(), parts)
-        ]
-        memory = {matrix.data_ptr() for matrix in self._matrices}
-        assert all(weight.data_ptr() in memory for weight, _ in self._weights), (
-            "the weights must be channels last"
-        )
+        self._matrices = [nn.Parameter(_as_matrix(weight.detach())) for weight in self._weights]
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            assert weight.data_ptr() == matrix.data_ptr(), "the weights must be channels last"
         slow = [parameter for module in gentle for parameter in module.parameters()]
-        apart = {id(one) for one in (*slow, *(weight for weight, _ in self._weights))}
+        apart = {id(one) for one in (*slow, *self._weights)}
         fast = [parameter for parameter in network.parameters() if id(parameter) not in apart]
         self._others = [*fast, *slow]
         self._captured = captured
@@ -96,8 +84,9 @@ class Optimisers:
             self._all["muon"] = torch.optim.Muon(
                 self._matrices, lr=self._rate, weight_decay=muon_decay, adjust_lr_fn="match_rms_adamw"
             )
-        self._first_rates = {
-            name: [group["lr"] for group in optimiser.param_groups] for name, optimiser in self._all.items()
+        self._shares = {
+            name: [group["lr"] / self._rate for group in optimiser.param_groups]
+            for name, optimiser in self._all.items()
         }
         if captured:
             self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]
@@ -112,22 +101,19 @@ class Optimisers:
         rate
             Learning rate of this step, 0 or more.
         """
-        share = rate / self._rate
         if self._captured:
-            self._share.fill_(share)
+            self._share.fill_(rate / self._rate)
             self._take_step()
             return
         for name, optimiser in self._all.items():
-            for group, first in zip(optimiser.param_groups, self._first_rates[name], strict=True):
-                group["lr"] = share * first
+            for group, share in zip(optimiser.param_groups, self._shares[name], strict=True):
+                group["lr"] = rate * share
         self._step()
 
     def _step(self) -> None:
-        matrices = iter(self._matrices)
-        for weight, parts in self._weights:
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
             assert weight.grad is not None
-            for part in _matrices(weight.grad, parts):
-                next(matrices).grad = part
+            matrix.grad = _as_matrix(weight.grad)
         for optimiser in self._all.values():
             optimiser.step()
 
@@ -173,6 +159,6 @@ class Optimisers:
                 self._all[name].load_state_dict(state)
 
 
-def _matrices(weight: Tensor, parts: int) -> Sequence[Tensor]:
-    """[out, in, h, w], channels last in memory, to `parts` of [out / parts, h w in], of the same memory."""
-    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], -1).chunk(parts)
+def _as_matrix(weight: Tensor) -> Tensor:
+    """[out, in, h, w], channels last in memory, to [out, h w in], of the same memory."""
+    return weight.permute(0, 2, 3, 1).contiguous().view(weight.shape[0], -1)

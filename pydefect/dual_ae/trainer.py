@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pydefect.cuda_graphs import CapturedCall
 from pydefect.data.ahead import idle_workers
-from pydefect.dual_ae.augmentation import JITTER, ORDER, PenaltyImages, jittered
+from pydefect.dual_ae.augmentation import PenaltyImages, jittered
 from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic
 from pydefect.dual_ae.losses import (
@@ -181,15 +181,15 @@ class Trainer:
         self.network = build_network(self.config, (height, width), self.seed).to(self.device)
         self.network.train()
         config = self.config
+        gate_rate = config.gate_learning_rate
         self._optimisers = Optimisers(
             self.network,
             config.optimiser,
             config.learning_rate,
             config.weight_decay,
             muon_decay=config.muon_weight_decay,
-            parted=[self.network.student[-1]],
-            gentle=self.network.gates,
-            gentle_rate=config.gate_learning_rate,
+            gentle=[] if gate_rate is None else self.network.gates,
+            gentle_rate=gate_rate or 0.0,
             captured=self.device.type == "cuda",
         )
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
@@ -248,7 +248,7 @@ class Trainer:
         (images,) = self.images.get([self.indices[position] for position in chosen], self.device)
         (features,) = self.features.get(chosen, self.device)
         # Drawn from (seed, step) alone, so that a resumed run needs no generator's state.
-        rng = np.random.default_rng((self.seed, JITTER, self.step))
+        rng = np.random.default_rng((self.seed, self.step))
         augmented = jittered(images, self.preprocessing, config.jitter, rng)
         inputs = [images, features, augmented]
         if penalty is not None:
@@ -285,7 +285,7 @@ class Trainer:
         """Position in `indices` of the n-th image of the run: all in a random order, then all in another."""
         epoch, place = divmod(draw, len(self.indices))
         if self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.indices))
+            order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.indices))
             self._order = epoch, order.tolist()
         return self._order[1][place]
 

@@ -76,7 +76,7 @@ def test_a_pool_of_procedural_images_is_drawn_once(monkeypatch):
     monkeypatch.setattr(augmentation, "texture", texture)
     source = PenaltyImages("procedural", PREPROCESSING, (40, 48), 5, 3)
     images = torch.cat(list(source.stream(range(4), 2)))
-    assert drawn == [(5, augmentation.PENALTY, number) for number in range(3)]
+    assert drawn == [(5, 0), (5, 1), (5, 2)]
     assert torch.equal(images[3:6], images[:3])
     assert torch.equal(source(2, 2), images[4:6])
     # A later run begins anywhere.
