@@ -192,18 +192,21 @@ def picture(arguments: argparse.Namespace) -> None:
 
 
 def _draw_defaults(axes: Any, runs: dict[str, list[tuple[int, float]]]) -> None:
-    """AUROC over steps, a colour for a product, dashed for EfficientAD."""
+    """AUROC over steps, a colour for a product, dashed for EfficientAD; lines go through the seeds' mean."""
     products = list(dict.fromkeys(label.partition(", ")[0] for label in runs))
     for label, points in runs.items():
         product, _, one = label.partition(", ")
         number = products.index(product)
-        axes.plot(
-            *zip(*points, strict=True),
-            "os^D"[number % 4] + ("--" if one else "-"),
-            color=f"C{number}",
-            markerfacecolor="white" if one else None,
-            label=f"{product}, {'EfficientAD' if one else 'dual autoencoder'}",
-        )
+        style: dict[str, Any] = {"color": f"C{number}", "markerfacecolor": "white" if one else None}
+        marker, line = "os^D"[number % 4], "--" if one else "-"
+        by_steps: dict[int, list[float]] = {}
+        for steps, auroc in points:
+            by_steps.setdefault(steps, []).append(auroc)
+        axes.plot(*zip(*points, strict=True), marker, **style)
+        means = [sum(values) / len(values) for values in by_steps.values()]
+        axes.plot(list(by_steps), means, line, color=f"C{number}")
+        name = f"{product}, {'EfficientAD' if one else 'dual autoencoder'}"
+        axes.plot([], [], marker + line, label=name, **style)
     axes.set(xscale="log", xlabel="training steps of the whole run", ylabel="image AUROC, %")
     axes.set_title("default settings")
     ticks = sorted({step for points in runs.values() for step, _ in points})
