@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +18,7 @@ from pydefect.calibration import Calibration, check_terms, held_out_calibration
 from pydefect.config import MethodConfig
 from pydefect.cuda_graphs import ReplayedCalls
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
-from pydefect.errors import InputError
+from pydefect.errors import InputError, PydefectError
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
 from pydefect.scoring import Result, ScoredImage
@@ -342,6 +344,13 @@ class Detector(ABC):
             for group, tensors in batches(collection, self.preprocessing, batch_size):
                 image_scores, maps = predict(tensors.to(self.device))
                 scores = image_scores.tolist()
+                for image, score in zip(group, scores, strict=True):
+                    # NaN is not over any threshold: it would pass for good.
+                    if not math.isfinite(score):
+                        raise PydefectError(
+                            f"{image.name}: the score is {score}; the model, or the image, holds numbers "
+                            "that are not finite"
+                        )
                 maps = {name: some.cpu() for name, some in maps.items()}
                 share = (time.perf_counter() - began) / len(group)
                 for index, (image, score) in enumerate(zip(group, scores, strict=True)):
@@ -381,6 +390,9 @@ class Detector(ABC):
             images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped
         )
         result = Result.collect(map(self._with_parts, stream))
+        if not len(result) and not skipped:
+            # An iterator that was read before has nothing left, which would pass for "no defects".
+            raise InputError("images: there are none in it")
         if self.calibration is not None:
             result = result.calibrated(self.calibration)
         return replace(result, skipped=skipped)
@@ -434,6 +446,7 @@ class Detector(ABC):
         how: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "progress": progress}
         scores, maxima = [], []
         parts: dict[str, list[float]] = {}
+        how["skipped"] = []
         for scored in self.stream(normal, **how):
             scores.append(scored.image_score)
             maxima.append(float(scored.anomaly_map.max()))
@@ -444,6 +457,8 @@ class Detector(ABC):
                 "normal: there are no images in it; at least one held-out normal image is needed"
             )
         found = [] if defective is None else [one.image_score for one in self.stream(defective, **how)]
+        for skipped in how["skipped"]:
+            warnings.warn(f"{skipped.name}: {skipped.reason}; left out of the calibration", stacklevel=2)
         self.calibration = held_out_calibration(
             scores,
             maxima,

@@ -46,6 +46,8 @@ __all__ = ["Run", "RunImage", "is_run", "machine", "read_run", "write_run"]
 
 FORMAT = 1
 EVALUATION, IMAGES, MAPS = "evaluation.json", "images.jsonl", "maps.npz"
+# What a later run may take away; the page is pydefect.report's.
+_REPLACED = (EVALUATION, IMAGES, MAPS, "report.html")
 
 _LARGEST_EXPONENT = (
     15  # a map's largest value becomes at least 2**14 and less than 2**15: float16 ends at 65504
@@ -337,15 +339,30 @@ def check_place(folder: Path) -> None:
     Raises
     ------
     InputError
-        `folder` is a file, or a folder that is neither empty nor a run.
+        `folder` is a file or a link, or a folder that is neither empty nor a run, or a run with something
+        else in it.
     """
+    if folder.is_symlink():
+        raise InputError(f"out: {str(folder)!r} is a link; name the folder itself")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
-    if folder.is_dir() and any(folder.iterdir()) and not is_run(folder):
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    # The folder is replaced as a whole, with all that is in it.
+    others = [path.name for path in found if path.name not in _REPLACED or not path.is_file()]
+    if others or (found and not _was_written_here(folder)):
+        which = f" ({others[0]})" if others else ""
         raise InputError(
-            f"out: {str(folder)!r} holds something else than a run; name a new or empty folder, or an "
+            f"out: {str(folder)!r} holds something else than a run{which}; name a new or empty folder, or an "
             "earlier run"
         )
+
+
+def _was_written_here(folder: Path) -> bool:
+    try:
+        facts = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and {"format", "evaluation", "dataset"} <= facts.keys()
 
 
 def _run_image(

@@ -35,7 +35,7 @@ from pydefect.visualization import (
     to_rgb8,
 )
 
-__all__ = ["ScoreFolderWriter", "write_picture", "write_score_folder"]
+__all__ = ["ScoreFolderWriter", "check_inputs", "write_picture", "write_score_folder"]
 
 _COLUMNS = (
     "name",
@@ -53,6 +53,8 @@ _COLUMNS = (
 _SHEET_EDGE = 1024
 # What the arrays of a map's parts are called where they wait.
 _PART = "part-"
+# What is written into the folder, beside the lists.
+_WRITTEN = ("overlays", "contours", "parts", "masks", "maps", "sheet.png")
 # In bytes, of one part of a path: most file systems allow 255, and endings come on top.
 _LONGEST_NAME = 180
 
@@ -158,6 +160,27 @@ def write_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> N
     write_atomically(path, _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1]))
 
 
+def check_inputs(out: Path, images: Iterable[Path]) -> None:
+    """Refuse images that the pictures in a folder of scores could replace.
+
+    Parameters
+    ----------
+    out
+        The folder of scores.
+    images
+        Files, or folders of files.
+
+    Raises
+    ------
+    InputError
+        One of them lies where pictures of ``out`` are written.
+    """
+    taken = [(out / name).resolve() for name in _WRITTEN]
+    for path in images:
+        if any(path.resolve().is_relative_to(place) for place in taken):
+            raise InputError(f"out: {out} would replace the images at {path} by its pictures; name another")
+
+
 class ScoreFolderWriter:
     """Writes the folder of :func:`write_score_folder` from results that come in parts, none of which is kept.
 
@@ -259,6 +282,7 @@ class ScoreFolderWriter:
             raise InputError(
                 f"a folder of scores has one pair of thresholds: {thresholds} given after {self._thresholds}"
             )
+        check_inputs(self.out, [path for path in result.paths if path is not None])
         self._thresholds = thresholds
         if ground_truth is not None and len(ground_truth) != len(result):
             raise InputError(f"ground_truth has {len(ground_truth)} entries for {len(result)} images")

@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import os
@@ -366,3 +367,20 @@ def test_the_public_functions_document_every_argument():
 
 def test_example_files_are_not_left_behind():
     assert not any(name.endswith((".safetensors", ".npz")) for name in os.listdir(PACKAGE))
+
+
+def test_an_iterator_that_was_read_before_is_an_error(detector, good):
+    images = iter(good)
+    assert len(detector.score(images)) == len(good)
+    with pytest.raises(InputError, match="images: there are none in it"):
+        detector.score(images)
+
+
+def test_a_calibration_names_what_it_leaves_out(detector, good, tmp_path):
+    for number, pixels in enumerate(good):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    own = copy.copy(detector)
+    with pytest.warns(UserWarning, match=r"broken.png: .*; left out of the calibration"):
+        calibration = own.calibrate(tmp_path, false_alarm_rate=0.4, on_error="skip")
+    assert len(calibration.image_scores) == len(good)

@@ -142,13 +142,25 @@ def test_a_failure_leaves_the_earlier_run_and_nothing_else(colours, product, tmp
 def test_nothing_else_is_replaced(colours, product, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "mine.txt").write_text("precious")
+    run = tmp_path / "run"
+    pydefect.evaluate(colours(), product, out=run, progress=False)
+    pydefect.evaluate(colours(), product, out=run, progress=False)
+    (run / "notes.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "letters")
+    # A user's own file of that name, and what `pydefect evaluate --json` writes, make no run.
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs" / "evaluation.json").write_text('{"mine": 1}')
     for out, message in (
-        (tmp_path / "letters", "holds something else than a run"),
+        (tmp_path / "letters", r"holds something else than a run \(mine.txt\)"),
         (tmp_path / "letters" / "mine.txt", "is a file"),
+        (run, r"holds something else than a run \(notes.txt\)"),
+        (tmp_path / "link", "is a link"),
+        (tmp_path / "photographs", "holds something else than a run;"),
     ):
         with pytest.raises(InputError, match=message):
             pydefect.evaluate(colours(), product, out=out, progress=False)
     assert (tmp_path / "letters" / "mine.txt").read_text() == "precious"
+    assert (run / "notes.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from pydefect.data.images import SkippedImage
 from pydefect.errors import InputError
-from pydefect.score_folder import ScoreFolderWriter, write_score_folder
+from pydefect.score_folder import ScoreFolderWriter, check_inputs, write_score_folder
 from pydefect.scoring import Result
 from pydefect.visualization import overlay
 
@@ -289,3 +289,19 @@ def test_parts_of_the_map_and_the_kind_of_defect_are_shown(tmp_path: Path, thres
         assert (parts[:, width : 2 * width] != parts[:, :width]).any()
         np.testing.assert_array_equal(parts[:, 2 * width :], parts[:, :width])
     assert [row["kind"] for row in read_rows(tmp_path)] == ["structural" if threshold else ""] * 2
+
+
+@pytest.mark.parametrize("place", ["parts", "masks/deep"])
+def test_pictures_never_replace_the_images_that_were_scored(tmp_path, place):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    photograph = folder / "a.png"
+    cv2.imwrite(str(photograph), np.zeros((8, 9, 3), np.uint8))
+    before = photograph.read_bytes()
+    for images in ([photograph], [folder]):
+        with pytest.raises(InputError, match=r"out: .* would replace the images at"):
+            check_inputs(tmp_path, images)
+    check_inputs(tmp_path / "scores", [photograph, folder, tmp_path / "sheet.png"])
+    with pytest.raises(InputError, match="would replace the images at"):
+        check_inputs(tmp_path, [tmp_path / "sheet.png"])
+    assert photograph.read_bytes() == before

@@ -155,6 +155,10 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
+# Arguments of the functions behind the commands that are given otherwise.
+_NO_SETTINGS = ("images", "validation", "out", "progress")
+
+
 def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
     """Read the values of ``--set``.
 
@@ -180,6 +184,8 @@ def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, An
         key = key.strip()
         if not equals or not key.isidentifier():
             raise typer.BadParameter(f"{entry!r} is not of the form key=value", param_hint="--set")
+        if key in _NO_SETTINGS:
+            raise typer.BadParameter(f"{key} is no setting", param_hint="--set")
         if key in options:
             option = "--" + key.replace("_", "-")
             raise typer.BadParameter(f"{key} has an option of its own: {option}", param_hint="--set")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pydefect.cli._console import BatchSize, Debug, Device, OnError, OnErrorOption, Quiet, Weights, say
+from pydefect.errors import InputError
 
 if TYPE_CHECKING:
     from pydefect.data.images import Image, ImageCollection
@@ -53,12 +54,17 @@ def score(
             raise typer.BadParameter(f"{out} lies inside the folder of images {path}", param_hint="--out")
 
     import pydefect
-    from pydefect.score_folder import ScoreFolderWriter
+    from pydefect.score_folder import ScoreFolderWriter, check_inputs
 
+    check_inputs(out, images)
     source = _open(images, on_error)
     detector = pydefect.load(model, device=device, weights=weights)
     with ScoreFolderWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as folder:
         score_in_parts(detector, source, folder, batch_size=batch_size, progress=not quiet)
+        if not folder.rows:
+            for skipped in source.skipped:
+                say(f"skipped: {skipped.name}: {skipped.reason}")
+            raise InputError("images: none of them could be read; nothing was written")
     for skipped in source.skipped:
         say(f"skipped: {skipped.name}: {skipped.reason}")
     print_scores(folder.rows, len(source.skipped))

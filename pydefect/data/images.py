@@ -399,7 +399,7 @@ def _as_array_if_pil(item: Any) -> Any:
     if not (hasattr(item, "__array_interface__") and hasattr(item, "mode") and hasattr(item, "convert")):
         return item
     # The other modes hold palette indices, inks or luma planes, which would pass for grey, RGBA or RGB.
-    plain = item.mode in ("1", "L", "RGB", "RGBA", "F", "I", "I;16")
+    plain = item.mode in ("1", "L", "RGB", "RGBA", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
     return np.asarray(item if plain else item.convert("RGBA"))
 
 
@@ -440,6 +440,8 @@ def _to_rgb(pixels: Pixels, name: str) -> Pixels:
 
 
 def _to_standard_type(pixels: Pixels, name: str) -> Pixels:
+    if not pixels.dtype.isnative:
+        pixels = pixels.astype(pixels.dtype.newbyteorder("="))
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype == np.bool_:

@@ -166,7 +166,8 @@ class DualAEDetector(Detector):
             steps=config.default_steps(device.type) if config.steps is None else config.steps,
         )
         preprocessing = Preprocessing.create(config.resize, config.crop)
-        teacher = _load_teacher(config, device, weights)
+        # `weights` are a backbone's; a teacher's file that is missing is not replaced by them.
+        teacher = _load_teacher(config, device, weights if config.teacher in ARCHITECTURES else None)
         bars = ProgressBars(progress)
         # Network inputs are small beside the teacher's maps of them, which get what is left.
         budget = config.cache_memory_mb << 20

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -284,7 +285,12 @@ class DistillationImages:
             else:
                 # Evenly over all folders and, in each, over the order of the names.
                 path = self.held_out[number * len(self.held_out) // len(numbers)]
-                pixels = _as_bytes(read_image(path))
+                try:
+                    pixels = _as_bytes(read_image(path))
+                except InputError as error:
+                    # A finished training is worth more than one of the images that it is measured on.
+                    warnings.warn(f"{error}; it is left out of what is measured", stacklevel=2)
+                    continue
             rng = np.random.default_rng([self.seed, _HELD_OUT, number])
             pairs.append(_cut(rng, pixels, self.config.image_size, 0.0))
         return _to_networks(_stacked(pairs)) if pairs else None

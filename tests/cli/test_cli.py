@@ -89,6 +89,7 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         ("no key=value", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma"], "key=value"),
         ("set twice", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma=2", "--set", "gamma=3"], "twice"),
         ("set an option", ["fit", "{data}", "--out", "{tmp}/m", "--set", "seed=2"], "--seed"),
+        ("set no setting", ["fit", "{data}", "--out", "{tmp}/m", "--set", "progress=1"], "no setting"),
         ("no such model", ["score", "{tmp}/m", "{data}/test", "--out", "{tmp}/r"], "m"),
         ("not a model", ["score", "{picture}", "{data}/test", "--out", "{tmp}/r"], "000.png"),
         ("no such images", ["score", "{model}", "{tmp}/nowhere", "--out", "{tmp}/r"], "nowhere"),

@@ -20,6 +20,7 @@ from pydefect.conpatch import ConPatchConfig, ConPatchDetector, crossfit
 from pydefect.conpatch import detector as detector_module
 from pydefect.conpatch.trainer import Trainer
 from pydefect.data.procedural import write_dataset
+from pydefect.errors import PydefectError
 from pydefect.features import resolve_precision
 from pydefect.ops import reference
 from pydefect.persistence import load_tensors, save_tensors
@@ -41,6 +42,13 @@ def assert_same_scores(one: pydefect.Result, other: pydefect.Result) -> None:
 def test_defects_score_higher_than_good_parts(detector, products, defective):
     good, bad = detector.score(products), detector.score(defective)
     assert bad.image_scores.min() > good.image_scores.max()
+
+
+def test_a_score_that_is_none_is_an_error(fit, products):
+    detector = fit(products, epochs=0, calibration_folds=0)
+    detector.bank.centres.fill_(torch.nan)
+    with pytest.raises(PydefectError, match=r"image-00000: the score is nan; the model, or the image"):
+        detector.score(products)
 
 
 @pytest.mark.gpu

@@ -487,3 +487,19 @@ def test_damaged_files_alone_are_an_error(tmp_path):
     bad.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"bad\.png"):
         draw_image([bad], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<u2"])
+def test_pixels_of_either_byte_order(dtype):
+    values = np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5)
+    given = (values * 65535).round().astype(dtype) if dtype.endswith("u2") else values.astype(dtype)
+    (image,) = open_images([given])
+    np.testing.assert_allclose(image.pixels[..., 0], values, atol=1 / 65535)
+
+
+def test_a_big_endian_pil_image_keeps_its_values():
+    pil = pytest.importorskip("PIL.Image")
+    values = np.array([[0, 13000], [40000, 65535]], dtype=">u2")
+    opened = pil.frombytes("I;16B", (2, 2), values.tobytes())
+    (image,) = open_images([opened])
+    np.testing.assert_allclose(image.pixels[..., 0], values.astype(float) / 65535, atol=1e-6)

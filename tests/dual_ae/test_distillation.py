@@ -158,6 +158,15 @@ def test_measured_images_are_spread_over_the_held_out_ones(folder, monkeypatch):
     assert read == [images.held_out[number] for number in (0, 2, 5, 7)]
 
 
+def test_a_damaged_held_out_image_is_left_out(folder):
+    images = DistillationImages([folder], config(procedural=0.0, held_out=0.5), 0)
+    images.held_out[0].write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="it is left out of what is measured"):
+        measured = images.measured("images", 64)
+    assert measured is not None
+    assert len(measured[0]) == 9
+
+
 def test_measured_procedural_images_are_not_those_of_training():
     images = DistillationImages([], config(), 0)
     measured = images.measured("procedural", 3)
