@@ -330,6 +330,8 @@ class Detector(ABC):
         ------
         InputError
             ``images`` or ``batch_size`` is not allowed, or a file cannot be read.
+        PydefectError
+            A score is not finite.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(f"batch_size: {batch_size!r} given; allowed are whole numbers from 1 on")
@@ -384,6 +386,13 @@ class Detector(ABC):
         -------
         Result
             Scores, maps and, with a calibration, decisions.
+
+        Raises
+        ------
+        InputError
+            As :meth:`stream`, or there are no images: an iterator that has been read before has none left.
+        PydefectError
+            A score is not finite.
         """
         skipped: list[SkippedImage] = []
         stream = self.stream(
@@ -391,7 +400,6 @@ class Detector(ABC):
         )
         result = Result.collect(map(self._with_parts, stream))
         if not len(result) and not skipped:
-            # An iterator that was read before has nothing left, which would pass for "no defects".
             raise InputError("images: there are none in it")
         if self.calibration is not None:
             result = result.calibrated(self.calibration)
@@ -429,7 +437,7 @@ class Detector(ABC):
         false_alarm_rate, confidence, guaranteed
             See :func:`pydefect.calibration.held_out_calibration`.
         batch_size, on_error, progress
-            See :meth:`stream`.
+            See :meth:`stream`; files that are left out are named in a warning each.
 
         Returns
         -------

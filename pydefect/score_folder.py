@@ -177,7 +177,8 @@ def check_inputs(out: Path, images: Iterable[Path]) -> None:
     """
     taken = [(out / name).resolve() for name in _WRITTEN]
     for path in images:
-        if any(path.resolve().is_relative_to(place) for place in taken):
+        where = path.resolve()
+        if any(where.is_relative_to(place) for place in taken):
             raise InputError(f"out: {out} would replace the images at {path} by its pictures; name another")
 
 
@@ -275,7 +276,8 @@ class ScoreFolderWriter:
         Raises
         ------
         InputError
-            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result.
+            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result, or an
+            image lies where a picture of this folder would replace it.
         """
         thresholds = (result.image_threshold, result.pixel_threshold)
         if self._thresholds not in (None, thresholds):

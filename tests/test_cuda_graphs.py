@@ -48,8 +48,13 @@ def test_a_new_bank_is_another_state(products):
     )
     before = detector.captured_state()
     assert detector.captured_state() is before
-    detector.update(products[:2])
-    assert detector.captured_state() is not before
+    images = iter(products[:2])
+    detector.update(images)
+    after = detector.captured_state()
+    assert after is not before
+    with pytest.raises(pydefect.InputError, match="images: there are none in it"):
+        detector.update(images)
+    assert detector.captured_state() is after
 
 
 @pytest.mark.gpu

@@ -61,12 +61,10 @@ def score(
     detector = pydefect.load(model, device=device, weights=weights)
     with ScoreFolderWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as folder:
         score_in_parts(detector, source, folder, batch_size=batch_size, progress=not quiet)
+        for skipped in source.skipped:
+            say(f"skipped: {skipped.name}: {skipped.reason}")
         if not folder.rows:
-            for skipped in source.skipped:
-                say(f"skipped: {skipped.name}: {skipped.reason}")
-            raise InputError("images: none of them could be read; nothing was written")
-    for skipped in source.skipped:
-        say(f"skipped: {skipped.name}: {skipped.reason}")
+            raise InputError("images: none of them could be read; no scores were written")
     print_scores(folder.rows, len(source.skipped))
     typer.echo(f"scores: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
 

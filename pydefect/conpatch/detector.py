@@ -19,7 +19,7 @@ from pydefect.conpatch.trainer import Trainer
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.data.layouts import training_images
 from pydefect.detector import OnError, batches, known_length
-from pydefect.errors import ModelFileError
+from pydefect.errors import InputError, ModelFileError
 from pydefect.feature_detector import (
     EXTRACTION_BATCH,
     FeatureConfig,
@@ -139,7 +139,8 @@ class ConPatchDetector(FeatureDetector):
         Raises
         ------
         InputError
-            A file cannot be read, or an image does not fit the bank; the bank is then as it was before.
+            A file cannot be read, there are no images, or one does not fit the bank; the bank is then as it
+            was before.
         """
         # A data set's root would bring its defective test images along.
         source = training_images(images) if isinstance(images, str | os.PathLike) else images
@@ -156,6 +157,8 @@ class ConPatchDetector(FeatureDetector):
                 bars("memory bank", done, total)
         finally:
             bars.close()
+        if not done and not collection.skipped:
+            raise InputError("images: there are none in it")
         self.bank = bank
         self.training["images"] += done
         return list(collection.skipped)

@@ -49,7 +49,7 @@ _ALLOWED_SOURCES = (
     "[N, H, W] or [N, H, W, 1|3|4], a torch tensor, or an iterable of these"
 )
 _CHANNELS = (1, 3, 4)
-# Files that cannot be read one after the other before draw_image gives up.
+# Draws of draw_image, of which the last must give a file that can be read.
 _DRAWS = 10
 _FLOAT_SLACK = 1e-6  # rounding of a resize or a mean in float32 may leave 0..1 by this much
 
@@ -274,15 +274,12 @@ def draw_image(paths: Sequence[Path], rng: np.random.Generator) -> Pixels:
     InputError
         If none of ten drawn files can be read. The message names the last.
     """
-    for left in reversed(range(_DRAWS)):
-        path = paths[int(rng.integers(len(paths)))]
+    for _ in range(_DRAWS - 1):
         try:
-            return read_image(path)
+            return read_image(paths[int(rng.integers(len(paths)))])
         except InputError as error:
-            if not left:
-                raise
             warnings.warn(f"{error}; another image is taken", stacklevel=2)
-    raise AssertionError
+    return read_image(paths[int(rng.integers(len(paths)))])
 
 
 def decode_file(path: Path) -> Pixels:
