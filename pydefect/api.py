@@ -13,6 +13,7 @@ from pydefect import evaluation, run
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import (
     Dataset,
+    defective_images,
     held_out_images,
     read_dataset,
     training_images,
@@ -292,7 +293,8 @@ def calibrate(
         Whatever :func:`fit` takes; of a data set's folder only a validation part is taken. The images should
         come from the same line as those to be judged later, and from more than one day.
     defective
-        The same for defective images: they are scored and counted, and have no part in the thresholds.
+        The same for defective images (of a data set's category those of its test part): they are scored and
+        counted, and have no part in the thresholds.
     false_alarm_rate
         Share of normal images that may be called defective, and of those that may get a mask.
     confidence
@@ -333,7 +335,7 @@ def calibrate(
         return detector.set_false_alarm_rate(false_alarm_rate, confidence=confidence, guaranteed=guaranteed)
     return detector.calibrate(
         held_out_images(normal) if isinstance(normal, str | os.PathLike) else normal,
-        defective=defective,
+        defective=defective_images(defective) if isinstance(defective, str | os.PathLike) else defective,
         false_alarm_rate=false_alarm_rate,
         confidence=confidence,
         guaranteed=guaranteed,

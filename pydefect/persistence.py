@@ -16,6 +16,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pydefect.errors import InputError, ModelFileError
+from pydefect.places import check_writable
 
 __all__ = [
     "Checkpoint",
@@ -185,6 +186,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"checkpoint: {str(self.folder)!r} is a file; a folder is needed")
+        check_writable(self.folder, "checkpoint")
         self._run = dict(run)
         self._key = hashlib.sha256(json.dumps(self._run, sort_keys=True).encode()).hexdigest()
 

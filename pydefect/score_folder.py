@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydefect.data.images import SkippedImage, open_images, read_image
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
+from pydefect.places import check_writable
 from pydefect.scoring import Result
 from pydefect.version import VERSION
 from pydefect.visualization import (
@@ -207,7 +208,7 @@ class ScoreFolderWriter:
     Raises
     ------
     InputError
-        `out` is a file.
+        `out` is a file, lies below one, or may not be written to.
 
     Examples
     --------
@@ -229,6 +230,7 @@ class ScoreFolderWriter:
         self.out = Path(out)
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"out: {self.out} is a file; a folder is needed")
+        check_writable(self.out, "out")
         if sheet_images < 0:
             raise InputError(f"sheet_images: {sheet_images!r} given; allowed are 0 and more")
         self.rows: list[dict[str, Any]] = []

@@ -19,9 +19,9 @@ PACKAGE = Path(pydefect.__file__).parent
 
 # Lowest first. A room may import its own floor's and lower floors' rooms.
 FLOORS = [
-    ["version", "errors", "cuda_graphs"],
+    ["version", "errors", "randomness", "cuda_graphs"],
     ["config", "ops", "data", "preprocessing", "backbones"],
-    ["progress", "persistence", "heap", "metrics", "calibration"],
+    ["places", "progress", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "scoring", "crossfit"],
     ["detector"],
     ["feature_detector"],
@@ -100,10 +100,11 @@ def test_data_calibration_and_operators_know_nothing_of_detectors():
             "backbones",
             "metrics",
             "calibration",
+            "places",
             "persistence",
             "config",
         ):
-            allowed = {room(module), "errors", "version", "__init__"}
+            allowed = {room(module), "errors", "places", "randomness", "version", "__init__"}
             assert {room(imported) for imported in imports(module)} <= allowed, module
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"checkpoint: '.*file' is a file; a folder is needed"):
         Checkpoint(tmp_path / "file", RUN)
+
+
+def test_a_folder_without_permission_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="checkpoint: no permission to write to"):
+        Checkpoint(tmp_path / "a" / "b", {})
 
 
 def test_the_header_is_readable_by_anyone(tmp_path):

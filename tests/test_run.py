@@ -163,6 +163,23 @@ def test_nothing_else_is_replaced(colours, product, tmp_path):
     assert (run / "notes.txt").read_text() == "precious"
 
 
+def test_a_folder_that_cannot_be_replaced_is_said_before_any_image_is_scored(
+    colours, product, tmp_path, monkeypatch
+):
+    class Unused(colours):
+        def predict_maps(self, images):
+            raise AssertionError("an image was scored")
+
+    (tmp_path / "drive").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.path.ismount", lambda path: Path(path).name == "drive")
+        with pytest.raises(InputError, match=r"out: '.*drive' is where a file system is mounted"):
+            pydefect.evaluate(Unused(), product, out=tmp_path / "drive", progress=False)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="out: no permission to write to"):
+        pydefect.evaluate(Unused(), product, out=tmp_path / "run", progress=False)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -240,6 +240,12 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         write_score_folder(make_result(["a.png"]), tmp_path / "out", images=images_for(1))
 
 
+def test_a_folder_without_permission_is_refused_before_any_image_is_scored(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="out: no permission to write to"):
+        ScoreFolderWriter(tmp_path / "out")
+
+
 def test_the_sheet_shows_the_highest_scores_first(tmp_path: Path) -> None:
     scores = [1.5, 5.0, 3.0, 4.0]
     write_score_folder(

@@ -20,6 +20,7 @@ from pydefect.benchmark.worker import Job
 from pydefect.detector import resolve_device
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
+from pydefect.places import check_writable
 from pydefect.run import is_run
 
 __all__ = ["run_benchmark"]
@@ -123,6 +124,7 @@ def run_benchmark(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
+    check_writable(folder, "out")
     backbone_weights = Weights(os.fspath(weights))
     results = Results(folder / RESULTS)
     pairs = [

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pydefect.errors import InputError, PydefectError
+from pydefect.places import check_writable
 
 __all__ = [
     "BatchSize",
@@ -204,14 +205,12 @@ def check_new_file(path: Path, option: str, force: bool) -> None:
     Raises
     ------
     typer.BadParameter
-        The path is a folder, lies below a file, or exists and `force` is not set.
+        The path is a folder, or exists and `force` is not set.
+    InputError
+        It lies below a file, or in a folder that may not be written to.
     """
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a folder; name a file in it", param_hint=option)
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists; --force replaces it", param_hint=option)
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise typer.BadParameter(f"{above} is a file, not a folder", param_hint=option)
-    if not os.access(above, os.W_OK):
-        raise typer.BadParameter(f"no permission to write to {above}", param_hint=option)
+    check_writable(path.parent, option)

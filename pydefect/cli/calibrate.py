@@ -34,7 +34,9 @@ def calibrate(
     defective: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Defective images, to count how many are found; no threshold depends on them."
+            metavar="DIR",
+            help="Defective images (of a data set's category those of its test part), to count how many are "
+            "found; no threshold depends on them.",
         ),
     ] = None,
     false_alarm_rate: Annotated[
@@ -77,6 +79,8 @@ def calibrate(
     """
     if out is not None:
         check_new_file(out, "--out", force)
+    else:
+        check_new_file(model, "MODEL", force=True)
     if histogram is not None:
         check_new_file(histogram, "--histogram", force=True)
         if histogram.suffix.lower() != ".png":

@@ -13,6 +13,7 @@ import typer
 from pydefect.cli._console import Debug, Quiet, say
 from pydefect.cli.evaluate import print_evaluation
 from pydefect.cli.fit import print_fit
+from pydefect.places import check_writable
 
 if TYPE_CHECKING:
     from pydefect.data.layouts import Dataset
@@ -78,6 +79,12 @@ def demo(
     """
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
+    check_writable(out, "--out")
+    if weights is not None and scene is Scene.LOGICAL:
+        raise typer.BadParameter(
+            "the logical scene's teacher comes with the package; weights are for --scene structural",
+            param_hint="--weights",
+        )
 
     import pydefect
     from pydefect.backbones import cached_weights

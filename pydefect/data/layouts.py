@@ -22,6 +22,7 @@ __all__ = [
     "DefectKind",
     "Region",
     "Sample",
+    "defective_images",
     "held_out_images",
     "read_dataset",
     "read_defects_config",
@@ -268,6 +269,41 @@ def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
             "good images that the fit did not see"
         )
     return [sample.image for sample in dataset.train]
+
+
+def defective_images(path: str | os.PathLike[str]) -> list[Path]:
+    """The defective images in a folder, by which a calibration counts what is found.
+
+    Parameters
+    ----------
+    path
+        A plain folder of defective images (all images in it, recursively), a category's folder with a test
+        part (its defective images are taken, not its masks), or one image file.
+
+    Returns
+    -------
+    list of Path
+        In natural order.
+
+    Raises
+    ------
+    InputError
+        If there is nothing at `path`, or it holds a data set in whose test part no image is known to be
+        defective.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    dataset = read_dataset(path)
+    if not dataset.test:
+        return [sample.image for sample in dataset.train]
+    found = [sample.image for sample in dataset.test if sample.label == 1]
+    if not found:
+        raise InputError(
+            f"defective: {path} is a data set ({dataset.layout}) in whose test part no image is known to be "
+            "defective; name a folder of defective images"
+        )
+    return found
 
 
 def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,22 +46,32 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
     Raises
     ------
     InputError
-        There is no run below the folder, or see :func:`pydefect.report.write_report`.
+        There is no run below the folder, or none of them is whole and has its images. Where some are, the
+        others are named in a warning each, and left out of the page.
     """
     top = Path(folder)
     found = list(_runs(top))
     if not found:
         raise InputError(f"run: {str(top)!r} is no run, and there is none below it")
-    entries = []
+    entries, failed = [], []
     bars = ProgressBars(progress)
     try:
         for done, path in enumerate(found, start=1):
-            run = read_run(path)
-            report = write_report(run, images=images, progress=False)
-            entries.append((path.relative_to(top).as_posix(), report.relative_to(top).as_posix(), run))
+            name = path.relative_to(top).as_posix()
+            try:
+                run = read_run(path)
+                report = write_report(run, images=images, progress=False)
+            except InputError as error:
+                failed.append(f"{name}: {error}")
+            else:
+                entries.append((name, report.relative_to(top).as_posix(), run))
             bars("reports", done, len(found))
     finally:
         bars.close()
+    if not entries:
+        raise InputError(f"run: no report could be made; the first: {failed[0]}")
+    for reason in failed:
+        warnings.warn(f"{reason}; left out of the page", stacklevel=2)
     columns = [
         (f"{level}_{key}", f"{level.capitalize()} {name}")
         for level in ("image", "pixel")

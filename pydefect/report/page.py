@@ -17,6 +17,7 @@ from pydefect.data.checks import check_dataset
 from pydefect.errors import InputError
 from pydefect.metrics import Curve, precision_recall_curve, roc_curve
 from pydefect.persistence import write_atomically
+from pydefect.places import check_writable
 from pydefect.progress import ProgressBars
 from pydefect.report.gallery import OUTCOMES, Card, Thresholds, cards, outcome
 from pydefect.run import Run
@@ -94,7 +95,8 @@ def write_report(
     Raises
     ------
     InputError
-        `images` is negative, `out` is a folder, or the data set's images are no longer where they were.
+        `images` is negative, `out` is a folder or cannot be written, or the data set's images are no longer
+        where they were.
 
     Examples
     --------
@@ -107,6 +109,7 @@ def write_report(
         raise InputError(f"images: {images!r} given; allowed are 0 and more")
     if path.is_dir():
         raise InputError(f"out: {str(path)!r} is a folder; name a file in it")
+    check_writable(path.parent, "out")
     if not any(run.sample(index).image.is_file() for index in range(len(run.images))):
         raise InputError(
             f"data: none of the run's images is in {str(run.root)!r} any more; say where they are "

@@ -274,6 +274,13 @@ def test_info_is_readable_and_json() -> None:
 
 
 @pytest.mark.slow
+def test_the_demo_ignores_no_weights(tmp_path: Path) -> None:
+    code, _, errors = call("demo", "--out", tmp_path / "demo", "--scene", "logical", "--weights", "random")
+    assert code == 2
+    assert "weights are for --scene structural" in errors
+    assert not (tmp_path / "demo").exists()
+
+
 def test_demo_finds_defects_in_two_minutes(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     start = time.perf_counter()

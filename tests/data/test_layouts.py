@@ -13,6 +13,7 @@ from pydefect.data.layouts import (
     Dataset,
     DefectKind,
     Sample,
+    defective_images,
     held_out_images,
     read_dataset,
     read_defects_config,
@@ -400,6 +401,25 @@ class TestHeldOutImages:
         for folder in (root, root / "test"):
             with pytest.raises(InputError, match="without a validation part"):
                 held_out_images(folder)
+
+
+class TestDefectiveImages:
+    def test_a_plain_folder_and_a_file(self, tmp_path: Path) -> None:
+        touch(tmp_path, "a.png", "sub/b.png")
+        assert names(defective_images(tmp_path), tmp_path) == ["a.png", "sub/b.png"]
+        assert defective_images(tmp_path / "a.png") == [tmp_path / "a.png"]
+
+    def test_neither_good_images_nor_masks(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path / "bottle")
+        known = [sample.image for sample in read_dataset(root).test if sample.label == 1]
+        assert known
+        assert defective_images(root) == known
+        assert names(defective_images(root / "test"), root) == names(known, root)
+
+    def test_none_is_known_to_be_defective(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/a.png", "test/b.png")
+        with pytest.raises(InputError, match="no image is known to be defective; name a folder"):
+            defective_images(tmp_path)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -192,6 +193,20 @@ def test_a_folder_of_runs_gets_a_report_each_and_an_index(run, tmp_path):
     assert [link["href"] for link in page.all("a")] == ["a%20b/flange/report.html", "c/report.html"]
     assert (tmp_path / "a b/flange/report.html").stat().st_size > 10_000
     assert f"{100 * run.evaluation['image_auroc']:.2f}" in page.words
+
+
+def test_a_run_without_its_images_is_named_and_the_others_are_shown(run, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(run.folder, tmp_path / name)
+    facts = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    facts["dataset"]["root"] = str(tmp_path / "moved")
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(facts))
+    with pytest.warns(UserWarning, match=r"^a: data: none of the run's images .*; left out of the page$"):
+        write_index(tmp_path, progress=False)
+    assert [link["href"] for link in Page(tmp_path / "index.html").all("a")] == ["b/report.html"]
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(InputError, match="run: no report could be made; the first: a: data: none"):
+        write_index(tmp_path, progress=False)
 
 
 def test_the_command_line(run, product, tmp_path):
