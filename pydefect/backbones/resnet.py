@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pydefect.backbones.weights import IMAGENET_WEIGHTS, load_state_dict
 from pydefect.errors import InputError
+from pydefect.randomness import seeded
 
 __all__ = ["ARCHITECTURES", "Architecture", "ResNet", "build_backbone"]
 
@@ -199,7 +200,8 @@ def build_backbone(
     """
     if name not in ARCHITECTURES:
         raise InputError(f"backbone: {name!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
-    network = ResNet(ARCHITECTURES[name])
+    with seeded(seed):  # all weights are replaced
+        network = ResNet(ARCHITECTURES[name])
     if weights == "random":
         _initialise(network, seed)
     else:

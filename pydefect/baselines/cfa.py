@@ -21,6 +21,7 @@ from pydefect.baselines.training import train
 from pydefect.feature_detector import FeatureConfig
 from pydefect.features import FeatureCache
 from pydefect.ops import assign_unique, hypersphere, knn, project_levels, score_maps
+from pydefect.randomness import seeded
 
 __all__ = ["Cfa", "CfaConfig", "CfaDetector", "Descriptor", "build_bank", "soft_boundary_loss"]
 
@@ -128,8 +129,7 @@ class Cfa(PatchModel):
         """Build the bank with the untrained descriptor, then train the descriptor towards it."""
         channels = [shape[0] for shape in cache.shapes]
         dimension = max(1, sum(channels) // config.width_compression)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             descriptor = Descriptor(channels, dimension, config.radius, config.learn_radius)
         descriptor.to(context.device)
         with torch.inference_mode():
@@ -166,7 +166,8 @@ class Cfa(PatchModel):
     def from_state(cls, state: Mapping[str, Tensor], config: CfaConfig) -> Cfa:
         """Read what :meth:`state` returned."""
         dimension, inputs = state["descriptor.weight"].shape
-        descriptor = Descriptor([inputs - 2], dimension, config.radius, config.learn_radius)
+        with seeded(0):  # its weights are replaced
+            descriptor = Descriptor([inputs - 2], dimension, config.radius, config.learn_radius)
         descriptor.to(state["bank"].device)
         descriptor.load_state_dict(
             {

@@ -23,6 +23,7 @@ from pydefect.baselines.training import train
 from pydefect.feature_detector import FeatureConfig
 from pydefect.features import FeatureCache, patch_vectors
 from pydefect.ops import relaxed_contrastive
+from pydefect.randomness import seeded
 
 __all__ = ["ReConPatch", "ReConPatchConfig", "ReConPatchDetector", "TwinNetwork"]
 
@@ -138,8 +139,7 @@ class ReConPatch(PatchModel):
     ) -> ReConPatch:
         """Train f and g by contrast, then gather f of all patches and keep a coreset."""
         inputs = sum(shape[0] for shape in cache.shapes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             width = config.representation_dim
             network = TwinNetwork(inputs, width, config.projection_dim or width)
         network.to(context.device)
@@ -191,7 +191,8 @@ class ReConPatch(PatchModel):
     def from_state(cls, state: Mapping[str, Tensor], config: ReConPatchConfig) -> ReConPatch:
         """Read what :meth:`state` returned."""
         weight = state["representation.weight"]
-        representation = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device)
+        with seeded(0):  # its weights are replaced
+            representation = nn.Linear(weight.shape[1], weight.shape[0]).to(weight.device)
         representation.load_state_dict({"weight": weight, "bias": state["representation.bias"]})
         return cls(representation, state["bank"], config, {})
 

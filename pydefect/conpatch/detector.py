@@ -30,6 +30,7 @@ from pydefect.feature_detector import (
 from pydefect.features import PatchFeatureExtractor
 from pydefect.persistence import Checkpoint
 from pydefect.progress import ProgressBars
+from pydefect.randomness import seeded
 
 __all__ = ["ConPatchDetector"]
 
@@ -190,9 +191,10 @@ class ConPatchDetector(FeatureDetector):
         channels = extractor.channels
         if sum(channels) + 2 != inputs:
             raise ModelFileError(f"model: F has {inputs} inputs, but the backbone gives {sum(channels) + 2}")
-        network = ConPatchNetwork(
-            channels, dimension, state["projection.weight"].shape[0], state["representation.input_scale"]
-        )
+        with seeded(0):  # its weights are replaced
+            network = ConPatchNetwork(
+                channels, dimension, state["projection.weight"].shape[0], state["representation.input_scale"]
+            )
         network.load_state_dict(state)
         bank = tensors_under("bank.", tensors, device)
         return cls(

@@ -18,6 +18,7 @@ from pydefect.errors import InputError, PydefectError
 from pydefect.features import FeatureCache
 from pydefect.ops import hypersphere, relaxed_contrastive
 from pydefect.persistence import Checkpoint
+from pydefect.randomness import seeded
 
 __all__ = ["EpochRecord", "Progress", "Trainer", "build_network", "represent"]
 
@@ -82,8 +83,7 @@ def build_network(
     if config.initialisation == "pca":
         # Two levels of ResNet-18 have fewer inputs than the default D; all their components are kept then.
         dimension = min(dimension, len(input_scale))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = ConPatchNetwork(channels, dimension, config.projection_dim or dimension, input_scale)
     if config.initialisation == "identity":
         if dimension != len(input_scale):

@@ -38,6 +38,7 @@ from pydefect.errors import InputError, PydefectError
 from pydefect.features import resolve_precision
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from pydefect.randomness import seeded
 
 __all__ = [
     "Distillation",
@@ -653,7 +654,8 @@ def _with_normalisation(network: PDN) -> nn.Sequential:
 
 def _folded(network: nn.Sequential, config: DistillationConfig) -> PDN:
     """The plain PDN that says the same as a network with batch normalisation in eval mode."""
-    plain = PDN(config.size, padding=config.padding)
+    with seeded(0):  # its weights are replaced
+        plain = PDN(config.size, padding=config.padding)
     folded: list[nn.Conv2d] = []
     for module in copy.deepcopy(network).eval():
         if isinstance(module, nn.Conv2d):
@@ -671,7 +673,8 @@ def _fresh_network(config: DistillationConfig, seed: int, images: Tensor) -> PDN
     """A PDN whose maps have mean 0 and variance 1 in front of every ReLU over some images (data-dependent
     start, as of Mishkin and Matas, 2016), and which answers nearly 0: learning begins at once, with any
     depth."""
-    network = PDN(config.size, padding=config.padding)
+    with seeded(seed):  # its weights are replaced
+        network = PDN(config.size, padding=config.padding)
     generator = torch.Generator().manual_seed(seed)
     convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
     maps = images

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from pydefect.backbones import ARCHITECTURES, ResNet, build_backbone, load_state
 from pydefect.dual_ae.pdn import PDN, PDN_CHANNELS, Size, output_size
 from pydefect.errors import InputError
 from pydefect.features import PatchFeatureExtractor, Precision
+from pydefect.randomness import seeded
 
 __all__ = ["SHIPPED_TEACHER", "BackboneTeacher", "load_teacher", "pdn_state"]
 
@@ -164,7 +164,8 @@ def load_teacher(
         backbone = build_backbone(teacher, os.fspath(weights))
         return BackboneTeacher(backbone, padding, precision).requires_grad_(False).eval()
     state, what = _read(teacher, size)
-    network = PDN(size, PDN_CHANNELS, padding)
+    with seeded(0):  # its weights are replaced
+        network = PDN(size, PDN_CHANNELS, padding)
     network.load_state_dict(pdn_state(state, size, what))
     return network.requires_grad_(False).eval()
 
@@ -221,7 +222,7 @@ def pdn_state(state: Mapping[str, Tensor], size: Size, what: str = "teacher") ->
     InputError
         It is no PDN of this size with 384 outputs, or a value is not finite.
     """
-    wanted = PDN(size, PDN_CHANNELS).state_dict()
+    wanted = _shapes(size)
     found: dict[int, dict[str, Tensor]] = {}
     prefixes: set[str] = set()
     for name, value in state.items():
@@ -248,7 +249,7 @@ def pdn_state(state: Mapping[str, Tensor], size: Size, what: str = "teacher") ->
     for name, (number, key) in zip(
         wanted, ((number, key) for number in sorted(found) for key in ("weight", "bias")), strict=True
     ):
-        if key not in found[number] or found[number][key].shape != wanted[name].shape:
+        if key not in found[number] or found[number][key].shape != wanted[name]:
             raise InputError(f"{what}: not a {size} PDN: convolution {number} lacks a fitting {key}")
         renamed[name] = found[number][key].detach().to("cpu", torch.float32)
         if not bool(torch.isfinite(renamed[name]).all()):
@@ -256,9 +257,14 @@ def pdn_state(state: Mapping[str, Tensor], size: Size, what: str = "teacher") ->
     return renamed
 
 
-def _weight_shapes(size: Literal["small", "medium"]) -> list[tuple[int, ...]]:
-    state = PDN(size, PDN_CHANNELS).state_dict()
-    return [tuple(value.shape) for name, value in state.items() if name.endswith("weight")]
+def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = PDN(size, PDN_CHANNELS)
+    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def _weight_shapes(size: Size) -> list[tuple[int, ...]]:
+    return [shape for name, shape in _shapes(size).items() if name.endswith("weight")]
 
 
 def _text(shapes: list[tuple[int, ...]]) -> str:

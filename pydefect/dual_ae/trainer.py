@@ -29,6 +29,7 @@ from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
 from pydefect.persistence import Checkpoint
 from pydefect.preprocessing import Preprocessing
+from pydefect.randomness import seeded
 
 __all__ = ["LOSSES", "LossRecord", "Progress", "Trainer", "build_network", "step_losses"]
 
@@ -68,8 +69,7 @@ class LossRecord:
 
 def build_network(config: DualAEConfig, image_size: tuple[int, int], seed: int) -> DualNetwork:
     """Build the untrained networks, channels last in memory; equal seeds give equal ones."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = DualNetwork(config, image_size)
     for parameter in network.parameters():
         if parameter.dim() == 4:
@@ -253,11 +253,10 @@ class Trainer:
         inputs = [images, features, augmented]
         if penalty is not None:
             inputs.append(penalty.to(self.device))
-        on_card = self.device.type == "cuda"
-        if on_card and self._captured is None:
+        if self.device.type == "cuda" and self._captured is None:
             self._captured = CapturedCall(self._losses_and_gradients, inputs)
-        with torch.random.fork_rng(devices=[self.device] if on_card else []):
-            torch.manual_seed(int(rng.integers(2**63)))
+        # For the dropout.
+        with seeded(int(rng.integers(2**63)), self.device):
             call = self._losses_and_gradients if self._captured is None else self._captured
             losses: Tensor = call(*inputs)
         self._optimisers.step(config.rate(self.step))

@@ -114,6 +114,12 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+def test_the_callers_random_numbers_are_not_used_up():
+    before = torch.get_rng_state()
+    build_backbone("resnet18", "random", seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("size", [(64, 64), (50, 71)])
 def test_the_forward_pass_of_the_real_resnet18(resnet18_weights, size):
     network = build_backbone("resnet18", str(resnet18_weights))
