@@ -16,7 +16,7 @@ FITS = {
     "conpatch": {"weights": "random", "calibration_folds": 0, "epochs": 1, "contrastive_patches": 16},
     "cfa": {"weights": "random", "calibration_folds": 0, "epochs": 1},
     "reconpatch": {"weights": "random", "calibration_folds": 0, "epochs": 1},
-    "dual_ae": {"steps": 3, "precision": "float32", "false_alarm_rate": 0.5},
+    "dual_ae": {"steps": 2, "precision": "float32", "false_alarm_rate": 0.5},
 }
 
 

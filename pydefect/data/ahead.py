@@ -62,7 +62,7 @@ def done_ahead(
     if workers == 0:
         yield from map(make, numbers)
         return
-    yield from DataLoader(
+    loader = DataLoader(
         _Made(make),
         sampler=numbers,
         batch_size=None,
@@ -71,6 +71,13 @@ def done_ahead(
         collate_fn=_as_it_is,
         worker_init_fn=_one_thread,
     )
+    made: Any = iter(loader)
+    try:
+        yield from made
+    finally:
+        # After an error it would be garbage together with the traceback, and collecting it would take five
+        # seconds a process: what tells them to end is gone by then.
+        made._shutdown_workers()
 
 
 class _Made(Dataset[Item], Generic[Item]):

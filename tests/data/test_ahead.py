@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 import numpy as np
@@ -41,10 +42,12 @@ def test_who_does_the_work():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_arrive(workers):
+    others = set(multiprocessing.active_children())
     found = done_ahead(fails, range(6), workers)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="number 3 cannot be made"):
         next(found)
+    assert set(multiprocessing.active_children()) <= others  # none is left to the garbage collector
 
 
 def test_without_workers_nothing_is_done_before_it_is_asked_for():
