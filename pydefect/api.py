@@ -23,6 +23,7 @@ from pydefect.detector import Detector, OnError, resolve_device
 from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation
 from pydefect.persistence import load_tensors
+from pydefect.places import check_writable
 from pydefect.registry import METHODS, detector_type
 from pydefect.scoring import Result
 
@@ -121,6 +122,7 @@ def fit(
     _check_path("weights", weights)
     if checkpoint is not None:
         _check_path("checkpoint", checkpoint)
+        check_writable(checkpoint, "checkpoint")
     if backbone is not None:
         settings["backbone"] = backbone
     config = detector.config_type.from_preset(preset, **settings)
