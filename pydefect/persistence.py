@@ -184,8 +184,6 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"checkpoint: {str(self.folder)!r} is a file; a folder is needed")
         check_writable(self.folder, "checkpoint")
         self._run = dict(run)
         self._key = hashlib.sha256(json.dumps(self._run, sort_keys=True).encode()).hexdigest()

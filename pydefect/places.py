@@ -23,11 +23,11 @@ def check_writable(folder: str | os.PathLike[str], argument: str) -> None:
     Raises
     ------
     InputError
-        The folder lies below a file, or may not be written to.
+        It is a file or lies below one, or it may not be written to.
     """
     folder = Path(folder).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise InputError(f"{argument}: {there} is a file, not a folder")
+        raise InputError(f"{argument}: {str(there)!r} is a file; a folder is needed")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{argument}: no permission to write to {there}")
+        raise InputError(f"{argument}: no permission to write to {str(there)!r}")

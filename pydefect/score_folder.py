@@ -228,8 +228,6 @@ class ScoreFolderWriter:
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
         self.out = Path(out)
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"out: {self.out} is a file; a folder is needed")
         check_writable(self.out, "out")
         if sheet_images < 0:
             raise InputError(f"sheet_images: {sheet_images!r} given; allowed are 0 and more")

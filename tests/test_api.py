@@ -172,7 +172,7 @@ def test_streaming_scores_one_after_the_other(good, detector):
         ({"device": None}, "device: None given; allowed are"),
         ({"on_error": "ignore"}, "on_error: 'ignore' given; allowed are 'raise', 'skip'"),
         ({"checkpoint": 3}, "checkpoint: 3 given; a path is needed"),
-        ({"checkpoint": __file__}, r"checkpoint: .*test_api\.py is a file, not a folder"),
+        ({"checkpoint": __file__}, r"checkpoint: '.*test_api\.py' is a file; a folder is needed"),
         ({"epoch": 3}, "epoch: not a setting of ConPatch; allowed are alpha, "),
         ({"epochs": -3}, "epochs: -3 given; allowed are 0 and more"),
         ({"resize": 32, "crop": 64}, "crop is 64 x 64, larger than resize, which is 32 x 32"),

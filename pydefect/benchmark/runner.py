@@ -122,8 +122,6 @@ def run_benchmark(
             raise InputError(f"{name}: {value!r} given; allowed are whole numbers from 1 on")
     resolve_device(device)
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
     check_writable(folder, "out")
     backbone_weights = Weights(os.fspath(weights))
     results = Results(folder / RESULTS)

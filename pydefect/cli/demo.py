@@ -77,8 +77,6 @@ def demo(
     DIR gets the images, the model, a folder of scores, report.html and sheet.png. Running it again replaces
     all but the images.
     """
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"{out} is a file; a folder is needed", param_hint="--out")
     check_writable(out, "--out")
     if weights is not None and scene is Scene.LOGICAL:
         raise typer.BadParameter(

@@ -273,7 +273,6 @@ def test_info_is_readable_and_json() -> None:
     assert set(facts) == {"versions", "native code", "cuda", "imagenet weights"}
 
 
-@pytest.mark.slow
 def test_the_demo_ignores_no_weights(tmp_path: Path) -> None:
     code, _, errors = call("demo", "--out", tmp_path / "demo", "--scene", "logical", "--weights", "random")
     assert code == 2
@@ -281,6 +280,7 @@ def test_the_demo_ignores_no_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.slow
 def test_demo_finds_defects_in_two_minutes(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     start = time.perf_counter()
