@@ -12,7 +12,7 @@ from urllib.parse import quote
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
 from pydefect.progress import ProgressBars
-from pydefect.report.page import METRICS, render, write_report
+from pydefect.report.page import METRICS, check_images, render, write_report
 from pydefect.run import Run, is_run, read_run
 
 __all__ = ["write_index"]
@@ -46,9 +46,10 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
     Raises
     ------
     InputError
-        There is no run below the folder, or none of them is whole and has its images. Where some are, the
-        others are named in a warning each, and left out of the page.
+        `images` is negative, there is no run below the folder, or none of them is whole and has its images.
+        Where some are, the others are named in a warning each, and left out of the page.
     """
+    check_images(images)
     top = Path(folder)
     found = list(_runs(top))
     if not found:

@@ -105,8 +105,7 @@ def write_report(
     PosixPath('runs/bottle/report.html')
     """
     path = run.folder / "report.html" if out is None else Path(out)
-    if images < 0:
-        raise InputError(f"images: {images!r} given; allowed are 0 and more")
+    check_images(images)
     if path.is_dir():
         raise InputError(f"out: {str(path)!r} is a folder; name a file in it")
     check_writable(path.parent, "out")
@@ -117,6 +116,12 @@ def write_report(
         )
     write_atomically(path, _page(run, images, progress).encode("utf-8", "backslashreplace"))
     return path
+
+
+def check_images(images: int) -> None:
+    """Refuse a gallery of fewer than no images."""
+    if images < 0:
+        raise InputError(f"images: {images!r} given; allowed are 0 and more")
 
 
 def render(template: str, **content: Any) -> str:

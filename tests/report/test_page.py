@@ -181,6 +181,8 @@ def test_wrong_calls(run, product, tmp_path):
         write_report(run, tmp_path / "r.html", images=-1)
     with pytest.raises(InputError, match="is no run, and there is none below it"):
         write_index(tmp_path)
+    with pytest.raises(InputError, match=r"^images: -1 given"):
+        write_index(run.folder.parent, images=-1)
     assert list(tmp_path.iterdir()) == []
 
 
