@@ -1,4 +1,4 @@
-"""What the operators on maps share: checks, the arithmetic they compute in, the layout of their kernels."""
+"""What the operators on maps share: checks, and the layout of their kernels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import _library
+from pydefect.ops._precision import compute_dtype
 
 __all__ = [
     "check_map",
     "check_shapes",
-    "compute_dtype",
     "from_positions",
     "has_kernels",
     "is_channels_last",
@@ -37,11 +37,6 @@ def check_shapes(op: str, device: torch.device, expected: dict[str, tuple[Tensor
             raise RuntimeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
         if tensor.device != device:
             raise RuntimeError(f"{op}: {name} must be on {device}, got {tensor.device}")
-
-
-def compute_dtype(features: Tensor) -> torch.dtype:
-    """Float64 for float64; float32 for everything narrower."""
-    return torch.promote_types(features.dtype, torch.float32)
 
 
 def has_kernels(features: Tensor) -> bool:

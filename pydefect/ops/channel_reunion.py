@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library, load_cuda_library
+from pydefect.ops._library import differentiable_once, load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.channel_reunion import check_channel_reunion
 
@@ -159,3 +159,4 @@ def _backward(ctx: Any, d_output: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
 
 
 torch.library.register_autograd("pydefect::channel_reunion", _backward, setup_context=_setup_context)
+differentiable_once("channel_reunion", "channel_reunion_backward")

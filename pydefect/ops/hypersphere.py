@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydefect.ops._library import has_kernels
+from pydefect.ops._library import differentiable_once, has_kernels
+from pydefect.ops._precision import compute_dtype
 from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.hypersphere import check_arguments
 
@@ -20,8 +21,8 @@ def hypersphere(
     """Pull every patch into the spheres of radius r^2 around its k nearest centres.
 
     Float32 takes native kernels: the loss comes out of the search's own distances, and the gradient is made
-    in one pass over the rows; both are the same for every number of threads. So do half-precision features
-    on CUDA, in float32. Other dtypes, and on CUDA more than 64 centres, take PyTorch's operators around
+    in one pass over the rows; both are the same for every number of threads. Half precision is computed in
+    float32 too, and rounded once. Float64, and on CUDA more than 64 centres, take PyTorch's operators around
     :func:`pydefect.ops.knn`.
 
     Parameters
@@ -53,7 +54,7 @@ def hypersphere(
     -----
     Which centres are the nearest is decided in float32 whatever the dtype. A patch within 1e-15 of a centre
     is not pulled by it at `distance_power` 1, where the distance has no gradient. The native gradient cannot
-    be differentiated again; that of the other dtypes can.
+    be differentiated again, and says so; float64's can.
 
     References
     ----------
@@ -67,24 +68,24 @@ def hypersphere(
     >>> hypersphere(torch.tensor([[0.0, 2.0]]), bank, k=1, r=1.0)
     tensor(1.)
     """
+    check_arguments(features, bank, k, r, distance_power)
     bank = bank.detach()
     native = has_kernels(features.device) and not (features.is_cuda and k > MOST_NEIGHBORS_ON_CUDA)
-    if native and features.dtype == torch.float32:
-        loss: Tensor = torch.ops.pydefect.hypersphere(features, bank, k, r, distance_power)[0]
-        return loss
-    check_arguments(features, bank, k, r, distance_power)
-    if native and features.is_cuda and features.dtype != torch.float64:
-        loss = torch.ops.pydefect.hypersphere(features.float(), bank.float(), k, r, distance_power)[0]
+    precision = compute_dtype(features)
+    points, centres = features.to(precision), bank.to(precision)
+    loss: Tensor
+    if native and precision == torch.float32:
+        loss = torch.ops.pydefect.hypersphere(points, centres, k, r, distance_power)[0]
         return loss.to(features.dtype)
-    indices = knn(features.float(), bank.float(), k)[1]
-    loss = features.new_zeros(())
+    indices = knn(points.float(), centres.float(), k)[1]
+    loss = points.new_zeros(())
     # One centre at a time: [N, D] temporaries instead of [N, k, D].
     for column in range(k):
-        squared = (features - bank[indices[:, column]]).square().sum(1)
+        squared = (points - centres[indices[:, column]]).square().sum(1)
         # The clamp stops the square root's gradient where a patch lies on its centre.
         distances = squared if distance_power == 2 else squared.clamp_min(1e-30).sqrt()
         loss = loss + torch.relu(distances - r**2).sum()
-    return loss / indices.numel()
+    return (loss / indices.numel()).to(features.dtype)
 
 
 @torch.library.register_fake("pydefect::hypersphere")
@@ -128,3 +129,4 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("pydefect::hypersphere", _backward, setup_context=_setup_context)
+differentiable_once("hypersphere", "hypersphere_backward")

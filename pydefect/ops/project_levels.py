@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
+from pydefect.ops._library import differentiable_once, has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.project_levels import check_arguments, coordinate_channels
 
 __all__ = ["project_levels"]
@@ -95,7 +95,8 @@ def _compose(levels: Sequence[Tensor], weight: Tensor, bias: Tensor | None, pool
                 projected.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
             ).permute(0, 2, 3, 1)
         fused = fused + projected
-    return fused.reshape(batch, height * width, -1)
+    # Spelled out, for a width of -1 is ambiguous where there are no images.
+    return fused.reshape(batch, height * width, weight.shape[0])
 
 
 @torch.library.register_fake("pydefect::project_levels")
@@ -151,3 +152,4 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], Tensor |
 
 
 torch.library.register_autograd("pydefect::project_levels", _backward, setup_context=_setup_context)
+differentiable_once("project_levels", "project_levels_weight_gradient", "project_levels_level_gradient")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
+from pydefect.ops._library import differentiable_once, has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.relaxed_contrastive import PairSource, Reduction, SimilarityPower, check_settings
 
@@ -32,10 +32,10 @@ def relaxed_contrastive(
 ) -> Tensor:
     """Pull patches together that the target branch finds similar, push the others apart.
 
-    In float32 nothing of size N x N is ever kept: distances are computed tile by tile, once for the row means
-    of (4), once for the loss, and once more in the backward pass. Memory beyond inputs and gradient is O(N)
-    plus some megabytes on the CPU. On CUDA, where half precision is computed in float32 too, it is two copies
-    of the inputs, N / 128 floats a patch and 256 MB. Float64, and on CUDA more than 64 neighbours, run the
+    Nothing of size N x N is ever kept: distances are computed tile by tile, once for the row means of (4),
+    once for the loss, and once more in the backward pass. Memory beyond inputs and gradient is O(N) plus some
+    megabytes on the CPU; on CUDA it is two copies of the inputs, N / 128 floats a patch and 256 MB. Half
+    precision is computed in float32 and rounded once. Float64, and on CUDA more than 64 neighbours, run the
     reference, chunk by chunk.
 
     Parameters
@@ -110,9 +110,7 @@ def relaxed_contrastive(
 def _takes_kernels(z: Tensor, neighbors: int) -> bool:
     if not has_kernels(z.device):
         return False
-    if z.is_cuda:
-        return z.dtype != torch.float64 and neighbors <= MOST_NEIGHBORS_ON_CUDA
-    return z.dtype == torch.float32
+    return z.dtype != torch.float64 and not (z.is_cuda and neighbors > MOST_NEIGHBORS_ON_CUDA)
 
 
 def _nearest_and_itself(points: Tensor, k: int) -> Tensor:
@@ -160,3 +158,4 @@ def _backward(ctx: Any, grad: Tensor, *_unused: Any) -> tuple[Tensor | None, ...
 
 
 torch.library.register_autograd("pydefect::relaxed_contrastive", _backward, setup_context=_setup_context)
+differentiable_once("relaxed_contrastive", "relaxed_contrastive_backward")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library, load_cuda_library
+from pydefect.ops._library import differentiable_once, load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.selective_fusion import check_selective_fusion
 
@@ -158,3 +158,4 @@ def _backward(ctx: Any, d_fused_first: Tensor, d_fused_second: Tensor, *_: Tenso
 
 
 torch.library.register_autograd("pydefect::selective_fusion", _backward, setup_context=_setup_context)
+differentiable_once("selective_fusion", "selective_fusion_backward")

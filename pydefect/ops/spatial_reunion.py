@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import load_cpu_library, load_cuda_library
+from pydefect.ops._library import differentiable_once, load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, to_positions
 from pydefect.ops.reference.spatial_reunion import NORMALISATIONS, Normalisation, check_spatial_reunion
 
@@ -133,3 +133,4 @@ def _backward(ctx: Any, d_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 torch.library.register_autograd("pydefect::spatial_reunion", _backward, setup_context=_setup_context)
+differentiable_once("spatial_reunion", "spatial_reunion_backward")

@@ -92,6 +92,26 @@ def test_a_patch_on_its_centre_has_no_gradient(loss, r, power):
 
 
 @pytest.mark.parametrize("loss", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("power", [1, 2])
+def test_half_precision_is_rounded_once(loss, dtype, power):
+    """Its sums are float32's: in float16 those of many patches end at 65,504, and a patch on its centre has
+    a gradient of 0 / 0."""
+    features, bank = data(12544, 40, 64, dtype)
+    features[0] = bank[2]
+    results = []
+    for precision in (dtype, torch.float32):
+        x = features.to(precision, copy=True).requires_grad_()
+        value = loss(x, bank.to(precision), 1, distance_power=power)
+        # Of 1 / N float16 has few digits.
+        (1000 * value).backward()
+        results.append((value.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0].to(dtype))
+    assert torch.equal(results[0][1], results[1][1].to(dtype))
+    assert (results[0][1][0] == 0).all()
+
+
+@pytest.mark.parametrize("loss", IMPLEMENTATIONS)
 def test_inside_the_sphere_nothing_pulls(loss):
     features, bank = data(6, 4, 3)
     features.requires_grad_()

@@ -350,6 +350,7 @@ def test_no_image():
     assert [gradient.shape for gradient in gradients] == [part.shape for part in (*levels, weight, bias)]
     assert (gradients[-2] == 0).all()
     assert (gradients[-1] == 0).all()
+    assert ops.project_levels([level.double() for level in levels], weight.double()).shape == (0, 64, 5)
 
 
 def test_same_for_every_thread_count():

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pydefect.ops._precision import compute_dtype
 from pydefect.ops.reference.knn import knn
 
 __all__ = ["check_arguments", "hypersphere"]
@@ -34,7 +35,8 @@ def hypersphere(
     Returns
     -------
     Tensor
-        Scalar: mean over patches and centres of max(0, distance - r^2), in the units of the features.
+        Scalar: mean over patches and centres of max(0, distance - r^2), in the units of the features. Half
+        precision is computed in float32 and rounded once.
 
     References
     ----------
@@ -45,10 +47,11 @@ def hypersphere(
     # Which centres are the nearest is decided in float32, as the native search does, whatever the gradient's
     # precision.
     indices = knn(features.detach().float(), bank.float(), k)[1]
-    squared = (features.unsqueeze(1) - bank[indices]).square().sum(2)
+    precision = compute_dtype(features)
+    squared = (features.to(precision).unsqueeze(1) - bank.to(precision)[indices]).square().sum(2)
     # The clamp stops the square root's gradient where a patch lies on its centre.
     distances = squared if distance_power == 2 else squared.clamp_min(1e-30).sqrt()
-    return torch.relu(distances - r**2).mean()
+    return torch.relu(distances - r**2).mean().to(features.dtype)
 
 
 def check_arguments(features: Tensor, bank: Tensor, k: int, r: float, distance_power: int) -> None:

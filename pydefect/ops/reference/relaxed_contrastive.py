@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pydefect.ops._precision import compute_dtype
+
 __all__ = ["global_similarity", "relaxed_contrastive"]
 
 # Rows handled at a time: a chunk's [rows, N] temporaries stay near 64 MB each.
@@ -107,8 +109,16 @@ def global_similarity(target: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
         # Below every distance: the set holds the point itself even when others coincide with it.
         distances[torch.arange(len(rows), device=target.device), rows] = -1
         indices[rows] = distances.topk(neighbors, largest=False).indices
-    common = (indices[indices].unsqueeze(3) == indices[:, None, None, :]).sum((2, 3))
-    return indices, common.to(target.dtype) / neighbors
+    similarity = target.new_empty(n, neighbors)
+    for start in range(0, n, _chunk_rows(n)):
+        rows = torch.arange(start, min(start + _chunk_rows(n), n), device=target.device)
+        own = torch.zeros(len(rows), n, dtype=torch.bool, device=target.device)
+        own.scatter_(1, indices[rows], True)
+        # A column at a time: [rows, k] instead of [rows, k, k], whatever k is.
+        for column in range(neighbors):
+            common = own.gather(1, indices[indices[rows, column]]).sum(1)
+            similarity[rows, column] = common.to(target.dtype) / neighbors
+    return indices, similarity
 
 
 def relaxed_contrastive(
@@ -151,7 +161,8 @@ def relaxed_contrastive(
     -------
     Tensor
         Scalar loss >= 0. Rows are handled in chunks that are recomputed in the backward pass: memory is
-        O(chunk x N), about 0.5 GB at any N, never N x N.
+        O(chunk x N), about 0.5 GB at any N, never N x N. Half precision is computed in float32 and rounded
+        once.
 
     References
     ----------
@@ -159,7 +170,8 @@ def relaxed_contrastive(
     """
     check_settings(z, z_target, alpha, sigma, margin, neighbors, similarity_power, pair_source, reduction)
     n = z.shape[0]
-    z_target = z_target.detach()
+    dtype = z.dtype
+    z, z_target = z.to(compute_dtype(z)), z_target.detach().to(compute_dtype(z_target))
     # Distances do not change under a shift; near the origin the matrix product loses fewer digits.
     centre = z_target.mean(0)
     online, target = z - centre, z_target - centre
@@ -182,4 +194,4 @@ def relaxed_contrastive(
             total = total + chunk_loss(online, rows)
         else:
             total = total + checkpoint(chunk_loss, online, rows, use_reentrant=False)
-    return total / (n if reduction == "paper" else n * n)
+    return (total / (n if reduction == "paper" else n * n)).to(dtype)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydefect.ops._maps import check_map, check_shapes, compute_dtype
+from pydefect.ops._maps import check_map, check_shapes
+from pydefect.ops._precision import compute_dtype
 
 __all__ = ["check_selective_fusion", "selective_fusion"]
 
