@@ -40,6 +40,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 15
+# The `dependencies` in pyproject.toml, which the build leaves to the machine.
+MODULES = ["cv2", "jinja2", "matplotlib", "natsort", "safetensors", "scipy", "sklearn", "tqdm", "typer"]
+# Rooms of tests marked gpu.
+ROOMS = ["ops", "dual_ae", "conpatch", "test_cuda_graphs.py", "test_randomness.py"]
 Call = Callable[[], Any]
 
 
@@ -90,7 +94,7 @@ def run_tests(seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rf"]
     command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-m", "gpu"]
     command += ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    command += [str(ROOT / "tests" / room) for room in ("ops", "dual_ae", "conpatch", "test_cuda_graphs.py")]
+    command += [str(ROOT / "tests" / room) for room in ROOMS]
     with log.open("w") as file:
         try:  # not in the source folder, which Python would put in front of the package
             subprocess.run(command, cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, timeout=seconds)
@@ -671,6 +675,9 @@ def main() -> int:
     if arguments.out is None:
         parser.error("--out or --show is needed")
     arguments.out = arguments.out.absolute()
+    if missing := [module for module in MODULES if importlib.util.find_spec(module) is None]:
+        print(f"benchmarks/gpu.py needs {', '.join(missing)}; not found", file=sys.stderr)
+        return 2
     import torch
 
     if not torch.cuda.is_available():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydefect.randomness import DRAWING
+
 __all__ = ["CapturedCall", "ReplayedCalls", "ReplayedSteps"]
 
 # PyTorch asks for a few runs before a capture: workspaces are made and convolutions chosen in them.
 _RUNS_BEFORE = 3
-# PyTorch captures one graph at a time in a process.
-_capturing = threading.Lock()
 
 
 @contextmanager
@@ -23,9 +22,11 @@ def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator
     """Capture what is launched within.
 
     On a stream of the right device: PyTorch's own one for captures belongs to the device that captured first.
-    Other threads may go on using CUDA meanwhile.
+    Other threads may go on using CUDA meanwhile, but for waiting for all of a device. PyTorch captures one
+    graph at a time in a process, and up to 2.11 a capture takes the device's generator, so that nobody else
+    may draw from it.
     """
-    with _capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with DRAWING, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         yield
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["seeded"]
+__all__ = ["DRAWING", "seeded"]
 
-# Two fits in threads of one process would draw from each other's sequence.
-_DRAWING = threading.RLock()
+# Held by the one thread that draws: two fits in threads of one process would draw from each other's sequence.
+DRAWING = threading.RLock()
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         A card whose generator is seeded too; None or the CPU: no card's is touched.
     """
     on_card = device is not None and device.type == "cuda"
-    with _DRAWING, torch.random.fork_rng(devices=[device] if on_card else []):
+    with DRAWING, torch.random.fork_rng(devices=[device] if on_card else []):
         # Not torch.manual_seed, which seeds the generators of all cards.
         torch.default_generator.manual_seed(seed)
         if on_card:

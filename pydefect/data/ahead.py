@@ -70,6 +70,8 @@ def done_ahead(
         prefetch_factor=ahead,
         collate_fn=_as_it_is,
         worker_init_fn=_one_thread,
+        # Else it would draw the processes' seeds from PyTorch's own generator.
+        generator=torch.Generator(),
     )
     made: Any = iter(loader)
     try:

@@ -219,6 +219,8 @@ class DualAEDetector(Detector):
             )
             trainer.train(until)
             network = trainer.network.eval()
+            # On a card they would keep the graph's memory for as long as there is the detector.
+            network.zero_grad(set_to_none=True)
             # Without held-out images the maps' scales come from those seen; thresholds cannot.
             measured, which = (held_out, others) if len(others) else (seen.cache, train)
             scorer, maps = Scorer(network, teacher), []

@@ -254,7 +254,9 @@ class Trainer:
         if penalty is not None:
             inputs.append(penalty.to(self.device))
         if self.device.type == "cuda" and self._captured is None:
-            self._captured = CapturedCall(self._losses_and_gradients, inputs)
+            # Runs before the capture drop out too.
+            with seeded(0, self.device):
+                self._captured = CapturedCall(self._losses_and_gradients, inputs)
         # For the dropout.
         with seeded(int(rng.integers(2**63)), self.device):
             call = self._losses_and_gradients if self._captured is None else self._captured

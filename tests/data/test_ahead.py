@@ -35,6 +35,13 @@ def test_results_come_in_order(workers):
     assert list(done_ahead(square, [], workers)) == []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_is_drawn_from_the_callers_random_numbers(workers):
+    before = torch.get_rng_state()
+    list(done_ahead(square, range(4), workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_who_does_the_work():
     assert set(done_ahead(whose, range(4), 0)) == {os.getpid()}
     assert os.getpid() not in set(done_ahead(whose, range(4), 2))

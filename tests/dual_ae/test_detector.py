@@ -126,6 +126,7 @@ def test_a_fit_goes_on_where_it_stopped(settings, good_images, tmp_path, monkeyp
     resumed = fit(good_images, **settings, checkpoint=tmp_path)
     assert resumed.calibration == whole.calibration
     assert resumed.training == whole.training
+    assert all(one.grad is None for one in resumed.network.parameters())  # gradients end with the training
     with pytest.raises(InputError, match="learning_rate"):
         fit(good_images, **settings, checkpoint=tmp_path, learning_rate=1e-3)
 

@@ -374,7 +374,7 @@ def test_wrong_precision(find):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_wrong_arguments_on_cuda():
     with pytest.raises(RuntimeError, match="k must be at most 64, got 65"):
-        knn(torch.zeros(1, 3, device="cuda"), torch.zeros(100, 3, device="cuda"), 65)
+        torch.ops.pydefect.knn(torch.zeros(1, 3, device="cuda"), torch.zeros(100, 3, device="cuda"), 65)
     with pytest.raises(RuntimeError, match="one device"):
         knn(torch.zeros(1, 3, device="cuda"), torch.zeros(100, 3), 1)
 
