@@ -316,15 +316,42 @@ class SparseLabel {
   float share_;
 };
 
+// A patch's distances from its neighbours, as the tiles have them: near duplicates repel each other in the
+// dense part with a force that grows with their nearness, and the sparse part has to take back that very
+// force.
+class NeighborDistances {
+ public:
+  NeighborDistances(const Patches& patches, const SparseLabel& label)
+      : patches_(patches),
+        label_(label),
+        neighbors_(static_cast<size_t>(label.k())),
+        norms_(neighbors_.size()),
+        distances_(neighbors_.size()) {}
+
+  const float* of(int64_t i) {
+    const float* norms = patches_.facts(0).norms;
+    for (size_t position = 0; position < neighbors_.size(); ++position) {
+      const int64_t j = label_.neighbor(i, static_cast<int64_t>(position));
+      neighbors_[position] = patches_.z + j * patches_.width;
+      norms_[position] = norms[j];
+    }
+    patches_.kernel.distances(patches_.z + i * patches_.width, norms[i], neighbors_.data(), norms_.data(),
+                              label_.k(), patches_.centre.data(), patches_.width, distances_.data());
+    return distances_.data();
+  }
+
+ private:
+  const Patches& patches_;
+  const SparseLabel& label_;
+  std::vector<const float*> neighbors_;
+  std::vector<float> norms_;
+  std::vector<float> distances_;
+};
+
 // What a pair's sparse label adds to the loss and to its derivative.
 struct SparseTerm {
-  SparseTerm(const Patches& patches, const SparseLabel& label, const PanelFacts& all, int64_t i,
-             int64_t position) {
-    const int64_t j = label.neighbor(i, position);
-    // The same floor as in the dense part.
-    distance = std::max(
-        patches.kernel.distance(patches.z + i * patches.width, patches.z + j * patches.width, patches.width),
-        1e-15f);
+  SparseTerm(const Patches& patches, const SparseLabel& label, int64_t i, int64_t position, float distance) {
+    const PanelFacts all = patches.facts(0);
     const float weight = label.weight(i, position);
     const float relative = distance * all.inverse_means[i];
     const float repulsion = std::max(patches.settings.terms.margin - relative, 0.0f);
@@ -333,7 +360,6 @@ struct SparseTerm {
     slope = derivative * relative;
   }
 
-  float distance;
   float loss;
   float derivative;
   float slope;
@@ -376,9 +402,11 @@ double find_loss(Patches& patches, const SparseLabel& sparse) {
       [&](const PackedBlock& a) { sums.finish(a.block()); });
 
   torch::stable::parallel_for(0, patches.count, 64, [&](int64_t begin, int64_t end) {
+    NeighborDistances distances(patches, sparse);
     for (int64_t i = begin; i < end; ++i) {
+      const float* from = distances.of(i);
       for (int64_t position = 0; position < sparse.k(); ++position) {
-        const SparseTerm term(patches, sparse, patches.facts(0), i, position);
+        const SparseTerm term(patches, sparse, i, position, from[position]);
         sums.totals(0)[i] += term.loss;
         sums.totals(1)[i] += term.slope;
       }
@@ -490,12 +518,15 @@ void add_sparse_gradient(const Patches& patches, const SparseLabel& sparse, floa
   const int64_t k = sparse.k();
   std::vector<float> pulls(static_cast<size_t>(patches.count * k));
   torch::stable::parallel_for(0, patches.count, 64, [&](int64_t begin, int64_t end) {
-    const PanelFacts all = patches.facts(0);
+    NeighborDistances distances(patches, sparse);
+    const float* inverse_means = patches.facts(0).inverse_means;
     for (int64_t i = begin; i < end; ++i) {
+      const float* from = distances.of(i);
       for (int64_t position = 0; position < k; ++position) {
-        const SparseTerm term(patches, sparse, all, i, position);
+        const SparseTerm term(patches, sparse, i, position, from[position]);
         pulls[static_cast<size_t>(i * k + position)] =
-            term.distance > 1e-15f ? term.derivative * all.inverse_means[i] / term.distance : 0.0f;
+            from[position] > std::sqrt(kLeastSquared) ? term.derivative * inverse_means[i] / from[position]
+                                                      : 0.0f;
       }
     }
   });

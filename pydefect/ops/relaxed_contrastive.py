@@ -72,6 +72,12 @@ def relaxed_contrastive(
     RuntimeError
         A tensor of the wrong shape, dtype or device.
 
+    Notes
+    -----
+    Distances of projections come from products, and are as exact as in float32 PyTorch. The forces between
+    near duplicates grow with their nearness: with `alpha` below 1, where the global similarity takes back a
+    part of them, they are as exact as PyTorch's on the CPU, and less so on CUDA.
+
     References
     ----------
     Luo et al., Computer Science 52(1), 2025, equations (1) to (5).

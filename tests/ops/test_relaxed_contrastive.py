@@ -350,6 +350,43 @@ def test_native_against_the_reference(n, d, options):
     assert_as_exact_as_the_reference(*found, z, z_target, **options)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("apart", [1e-3, 1e-4])
+def test_near_duplicates_are_as_exact_as_in_float32_pytorch(alpha, apart):
+    """Flat regions give nearly equal patches, which repel each other with a force that the global similarity
+    takes back: both have to find the same distance between them, whatever its rounding."""
+    z, _ = points(400, 32, dtype=torch.float32)
+    z = z.repeat_interleave(4, 0)[: len(z)]
+    generator = torch.Generator().manual_seed(1)
+    z = z + apart * torch.randn(z.shape, generator=generator)
+    target = z + apart * torch.randn(z.shape, generator=generator)
+    options = {"alpha": alpha, "neighbors": 4}
+    expected, plain, found = (
+        loss_and_gradient(loss, z.to(dtype), target.to(dtype), **options)[1].double()
+        for loss, dtype in (
+            (reference.relaxed_contrastive, torch.float64),
+            (reference.relaxed_contrastive, torch.float32),
+            (ops.relaxed_contrastive, torch.float32),
+        )
+    )
+    # A force of 2 m / (mean * apart) is added to one side and taken from the other, in float32.
+    rounding = 2.0**-22 * 0.4 / (torch.cdist(z, z).mean().item() * apart) * z.norm(dim=1).max() / len(z) ** 2
+    assert (found - expected).abs().max() <= 2 * (plain - expected).abs().max() + rounding * 4
+
+
+def test_pairs_past_the_last_patch_count_for_nothing():
+    """Collapsed projections have a mean distance of next to nothing, by which distances from the padding of
+    a tile, far away, are divided."""
+    z, z_target = torch.full((1, 3), 1e5), torch.full((1, 3), -1e5)
+    value, gradient = loss_and_gradient(
+        ops.relaxed_contrastive, z, z_target, neighbors=1, pair_source="cross"
+    )
+    expected = loss_and_gradient(reference.relaxed_contrastive, z, z_target, neighbors=1, pair_source="cross")
+    assert value.item() == pytest.approx(expected[0].item())
+    assert torch.equal(gradient, expected[1])
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_number_of_threads_gives_the_same(options):
     z, z_target = points(1200, 20, dtype=torch.float32)

@@ -19,9 +19,6 @@ static_assert(kPanel <= kLargestPanel && kPanel % kRows == 0);
 
 using Vector = Simd::type;
 
-// Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
-constexpr float kFloor = 1e-30f;
-
 void pack(const float* rows, int64_t count, int64_t width, const float* centre, float* panel) {
   pack_panel<Simd, kPanel>(
       [=](int64_t r, int64_t d, int64_t some) {
@@ -83,7 +80,12 @@ void products(const float* rows, const float* columns, int64_t width, float* pro
 // |x - y|^2 = |x|^2 + |y|^2 - 2 x.y. The order of the operands lets NaN through.
 inline Vector squared_distance(Vector norm, Vector other_norm, Vector product) {
   const Vector squared = Simd::multiply_add(Simd::broadcast(-2.0f), product, norm + other_norm);
-  return Simd::maximum(Simd::broadcast(kFloor), squared);
+  return Simd::maximum(Simd::broadcast(kLeastSquared), squared);
+}
+
+// Zero past the last patch: a product with 0 would leave NaN where a term overflows.
+inline Vector of_patches(const float* valid, Vector values) {
+  return Simd::where_greater(Simd::load(valid), Simd::zero(), values);
 }
 
 void add_distances(const PairTile& tile, const PanelFacts& rows, const PanelFacts& columns, float* row_sums,
@@ -95,9 +97,9 @@ void add_distances(const PairTile& tile, const PanelFacts& rows, const PanelFact
     Vector row_sum = Simd::zero();
     for (int v = 0; v < kVectors; ++v) {
       const int c = v * Simd::lanes;
-      const Vector distance = Simd::load(columns.valid + c) *
-                              Simd::square_root(squared_distance(norm, Simd::load(columns.norms + c),
-                                                                 Simd::load(tile.products + r * kPanel + c)));
+      const Vector distance = of_patches(
+          columns.valid + c, Simd::square_root(squared_distance(norm, Simd::load(columns.norms + c),
+                                                                Simd::load(tile.products + r * kPanel + c))));
       row_sum += distance;
       column_sum[v] += distance;
     }
@@ -149,7 +151,6 @@ void add_terms_of(const PairTile& tile, const PanelFacts& rows, const PanelFacts
     Vector row_slope = Simd::zero();
     for (int v = 0; v < kVectors; ++v) {
       const int c = v * Simd::lanes;
-      const Vector valid = Simd::load(columns.valid + c);
       const Vector distance = Simd::square_root(
           squared_distance(norm, Simd::load(columns.norms + c), Simd::load(tile.products + r * kPanel + c)));
       Vector forth, back;
@@ -160,8 +161,8 @@ void add_terms_of(const PairTile& tile, const PanelFacts& rows, const PanelFacts
         const Vector loss = Simd::multiply_add(
             weight, Simd::multiply_add(relative, relative, -repulsion_squared), repulsion_squared);
         const Vector half_slope = Simd::multiply_add(weight, relative + repulsion, -repulsion);
-        losses = Simd::multiply_add(valid, loss, losses);
-        slopes = Simd::multiply_add(valid * relative, half_slope + half_slope, slopes);
+        losses += of_patches(columns.valid + c, loss);
+        slopes += of_patches(columns.valid + c, relative * (half_slope + half_slope));
       };
       add(distance * inverse_mean, forth, row_loss, row_slope);
       add(distance * Simd::load(columns.inverse_means + c), back, column_loss[v], column_slope[v]);
@@ -211,8 +212,9 @@ void find_pulls_of(const PairTile& tile, const PanelFacts& rows, const PanelFact
       const Vector both =
           derivative(distance, forth, inverse_mean, slope) +
           derivative(distance, back, Simd::load(columns.inverse_means + c), Simd::load(columns.slopes + c));
-      const Vector pull = Simd::load(columns.valid + c) *
-                          Simd::where_greater(squared_distances, Simd::broadcast(kFloor), both / distance);
+      const Vector pull =
+          of_patches(columns.valid + c,
+                     Simd::where_greater(squared_distances, Simd::broadcast(kLeastSquared), both / distance));
       Simd::store(pulls + r * stride + c, pull);
       row_sum += pull;
       column_sum[v] += pull;
@@ -263,21 +265,40 @@ void subtract_weighted(const float* weights, int64_t row_stride, int64_t depth_s
   }
 }
 
-float distance(const float* a, const float* b, int64_t width) {
-  Vector sums = Simd::zero();
-  int64_t d = 0;
-  for (; d + Simd::lanes <= width; d += Simd::lanes) {
-    const Vector difference = Simd::load(a + d) - Simd::load(b + d);
-    sums = Simd::multiply_add(difference, difference, sums);
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+void distances(const float* vector, float norm, const float* const* others, const float* other_norms,
+               int64_t count, const float* centre, int64_t width, float* distances) {
+  // One sum depends on its last addition; several together keep the processor busy.
+  constexpr int64_t kTogether = 8;
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t some = count - first < kTogether ? count - first : kTogether;
+    const float* together[kTogether];
+    for (int64_t t = 0; t < kTogether; ++t) together[t] = others[first + (t < some ? t : 0)];
+    float products[kTogether] = {};
+    for (int64_t d = 0; d < width; ++d) {
+      const float element = vector[d] - centre[d];
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kTogether; ++t) {
+        products[t] = multiply_add(element, together[t][d] - centre[d], products[t]);
+      }
+    }
+    for (int64_t t = 0; t < some; ++t) {
+      const float squared = multiply_add(-2.0f, products[t], norm + other_norms[first + t]);
+      distances[first + t] = __builtin_sqrtf(squared < kLeastSquared ? kLeastSquared : squared);
+    }
   }
-  float sum = Simd::sum(sums);
-  for (; d < width; ++d) sum += (a[d] - b[d]) * (a[d] - b[d]);
-  return __builtin_sqrtf(sum);
 }
 
 }  // namespace
 
 const RelaxedContrastiveKernel relaxed_contrastive_kernel{
-    kPanel, pack, norms, products, add_distances, add_terms, find_pulls, subtract_weighted, distance};
+    kPanel, pack, norms, products, add_distances, add_terms, find_pulls, subtract_weighted, distances};
 
 }  // namespace pydefect::cpu::PYDEFECT_LEVEL

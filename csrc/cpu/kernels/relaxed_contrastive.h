@@ -10,6 +10,9 @@ namespace pydefect::cpu {
 
 constexpr int kLargestPanel = 48;
 
+// Below this a squared distance counts as it, as in the reference: no gradient flows through such a pair.
+constexpr float kLeastSquared = 1e-30f;
+
 // Equations (1), (3) and (5): how a pair's distances become its label and its loss.
 struct ContrastiveTerms {
   float alpha;
@@ -77,8 +80,15 @@ struct RelaxedContrastiveKernel {
                             int64_t depth, const float* vectors, int64_t width,
                             float* sums);  // [rows, width]
 
-  // The distance of two vectors, measured directly.
-  float (*distance)(const float* a, const float* b, int64_t width);
+  // A vector's distances from some others: to the bit those that `products` leads to.
+  void (*distances)(const float* vector,         // [width]
+                    float norm,                  //
+                    const float* const* others,  // [count] of [width]
+                    const float* other_norms,    // [count]
+                    int64_t count,               //
+                    const float* centre,         // [width]
+                    int64_t width,               //
+                    float* distances);           // [count]
 };
 
 PYDEFECT_KERNEL(RelaxedContrastiveKernel, relaxed_contrastive_kernel)
