@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +142,13 @@ class FoldedResNet:
         self._fused = self.device.type == "cpu" and all(map(has_fused_convolutions, {torch.float32, dtype}))
         if self._fused:
             self._plain = self._plain.changed(lambda one, _: replace(one, fused=True), (1, 3, 64, 64))
-        self._packed: _Network | None = None
-        self._packed_for: torch.Size | None = None
+        # One assignment: other threads may be in the middle of a call.
+        self._packed: tuple[torch.Size, _Network] | None = None
         self._last: torch.Size | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied, weights that are laid out: the next call does it anew."""
+        return {**self.__dict__, "_packed": None}
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, levels: tuple[int, ...] = (1, 2, 3)) -> list[Tensor]:
@@ -168,10 +173,13 @@ class FoldedResNet:
     def _network_for(self, shape: torch.Size) -> _Network:
         """Return the network with its weights laid out for images of a size: the first one to come, later one
         that comes twice running. Others do with weights that are laid out anew in every call."""
-        size = shape[2:]
-        if self._fused and size != self._packed_for and (self._packed is None or size == self._last):
-            # One image: layouts for one serve batches as well, and the other way round.
-            self._packed = self._plain.changed(lambda one, of: one.packed(of), (1, 3, size[0], size[1]))
-            self._packed_for = size
+        size, packed, last = shape[2:], self._packed, self._last
         self._last = size
-        return self._packed if self._packed is not None and size == self._packed_for else self._plain
+        if packed is not None and packed[0] == size:
+            return packed[1]
+        if not self._fused or (packed is not None and size != last):
+            return self._plain
+        # One image: layouts for one serve batches as well, and the other way round.
+        laid_out = self._plain.changed(lambda one, of: one.packed(of), (1, 3, size[0], size[1]))
+        self._packed = size, laid_out
+        return laid_out

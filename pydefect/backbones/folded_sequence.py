@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pydefect.backbones.convolution import Convolution, has_fused_convolutions
 
 __all__ = ["FoldedSequence"]
+
+_Step = Convolution | nn.Module
 
 
 class FoldedSequence:
@@ -29,7 +33,7 @@ class FoldedSequence:
         self.dtype = dtype
         self.device = next(network.parameters()).device
         self._fused = self.device.type == "cpu" and has_fused_convolutions(dtype)
-        self._steps: list[Convolution | nn.Module] = []
+        self._steps: list[_Step] = []
         self._activated: set[int] = set()
         for layer in network:
             if isinstance(layer, nn.Conv2d):
@@ -41,8 +45,13 @@ class FoldedSequence:
                 self._steps.append(layer)
             elif not isinstance(layer, nn.Dropout):
                 raise TypeError(f"a folded sequence has no {type(layer).__name__}")
-        self._packed: list[Convolution | nn.Module] = []
-        self._packed_for: torch.Size | None = None
+        # One assignment, when all are laid out: other threads may be in the middle of a call, and a call may
+        # be interrupted.
+        self._packed: tuple[torch.Size, list[_Step]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied, weights that are laid out: the next call does it anew."""
+        return {**self.__dict__, "_packed": None}
 
     # Not inference_mode: what comes out may be compared with what is trained.
     @torch.no_grad()
@@ -61,21 +70,20 @@ class FoldedSequence:
         """
         x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         # Laid out for the first size that comes; others do with weights that are laid out in every call.
-        pack = self._fused and self._packed_for is None
-        steps = self._packed if images.shape[2:] == self._packed_for else self._steps
+        size, packed = images.shape[2:], self._packed
+        steps = packed[1] if packed is not None and packed[0] == size else self._steps
+        laid_out: list[_Step] | None = [] if self._fused and packed is None else None
         for number, step in enumerate(steps):
+            if laid_out is not None:
+                # For one image: layouts for one serve batches as well.
+                shape = (1, x.shape[1], x.shape[2], x.shape[3])
+                laid_out.append(step.packed(shape) if isinstance(step, Convolution) else step)
             if isinstance(step, Convolution):
-                if pack:
-                    # For one image: layouts for one serve batches as well.
-                    _, channels, height, width = x.shape
-                    self._packed.append(step.packed((1, channels, height, width)))
                 x = step.relu(x) if number in self._activated else step(x)
             else:
-                if pack:
-                    self._packed.append(step)
                 x = step(x)
-        if pack:
-            self._packed_for = images.shape[2:]
+        if laid_out is not None:
+            self._packed = size, laid_out
         return x
 
 

@@ -122,7 +122,7 @@ def test_one_layout_is_kept(resnet18):
     kept = []
     for size in (32, 48, 32, 48, 48, 32):
         network(images(1, 3, size, size))
-        kept.append(network._packed_for[0])
+        kept.append(network._packed[0][0])
     assert kept == [32, 32, 32, 32, 48, 48]
 
 

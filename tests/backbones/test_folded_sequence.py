@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +53,40 @@ def test_later_changes_to_the_weights_are_not_seen():
     nn.init.zeros_(network[0].weight)
     nn.init.zeros_(network[0].bias)
     assert torch.equal(folded(images), before)
+
+
+def test_an_interrupted_first_call_leaves_the_next_ones_whole(monkeypatch):
+    """Weights are laid out on the way: Ctrl-C in the middle of a first image, or a second thread there."""
+    images = torch.randn(1, 3, 20, 22)
+    expected = FoldedSequence(sequence())(images)
+    folded = FoldedSequence(sequence())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Upsample, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            folded(images)
+    for _ in range(2):
+        assert torch.equal(folded(images), expected)
+
+
+def test_threads_share_a_sequence():
+    images = torch.randn(1, 3, 20, 22)
+    expected = FoldedSequence(sequence())(images)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            folded = FoldedSequence(sequence())
+            for found in threads.map(folded, [images] * 8):
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_copies_compute_the_same(copied):
+    folded, images = FoldedSequence(sequence()), torch.randn(1, 3, 20, 22)
+    expected = folded(images)
+    assert torch.equal(copied(folded)(images), expected)
 
 
 def test_other_layers_are_refused():
