@@ -11,6 +11,7 @@ import torch
 
 from pydefect import evaluation, run
 from pydefect.calibration import Calibration
+from pydefect.contexts import for_training
 from pydefect.data.layouts import (
     Dataset,
     defective_images,
@@ -133,17 +134,19 @@ def fit(
             validation = validation_images(images) or None
     if isinstance(validation, str | os.PathLike):
         validation = held_out_images(validation)
-    return detector.fit(
-        source,
-        config,
-        validation=validation,
-        weights=os.fspath(weights),
-        seed=int(seed),
-        device=resolve_device(device),
-        on_error=on_error,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    chosen = resolve_device(device)
+    with for_training(chosen):
+        return detector.fit(
+            source,
+            config,
+            validation=validation,
+            weights=os.fspath(weights),
+            seed=int(seed),
+            device=chosen,
+            on_error=on_error,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
 
 
 def _check_path(name: str, path: Any) -> None:
@@ -386,9 +389,10 @@ def load(
             f"this version of pydefect reads format 1 of {', '.join(METHODS)}"
         )
     try:
-        return detector_type(metadata["method"]).from_file(
-            tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
-        )
+        with for_training(chosen):
+            return detector_type(metadata["method"]).from_file(
+                tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
+            )
     except (KeyError, TypeError, RuntimeError) as error:
         raise ModelFileError(
             f"model: {os.fspath(path)!r} is damaged or of another version of pydefect "

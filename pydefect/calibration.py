@@ -33,6 +33,8 @@ TAIL_IMAGES = 10
 SMALLEST_TAIL = 5
 """With fewer scores over the tail's start nothing is fitted."""
 
+_NUMBERS = (int, float, np.integer, np.floating)
+
 
 @dataclass(frozen=True)
 class ScoreTail:
@@ -242,7 +244,7 @@ def clopper_pearson(count: int, images: int, confidence: float = 0.95) -> tuple[
     Wilks, Determination of sample sizes for setting tolerance limits, Annals of Mathematical Statistics 12,
     1941.
     """
-    _check_confidence(confidence)
+    confidence = _check_confidence(confidence)
     if images < 1 or not 0 <= count <= images:
         raise InputError(f"count: {count!r} of {images!r} images given; allowed are 0 to all of 1 or more")
     outside = (1 - confidence) / 2
@@ -287,16 +289,16 @@ def images_needed(false_alarm_rate: float, confidence: float | None = 0.95) -> i
     int or None
         The smallest n for which the largest of n scores is such a threshold: 1 / rate - 1 on average,
         log(1 - confidence) / log(1 - rate) with confidence (Wilks), rounded up. None for a rate of 0, which
-        no number of images can promise.
+        no number of images can promise, or so near to 0 that the number is no finite float.
 
     Raises
     ------
     InputError
         An argument is out of its range.
     """
-    _check_rate(false_alarm_rate)
+    false_alarm_rate = _check_rate(false_alarm_rate)
     if confidence is not None:
-        _check_confidence(confidence)
+        confidence = _check_confidence(confidence)
     if false_alarm_rate == 0:
         return None
     if false_alarm_rate == 1:
@@ -305,6 +307,8 @@ def images_needed(false_alarm_rate: float, confidence: float | None = 0.95) -> i
         needed = 1 / false_alarm_rate - 1
     else:
         needed = math.log1p(-confidence) / math.log1p(-false_alarm_rate)
+    if math.isinf(needed):
+        return None
     # Rounding first: 1 / 0.01 - 1 must not become 100 through the last bit.
     return max(1, math.ceil(round(needed, 9)))
 
@@ -337,7 +341,7 @@ def conformal_threshold(scores: Sequence[float], false_alarm_rate: float) -> tup
     Vovk et al., Algorithmic learning in a random world, 2005 (split conformal prediction).
     """
     _check_scores(scores)
-    _check_rate(false_alarm_rate)
+    false_alarm_rate = _check_rate(false_alarm_rate)
     n = len(scores)
     k = _rank_on_average(n, false_alarm_rate)
     return sorted(scores)[k - 1], (n + 1 - k) / (n + 1)
@@ -384,7 +388,7 @@ def held_out_calibration(
     """
     for values in (image_scores, map_maxima):
         _check_scores(values)
-    check_terms(false_alarm_rate, confidence)
+    false_alarm_rate, confidence = check_terms(false_alarm_rate, confidence)
     n = len(image_scores)
     k = (
         _rank_guaranteed(n, false_alarm_rate, confidence)
@@ -434,10 +438,9 @@ def _warn_of_few(n: int, rate: float, confidence: float | None) -> None:
     )
 
 
-def check_terms(false_alarm_rate: Any, confidence: Any) -> None:
-    """Raise InputError unless a rate is in 0..1 and a confidence over 0 and under 1."""
-    _check_rate(false_alarm_rate)
-    _check_confidence(confidence)
+def check_terms(false_alarm_rate: Any, confidence: Any) -> tuple[float, float]:
+    """Return both; raise InputError unless the rate is in 0..1 and the confidence over 0 and under 1."""
+    return _check_rate(false_alarm_rate), _check_confidence(confidence)
 
 
 def _check_scores(scores: Sequence[float]) -> None:
@@ -447,11 +450,13 @@ def _check_scores(scores: Sequence[float]) -> None:
         raise InputError("scores: some are not finite")
 
 
-def _check_rate(rate: Any) -> None:
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 <= rate <= 1:
+def _check_rate(rate: Any) -> float:
+    if not isinstance(rate, _NUMBERS) or isinstance(rate, bool) or not 0 <= rate <= 1:
         raise InputError(f"false_alarm_rate: {rate!r} given; allowed are 0 to 1")
+    return float(rate)
 
 
-def _check_confidence(confidence: Any) -> None:
-    if not isinstance(confidence, int | float) or isinstance(confidence, bool) or not 0 < confidence < 1:
+def _check_confidence(confidence: Any) -> float:
+    if not isinstance(confidence, _NUMBERS) or isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence: {confidence!r} given; allowed are numbers over 0 and under 1")
+    return float(confidence)

@@ -48,7 +48,8 @@ class Settings:
         value = getattr(self, name)
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
-            if value not in choices:
+            # 1 is equal to True and to 1.0, which no operator takes for it.
+            if value not in choices or isinstance(value, float | bool):
                 raise InputError(f"{name}: {value!r} given; allowed are {', '.join(map(repr, choices))}")
         elif hint is bool:
             if not isinstance(value, bool):

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pydefect.calibration import Calibration, check_terms, held_out_calibration
 from pydefect.config import MethodConfig
+from pydefect.contexts import for_inference
 from pydefect.cuda_graphs import ReplayedCalls
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
 from pydefect.errors import InputError, PydefectError
@@ -71,6 +73,8 @@ def batches(
 ) -> Iterator[tuple[list[Image], Tensor]]:
     """Group consecutive images of one network size.
 
+    An image smaller than the crop is refused as one that cannot be read.
+
     Yields
     ------
     images, tensors
@@ -79,7 +83,11 @@ def batches(
     pending: list[Image] = []
     tensors: list[Tensor] = []
     for image in images:
-        tensor = preprocessing(image.pixels)
+        try:
+            tensor = preprocessing(image.pixels)
+        except InputError as error:
+            images.refuse(image.name, str(error))
+            continue
         if tensors and (len(tensors) == batch_size or tensor.shape != tensors[0].shape):
             yield pending, _stack(tensors)
             pending, tensors = [], []
@@ -333,7 +341,7 @@ class Detector(ABC):
         PydefectError
             A score is not finite.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise InputError(f"batch_size: {batch_size!r} given; allowed are whole numbers from 1 on")
         collection = open_images(images, on_error=on_error)
         bars = ProgressBars(progress)
@@ -344,7 +352,8 @@ class Detector(ABC):
         try:
             began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):
-                image_scores, maps = predict(tensors.to(self.device))
+                with for_inference(self.device):
+                    image_scores, maps = predict(tensors.to(self.device))
                 scores = image_scores.tolist()
                 for image, score in zip(group, scores, strict=True):
                     # NaN is not over any threshold: it would pass for good.

@@ -188,6 +188,8 @@ def _score(
     samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
     if not samples:
         raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
+    # Refuses labels of one kind now, not after hours of scoring.
+    detection_metrics([sample.label == 1 for sample in samples.values()], [0.0] * len(samples))
     gathered = _Scored(read_defects_config(dataset.root))
     for scored in detector.stream(
         list(samples),

@@ -72,9 +72,10 @@ def cuda_has_bfloat16() -> bool:
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """Return the levels as a tuple, or raise :class:`InputError` unless they are ascending out of 1, 2, 3."""
     chosen = tuple(levels) if isinstance(levels, Sequence) else ()
-    if not chosen or any(level not in (1, 2, 3) for level in chosen) or list(chosen) != sorted(set(chosen)):
+    whole = all(isinstance(level, int | np.integer) and level in (1, 2, 3) for level in chosen)
+    if not chosen or not whole or list(chosen) != sorted(set(chosen)):
         raise InputError(f"levels: {levels!r} given; allowed are ascending choices out of 1, 2, 3")
-    return chosen
+    return tuple(int(level) for level in chosen)
 
 
 class PatchFeatureExtractor(nn.Module):

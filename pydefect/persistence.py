@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from pydefect.errors import InputError, ModelFileError
-from pydefect.places import check_writable
+from pydefect.places import check_writable, is_written_into
 
 __all__ = [
     "Checkpoint",
@@ -36,11 +37,16 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Parameters
     ----------
     path
-        Its folder is made when missing.
+        Its folder is made when missing. A link stays, and the file it leads to is written. What is no regular
+        file, such as a device or a pipe, is written into as it is; so is this program's own output.
     content
         The whole file.
     """
-    path = Path(path)
+    if is_written_into(path):
+        with open(path, "ab") as file:
+            file.write(content)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -73,7 +79,9 @@ def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         An empty folder beside it, which takes its place when the block ends, and is removed if an exception
         leaves the block.
     """
-    path = Path(path)
+    # Its own name, not one that leads there by way of the current folder: a rename takes "." and ".." for
+    # other folders.
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
@@ -202,6 +210,9 @@ class Checkpoint:
             The folder belongs to another run; the message names what differs.
         """
         path = self.folder / f"{stage}.safetensors"
+        # What a run that was killed in the middle of a save has left.
+        for unfinished in self.folder.glob(f".{glob.escape(path.name)}.*"):
+            unfinished.unlink(missing_ok=True)
         if not path.exists():
             return None
         tensors, metadata = load_tensors(path)

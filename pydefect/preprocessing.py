@@ -130,8 +130,9 @@ class Preprocessing:
             )
         height, width, _ = pixels.shape
         self.output_size((height, width))
-        # Channels stay last, as the pixels come and as the backbone reads.
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        # Channels stay last, as the pixels come and as the backbone reads. Pixels that may not be written to
+        # are copied: PyTorch, which knows no such memory, would warn.
+        image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)
         if image.dtype == torch.uint8:
             image = image.float().div_(255)
         if self.resize is not None and self.resize != (height, width):
@@ -143,7 +144,10 @@ class Preprocessing:
             image = image[:, top : top + self.crop[0], left : left + self.crop[1]]
         # Whole rows with a mean for each of their numbers: an inner loop over three would be slow.
         rows = image.permute(1, 2, 0).reshape(image.shape[1], -1)
-        mean, std = (torch.tensor(values).repeat(image.shape[2]) for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32).repeat(image.shape[2])
+            for values in (self.mean, self.std)
+        )
         return rows.sub(mean).div_(std).reshape(image.shape[1], -1, 3).permute(2, 0, 1)
 
     def output_size(self, original_size: tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -20,7 +21,8 @@ class ProgressBars:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self._enabled = enabled
+        # Services and windowed programs have no standard error.
+        self._enabled = enabled and sys.stderr is not None
         self._bar: tqdm[Any] | None = None
         self._description: str | None = None
 

@@ -39,7 +39,7 @@ from pydefect.errors import InputError
 from pydefect.evaluation import Evaluation, evaluate
 from pydefect.metrics import Curve
 from pydefect.persistence import folder_written_atomically, write_atomically
-from pydefect.places import check_writable
+from pydefect.places import check_not_current, check_writable
 from pydefect.preprocessing import Preprocessing
 from pydefect.scoring import Kind, Result, ScoredImage
 
@@ -340,13 +340,14 @@ def check_place(folder: Path) -> None:
     Raises
     ------
     InputError
-        `folder` is a file or a link, or a folder that is neither empty nor a run, or a run with something
-        else in it; or it cannot be written or replaced there.
+        `folder` is a file, a link, the current folder, a folder that is neither empty nor a run, or a run
+        with something else in it; or it cannot be written or replaced there.
     """
     if folder.is_symlink():
         raise InputError(f"out: {str(folder)!r} is a link; name the folder itself")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"out: {str(folder)!r} is a file; a folder is needed")
+    check_not_current(folder, "out")
     # A folder is replaced by renaming another: it is the one above that is written to.
     check_writable(folder.parent, "out")
     if folder.is_dir() and os.path.ismount(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import heapq
-import io
 import itertools
 import json
 import os
@@ -85,6 +84,7 @@ def write_score_folder(
         out/maps/<name>.tiff       the anomaly map in float32 (with maps=True)
         out/sheet.png              the images with the highest scores, side by side
 
+    ``defective`` is true where ``score`` is greater than ``image_threshold``, as both are written.
     ``picture`` is the image's name with ``.png`` appended where it has another ending, so that ``a.png`` and
     ``a.jpg`` stay apart; subfolders stay. Parts of a name that lead out of the folder (``..``, a leading
     ``/``) are left out. (peak_row, peak_column) is the pixel with the highest score.
@@ -292,7 +292,7 @@ class ScoreFolderWriter:
             self._scale = shared_scale([], pixel_threshold=result.pixel_threshold)
         self.add_skipped(result.skipped)
 
-        defective = result.is_defective
+        defective, threshold = result.is_defective, result.image_threshold
         kinds = result.kind
         every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
         # The pixels come first: only so is it seen that there are more of them than of results.
@@ -304,9 +304,10 @@ class ScoreFolderWriter:
             row = {
                 "name": result.names[index],
                 "path": None if path is None else str(path),
-                # Nine digits give back the same float32, and no digits that it never had.
-                "score": float(f"{result.image_scores[index]:.9g}"),
-                "image_threshold": result.image_threshold,
+                # Both are the very numbers that were compared: fewer digits would be another number, and
+                # who compares them again could come to another decision.
+                "score": float(result.image_scores[index]),
+                "image_threshold": None if threshold is None else float(threshold),
                 "defective": None if defective is None else bool(defective[index]),
                 "kind": None if kinds is None else kinds[index],
                 "p_value": None if result.p_values is None else float(f"{result.p_values[index]:.6g}"),
@@ -420,18 +421,26 @@ class ScoreFolderWriter:
         return _encoded(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _as_csv(self) -> bytes:
-        text = io.StringIO()
-        rows = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+        lines = _Lines()
+        # Only a letter of this ending is quoted in a name, and both of them end a line for a reader.
+        rows = csv.DictWriter(lines, _COLUMNS, lineterminator="\r\n")
         rows.writeheader()
         for row in self.rows:
             defective = row["defective"]
             rows.writerow({**row, "defective": "" if defective is None else str(defective).lower()})
-        return _encoded(text.getvalue())
+        return _encoded("".join(line.removesuffix("\r\n") + "\n" for line in lines))
 
     def _write_map(self, picture_name: str, anomaly_map: NDArray[np.float32]) -> None:
         values = np.asarray(anomaly_map, dtype=np.float32)
         path = self.out / "maps" / f"{picture_name.removesuffix('.png')}.tiff"
         write_atomically(path, _encoded_image(".tiff", values))
+
+
+class _Lines(list[str]):
+    """What a csv.writer writes into, one line at a time."""
+
+    def write(self, line: str) -> None:
+        self.append(line)
 
 
 @dataclass(frozen=True)

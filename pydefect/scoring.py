@@ -117,7 +117,11 @@ class Result:
     @property
     def is_defective(self) -> NDArray[np.bool_] | None:
         """[n] bool: image score over the image threshold; None without a threshold."""
-        return None if self.image_threshold is None else self.image_scores > self.image_threshold
+        if self.image_threshold is None:
+            return None
+        # NumPy would round the threshold to the scores' float32, and a score next to it would be decided
+        # otherwise than the two numbers say.
+        return np.asarray(self.image_scores, dtype=np.float64) > float(self.image_threshold)
 
     @property
     def local_maps(self) -> list[NDArray[np.float32]] | None:
@@ -142,6 +146,8 @@ class Result:
         defective = self.is_defective
         if defective is None or not {"local", "global"} <= self.part_thresholds.keys():
             return None
+        if not len(self):
+            return []  # without images there are no scores of parts either
         tiny = float(np.finfo(np.float32).tiny)
         local, whole = (
             self.part_scores[part] / max(self.part_thresholds[part], tiny) for part in ("local", "global")

@@ -123,6 +123,33 @@ def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
     assert [skipped.name for skipped in result.skipped] == ["2.png"]
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_image_smaller_than_the_crop_is_named_and_can_be_left_out(good, tmp_path, batch_size):
+    for index, image in enumerate(good):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), image[:20] if index == 2 else image)
+    how = {**SMALL, "resize": None, "crop": 32}
+    message = r"2\.png: the image is 20 x .*, smaller than the crop of 32 x 32"
+    with pytest.raises(InputError, match=message):
+        pydefect.fit(tmp_path, **how)
+    fitted = pydefect.fit(tmp_path, on_error="skip", **how)
+    assert fitted.training["images"] == 3
+    assert [os.path.basename(name) for name in fitted.training["skipped"]] == ["2.png"]
+    with pytest.raises(InputError, match=message):
+        pydefect.score(fitted, tmp_path, batch_size=batch_size, progress=False)
+    result = pydefect.score(fitted, tmp_path, batch_size=batch_size, on_error="skip", progress=False)
+    assert result.names == ["0.png", "1.png", "3.png"]
+    assert [skipped.name for skipped in result.skipped] == ["2.png"]
+    assert "smaller than the crop" in result.skipped[0].reason
+
+
+def test_a_batch_size_may_be_numpys(good, detector):
+    expected = pydefect.score(detector, good, batch_size=3, progress=False).image_scores
+    scores = pydefect.score(detector, good, batch_size=np.int64(3), progress=False).image_scores
+    np.testing.assert_array_equal(scores, expected)
+    with pytest.raises(InputError, match="allowed are whole numbers from 1 on"):
+        pydefect.score(detector, good, batch_size=np.float32(3), progress=False)
+
+
 def test_nothing_is_shown_without_progress_and_bars_go_to_standard_error(good, detector, capsys):
     pydefect.score(detector, good, progress=False)
     assert capsys.readouterr() == ("", "")

@@ -19,9 +19,9 @@ PACKAGE = Path(pydefect.__file__).parent
 
 # Lowest first. A room may import its own floor's and lower floors' rooms.
 FLOORS = [
-    ["version", "errors", "randomness", "cuda_graphs"],
+    ["version", "errors", "randomness", "contexts", "cuda_graphs", "places"],
     ["config", "ops", "data", "preprocessing", "backbones"],
-    ["places", "progress", "persistence", "heap", "metrics", "calibration"],
+    ["progress", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "scoring", "crossfit"],
     ["detector"],
     ["feature_detector"],

@@ -71,6 +71,17 @@ def test_equal_names_are_told_apart_by_their_folders(data: Path, tmp_path: Path)
         find_categories([tmp_path / "a", tmp_path / "a"])
 
 
+def test_links_lead_to_a_category_once(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "first" / "flange", tmp_path / "sets" / "flange")
+    (tmp_path / "sets" / "other").symlink_to(tmp_path / "sets" / "flange")
+    (tmp_path / "sets" / "up").symlink_to(tmp_path)
+    assert [one.name for one in find_categories([tmp_path])] == ["flange"]
+    # A link so deep that nothing inside is looked for any more must not hide the folder itself.
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").symlink_to(tmp_path / "sets")
+    assert [one.name for one in find_categories([tmp_path])] == ["flange"]
+
+
 def test_what_cannot_be_measured_is_no_category(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no data set"):
         find_categories([data / "first" / "flange" / "train"])
@@ -339,6 +350,21 @@ def test_results_are_kept_one_a_pair(tmp_path: Path) -> None:
     again.add(row("a", "x", best_epoch=None))
     assert again.finished("a/x/0", best_epoch=True) is not None
     assert again.finished("c/x/0", best_epoch=False) is None
+
+
+def test_any_name_can_be_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    rows = [row("a", name) for name in ("é", "a\u2028b", "a\x85b", "a\rb", os.fsdecode(b"\xff"))]
+    results = Results(path)
+    for one in rows:
+        results.add(one)
+    assert read_results(path) == rows
+    # Before, letters were written as they are.
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows[:4]), encoding="utf-8")
+    assert read_results(path) == rows[:4]
+    write_tables(rows, tmp_path)
+    for name in ("table.md", "table.csv", "table.tex"):
+        assert "\\udcff" in (tmp_path / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]\n", '{"other": 1}\n'])

@@ -105,6 +105,19 @@ def test_bad_input(scores, rate, message):
         conformal_threshold(scores, rate)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_rates_and_confidences_may_be_numpys(kind):
+    scores = [float(score) for score in range(9)]
+    calibration = held_out_calibration(scores, scores, kind(0.25), confidence=kind(0.75))
+    assert calibration == held_out_calibration(scores, scores, 0.25, confidence=0.75)
+    json.dumps(calibration.to_dict())
+    assert images_needed(kind(0.25), kind(0.75)) == images_needed(0.25, 0.75)
+    assert conformal_threshold(scores, np.int64(1)) == conformal_threshold(scores, 1)
+    for wrong in (True, np.True_, kind(2), kind("nan")):
+        with pytest.raises(InputError, match=r"false_alarm_rate: .* given; allowed are 0 to 1"):
+            held_out_calibration(scores, scores, wrong)
+
+
 def test_json_round_trip():
     calibration = Calibration(1.5, 2.5, "held_out", 2, 0.1, (0.1, 1.5), (0.2, 2.5), 0.9, (0.0, 0.5), (3.0,))
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
@@ -228,6 +241,10 @@ def test_too_few_images_for_a_guarantee_give_a_warning():
 def test_no_number_of_images_promises_no_false_alarms():
     with pytest.warns(UserWarning, match="no number of images does"):
         held_out_calibration([1.0, 2.0], [1.0, 2.0], 0.0)
+    # As good as 0: the number of images is no float any more.
+    with pytest.warns(UserWarning, match="not 4.94066e-324 .no number of images does"):
+        held_out_calibration([1.0, 2.0], [1.0, 2.0], 5e-324)
+    assert images_needed(5e-324) is images_needed(5e-324, None) is None
 
 
 def test_one_image():

@@ -255,8 +255,15 @@ def test_only_good_images_are_no_test(written):
         for path in (written / "test" / kind).iterdir():
             path.unlink()
         (written / "test" / kind).rmdir()
+
+    class Unused(Brightness):
+        def predict(self, images):
+            raise AssertionError("an image was scored")
+
     with pytest.raises(InputError, match=r"labels: all 5 are normal; metrics need normal and defective ones"):
-        pydefect.evaluate(Brightness(), written, progress=False)
+        pydefect.evaluate(Unused(), written, progress=False)
+    with pytest.raises(InputError, match=r"labels: all 5 are normal; metrics need normal and defective ones"):
+        pydefect.calibrate(Unused(), written, progress=False)
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,10 +116,14 @@ def test_auto_is_bfloat16_where_processor_or_card_have_it(monkeypatch, device, h
     assert resolve_precision("float32", torch.device(device)) == "float32"
 
 
-@pytest.mark.parametrize("levels", [(), (0, 1), (3, 2), (1, 1), (4,), "1", ("1",), 2, None])
+@pytest.mark.parametrize("levels", [(), (0, 1), (3, 2), (1, 1), (4,), "1", ("1",), (1.0, 2.0), 2, None])
 def test_bad_levels(levels):
     with pytest.raises(InputError, match=r"levels: .* given; allowed are ascending choices out of 1, 2, 3"):
         check_levels(levels)
+
+
+def test_levels_of_numpy_become_numbers_that_json_knows():
+    assert json.dumps(check_levels(tuple(np.array([1, 3])))) == "[1, 3]"
 
 
 # -- the cache

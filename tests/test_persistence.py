@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,14 @@ from safetensors.torch import save_file
 
 from pydefect import persistence
 from pydefect.errors import InputError, ModelFileError
-from pydefect.persistence import Checkpoint, load_tensors, save_tensors, write_atomically
+from pydefect.persistence import (
+    Checkpoint,
+    folder_written_atomically,
+    load_tensors,
+    save_tensors,
+    write_atomically,
+)
+from pydefect.places import check_file_writable
 
 TENSORS = {
     "half": torch.tensor([1.5, -2.0], dtype=torch.float16),
@@ -80,6 +89,70 @@ def test_an_interruption_leaves_the_old_file_too(tmp_path, monkeypatch):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_link_stays_and_its_file_is_written(tmp_path):
+    (tmp_path / "models").mkdir()
+    link, file = tmp_path / "current", tmp_path / "models" / "3"
+    for target in (Path("models/3"), Path("models/none/4")):
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        write_atomically(link, b"new")
+        assert link.readlink() == target
+        assert (tmp_path / target).read_bytes() == b"new"
+    assert not file.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "models"]
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(pipe, b"content")
+        assert os.read(reader, 100) == b"content"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_own_output_goes_behind_what_was_printed_even_into_a_file(tmp_path):
+    code = "from pydefect.persistence import write_atomically as write; print('table', flush=True); "
+    # /dev/stdout leads here too, but a failing test could replace it.
+    code += "write('/dev/fd/1', b'figures')"
+    with (tmp_path / "output").open("wb") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "output").read_bytes() == b"table\nfigures"
+    assert os.listdir(tmp_path) == ["output"]
+
+
+def test_a_file_is_looked_for_where_its_link_leads(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "closed" / "model")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "closed")
+    with pytest.raises(InputError, match=r"--out: no permission to write to '.*closed'"):
+        check_file_writable(tmp_path / "link", "--out")
+    check_file_writable(tmp_path / "file", "--out")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    check_file_writable("/dev/null", "--out")
+
+
+@pytest.mark.parametrize("path", ["../run", "../away/../run"])
+def test_a_folder_is_replaced_where_its_name_leads_from_the_current_folder(tmp_path, monkeypatch, path):
+    """Inside the very folder, and by way of a link: neither may be resolved anew on the way."""
+    (tmp_path / "elsewhere" / "inner").mkdir(parents=True)
+    (tmp_path / "away").symlink_to(tmp_path / "elsewhere" / "inner")
+    place = tmp_path / "elsewhere" / "run" if "away" in path else tmp_path / "run"
+    for folder in {place, tmp_path / "run"}:
+        folder.mkdir()
+        (folder / "old").write_text("")
+    monkeypatch.chdir(tmp_path / "run")
+    with folder_written_atomically(path) as unfinished:
+        (unfinished / "new").write_text("")
+    assert os.listdir(place) == ["new"]
+    assert os.listdir(tmp_path / "run") == (["old"] if "away" in path else ["new"])
+    assert not [name for name in [*os.listdir(tmp_path), *os.listdir(place.parent)] if name[0] == "."]
 
 
 def test_no_infinity_in_the_metadata(tmp_path):
@@ -159,6 +232,19 @@ def test_another_run_is_refused_by_what_differs(tmp_path, run, names):
         InputError, match=rf"holds another run \(it differs in {names}\); repeat that run's settings"
     ):
         Checkpoint(tmp_path, run).load("final")
+
+
+def test_what_a_killed_save_has_left_goes_with_the_next_run(tmp_path):
+    checkpoint = Checkpoint(tmp_path, {"run": 1})
+    checkpoint.save("training", {"a": torch.zeros(1)}, {})
+    left = tmp_path / ".training.safetensors.k3x_9"
+    left.write_bytes(b"half")
+    (tmp_path / ".other.safetensors.k3x_9").write_bytes(b"another stage's")
+    assert Checkpoint(tmp_path, {"run": 1}).load("training") is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".other.safetensors.k3x_9",
+        "training.safetensors",
+    ]
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -40,6 +40,15 @@ class TestForward:
             assert torch.equal(preprocessing(view), preprocessing(view.copy()))
         np.testing.assert_array_equal(pixels, before)
 
+    @pytest.mark.filterwarnings("error")
+    def test_pixels_that_may_not_be_written_to(self) -> None:
+        pixels = RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        for values in (pixels, (pixels / 255).astype(np.float32)):
+            protected = values.copy()
+            protected.flags.writeable = False
+            expected = Preprocessing.create(resize=16)(values)
+            assert torch.equal(Preprocessing.create(resize=16)(protected), expected)
+
     def test_eight_bits_and_floats_agree(self) -> None:
         pixels = RNG.integers(0, 256, (37, 53, 3), dtype=np.uint8)
         preprocessing = Preprocessing.create(resize=(20, 30), crop=(16, 24))

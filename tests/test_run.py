@@ -180,6 +180,23 @@ def test_a_folder_that_cannot_be_replaced_is_said_before_any_image_is_scored(
         pydefect.evaluate(Unused(), product, out=tmp_path / "run", progress=False)
 
 
+def test_the_current_folder_is_refused_before_any_image_is_scored(colours, product, tmp_path, monkeypatch):
+    class Unused(colours):
+        def predict_maps(self, images):
+            raise AssertionError("an image was scored")
+
+    (tmp_path / "empty").mkdir()
+    pydefect.evaluate(colours(), product, out=tmp_path / "run", progress=False)
+    for folder, out in (("empty", "."), ("empty", "../empty"), ("run", "."), ("run", "../run")):
+        monkeypatch.chdir(tmp_path / folder)
+        with pytest.raises(
+            InputError, match=rf"out: '{out}' is the current folder, which cannot be replaced"
+        ):
+            pydefect.evaluate(Unused(), product, out=out, progress=False)
+    assert read_run(tmp_path / "run").images
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -123,8 +123,11 @@ def test_scores_only(tmp_path: Path) -> None:
 
 
 def test_an_empty_result_is_a_folder_too(tmp_path: Path) -> None:
-    write_score_folder(make_result([], []), tmp_path)
-    assert read_rows(tmp_path) == []
+    result = make_result([], [])
+    # Of a method whose maps have parts: there are no scores of these either.
+    for empty in (result, replace(result, part_thresholds={"local": 1.0, "global": 1.0})):
+        write_score_folder(empty, tmp_path)
+        assert read_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
@@ -311,3 +314,33 @@ def test_pictures_never_replace_the_images_that_were_scored(tmp_path, place):
     with pytest.raises(InputError, match="would replace the images at"):
         check_inputs(tmp_path, [tmp_path / "sheet.png"])
     assert photograph.read_bytes() == before
+
+
+def test_any_name_can_be_read_back(tmp_path):
+    names = ["a\rb.png", "a\nb.png", "a\r\nb.png", 'a,"b.png', " a.png", "a\u2028b.png", "plain.png"]
+    write_score_folder(make_result(names), tmp_path, pictures=False)
+    assert [row["name"] for row in read_rows(tmp_path)] == names
+    # Nothing else is quoted, and every line ends as before.
+    assert (tmp_path / "scores.csv").read_bytes().endswith(b"\nplain.png,,8.0,1.0,true,,,12,33,\n")
+
+
+@pytest.mark.parametrize("threshold", [0.1, float(np.float32(0.1)), np.nextafter(float(np.float32(0.1)), 0)])
+def test_the_written_numbers_give_the_written_decision(tmp_path, threshold):
+    """A float32 next to the threshold, which has more digits than it or none of its own type."""
+    middle = np.float32(0.1)
+    scores = [
+        np.nextafter(middle, np.float32(0)),
+        middle,
+        np.nextafter(middle, np.float32(1)),
+        np.float32(1 / 3),
+    ]
+    result = make_result(list("abcd"), [float(score) for score in scores], threshold=threshold)
+    write_score_folder(result, tmp_path, pictures=False)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    for row, again, score in zip(read_rows(tmp_path), content["images"], scores, strict=True):
+        assert np.float32(row["score"]) == np.float32(again["score"]) == score
+        assert float(row["score"]) == again["score"]
+        assert float(row["image_threshold"]) == again["image_threshold"] == threshold
+        assert (float(row["score"]) > float(row["image_threshold"])) == (row["defective"] == "true")
+        assert (row["defective"] == "true") == again["defective"]
+    assert result.is_defective.tolist() == [row["defective"] for row in content["images"]]

@@ -87,13 +87,14 @@ def train(
             if after_step is not None:
                 after_step()
             total += float(value.detach())
+            # In every step: a checkpoint could not hold it.
+            if not math.isfinite(total):
+                raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
             step += 1
             context.report(f"epoch {epoch}", step, steps)
             if time.monotonic() - saved_at > _CHECKPOINT_INTERVAL:
                 save()
                 saved_at = time.monotonic()
-        if not math.isfinite(total):
-            raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
         history.append(total / steps)
         step, total = 0, 0.0
         save()

@@ -91,7 +91,7 @@ def find_categories(
     for root in map(Path, roots):
         if not root.is_dir():
             raise InputError(f"data: {str(root)!r} is no folder")
-        inside = list(_search(root, root, _DEPTH))
+        inside = list(_search(root, root, _DEPTH, {}))
         if not inside:
             raise InputError(
                 f"data: {str(root)!r} holds no data set with training images and labelled test images"
@@ -113,19 +113,25 @@ def find_categories(
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _search(folder: Path, root: Path, depth: int) -> Iterable[tuple[str, Dataset]]:
+def _search(folder: Path, root: Path, depth: int, searched: dict[str, int]) -> Iterable[tuple[str, Dataset]]:
+    # Links may lead to a folder more than once, and back; again only if it has not been searched as deep.
+    real = os.path.realpath(folder)
+    if searched.get(real, -1) >= depth:
+        return
+    searched[real] = depth
     try:
         dataset = read_dataset(folder)
     except InputError:
         pass  # several data sets in one folder, or none: the folders inside will say
     else:
         if dataset.train and {0, 1} <= {sample.label for sample in dataset.test}:
+            searched[real] = _DEPTH
             yield folder.relative_to(root).as_posix() if folder != root else dataset.name, dataset
             return
     if depth:
         for inside in natural_order(path for path in folder.iterdir() if path.is_dir()):
             if not inside.name.startswith("."):
-                yield from _search(inside, root, depth - 1)
+                yield from _search(inside, root, depth - 1, searched)
 
 
 @dataclass(frozen=True)

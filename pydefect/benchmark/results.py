@@ -36,7 +36,9 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # splitlines would also split at letters that end a line in other texts, such as U+2028 in a name.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"results: {str(path)!r} is missing or damaged: {error}") from error
     if not all(isinstance(row, dict) and {"key", "status", "label"} <= row.keys() for row in rows):
@@ -72,5 +74,5 @@ class Results:
         """Take a row in the place of an earlier one of its key, and write the file, whole."""
         self._rows.pop(str(row["key"]), None)
         self._rows[str(row["key"])] = dict(row)
-        lines = [json.dumps(one, ensure_ascii=False, allow_nan=False) for one in self._rows.values()]
+        lines = [json.dumps(one, allow_nan=False) for one in self._rows.values()]
         write_atomically(self._path, ("\n".join(lines) + "\n").encode())

@@ -191,9 +191,14 @@ def write_tables(rows: Iterable[Row], out: str | os.PathLike[str]) -> None:
         The folder.
     """
     rows, folder = list(rows), Path(out)
-    write_atomically(folder / "table.md", render_tables(rows).encode())
-    write_atomically(folder / "table.csv", _as_csv(rows).encode())
-    write_atomically(folder / "table.tex", _as_latex(rows).encode())
+    write_atomically(folder / "table.md", _encoded(render_tables(rows)))
+    write_atomically(folder / "table.csv", _encoded(_as_csv(rows)))
+    write_atomically(folder / "table.tex", _encoded(_as_latex(rows)))
+
+
+def _encoded(text: str) -> bytes:
+    # Names of folders may hold bytes that are no text.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _tables(rows: Sequence[Row], measures: Sequence[Measure]) -> list[_Table]:

@@ -5,6 +5,8 @@ Nothing here imports PyTorch before a command runs: ``pydefect --help`` answers 
 
 from __future__ import annotations
 
+import io
+import sys
 import warnings
 from typing import Annotated, Any
 
@@ -73,6 +75,10 @@ def _pydefect(
 def main() -> None:
     """Run the command line of this process."""
     return_large_blocks()
+    for stream in (sys.stdout, sys.stderr):
+        # A name may hold letters that the terminal's encoding has not: no reason to fail after the work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
     app()
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pydefect.errors import InputError, PydefectError
-from pydefect.places import check_writable
+from pydefect.places import check_file_writable
 
 __all__ = [
     "BatchSize",
@@ -213,4 +213,4 @@ def check_new_file(path: Path, option: str, force: bool) -> None:
         raise typer.BadParameter(f"{path} is a folder; name a file in it", param_hint=option)
     if path.exists() and not force:
         raise typer.BadParameter(f"{path} exists; --force replaces it", param_hint=option)
-    check_writable(path.parent, option)
+    check_file_writable(path, option)

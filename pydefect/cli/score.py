@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from pydefect.cli._console import BatchSize, Debug, Device, OnError, OnErrorOpti
 from pydefect.errors import InputError
 
 if TYPE_CHECKING:
-    from pydefect.data.images import Image, ImageCollection
+    from pydefect.data.images import Image, ImageCollection, SkippedImage
     from pydefect.detector import Detector
     from pydefect.score_folder import ScoreFolderWriter
 
@@ -60,30 +60,49 @@ def score(
     source = _open(images, on_error)
     detector = pydefect.load(model, device=device, weights=weights)
     with ScoreFolderWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as folder:
-        score_in_parts(detector, source, folder, batch_size=batch_size, progress=not quiet)
-        for skipped in source.skipped:
-            say(f"skipped: {skipped.name}: {skipped.reason}")
+        skipped = score_in_parts(
+            detector, source, folder, batch_size=batch_size, on_error=on_error.value, progress=not quiet
+        )
+        for one in skipped:
+            say(f"skipped: {one.name}: {one.reason}")
         if not folder.rows:
             raise InputError("images: none of them could be read; no scores were written")
-    print_scores(folder.rows, len(source.skipped))
+    print_scores(folder.rows, len(skipped))
     typer.echo(f"scores: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
 
 
 def score_in_parts(
-    detector: Detector, source: ImageCollection, folder: ScoreFolderWriter, *, batch_size: int, progress: bool
-) -> None:
-    """Score batch by batch, so that neither images nor maps of a large folder are ever in memory together."""
+    detector: Detector,
+    source: ImageCollection,
+    folder: ScoreFolderWriter,
+    *,
+    batch_size: int,
+    on_error: Literal["raise", "skip"],
+    progress: bool,
+) -> list[SkippedImage]:
+    """Score batch by batch, so that neither images nor maps of a large folder are ever in memory together.
+
+    Returns what was left out: what could not be read, and what the detector could not take.
+    """
     from pydefect.progress import ProgressBars
 
     bars, done = ProgressBars(progress), 0
+    refused: list[SkippedImage] = []
     try:
         for batch in _batches(source, batch_size):
-            folder.add(detector.score(batch, batch_size=batch_size), images=batch)
+            result = detector.score(batch, batch_size=batch_size, on_error=on_error)
+            refused += result.skipped
+            scored = set(result.names)
+            if scored:
+                folder.add(result, images=[image for image in batch if image.name in scored])
+            else:
+                folder.add_skipped(result.skipped)
             done += len(batch)
             bars("score", done, len(source))
     finally:
         bars.close()
     folder.add_skipped(source.skipped)
+    return [*source.skipped, *refused]
 
 
 def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:
@@ -107,7 +126,14 @@ def _open(paths: list[Path], on_error: OnError) -> ImageCollection:
 
     if len(paths) == 1:
         return open_images(paths[0], on_error=on_error.value)
-    files = [file for path in paths for file in (list_image_files(path) if path.is_dir() else [path])]
+    files: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"images: there is no file or folder {path}")
+        found = list_image_files(path) if path.is_dir() else [path]
+        if not found:
+            raise InputError(f"images: no image in the folder {path}")
+        files += found
     return open_images(files, on_error=on_error.value)
 
 

@@ -96,7 +96,7 @@ class ConPatchConfig(FeatureConfig):
 
     # -- compressed bank (3.2) -----------------------------------------------------------------------------
     bank: BankBuilder = "kcenter"
-    """See :meth:`pydefect.conpatch.bank.MemoryBank.updated`."""
+    """See :data:`pydefect.conpatch.bank.BANKS`."""
     gamma: float = 2.0
     """Patches of an image for one centre: M = round(T / gamma); table 11 compares 2, 4, 8."""
     bank_momentum: float = 0.1

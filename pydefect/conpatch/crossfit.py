@@ -3,6 +3,7 @@ seen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.scorer import score_levels
 from pydefect.conpatch.trainer import Trainer
 from pydefect.crossfit import Fold, split_folds
+from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
 from pydefect.ops import knn
 from pydefect.persistence import Checkpoint
@@ -161,6 +163,10 @@ class CrossFit:
                 self._finish_epoch(trainers[fold.number], fold.number, epoch, fold.held_out)
             of_folds = [self._scores[f"{fold}/{epoch}"].separation for fold in range(len(trainers))]
             separations.append(sum(of_folds) / len(of_folds))
+            if not math.isfinite(separations[epoch]):
+                raise PydefectError(
+                    f"training: distances after epoch {epoch} are not finite; lower learning_rate"
+                )
             if separations[epoch] > separations[best]:
                 best = epoch
             elif config.early_stopping and epoch - best >= config.patience:

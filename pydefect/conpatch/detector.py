@@ -16,6 +16,7 @@ from pydefect.conpatch.crossfit import CrossFit
 from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.scorer import score_levels
 from pydefect.conpatch.trainer import Trainer
+from pydefect.contexts import for_inference
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.data.layouts import training_images
 from pydefect.detector import OnError, batches, known_length
@@ -152,8 +153,9 @@ class ConPatchDetector(FeatureDetector):
         bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
         try:
             for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):
-                for patches in self.network.representation(self.extractor(tensors.to(self.device))):
-                    bank.update(patches)
+                with for_inference(self.device):
+                    for patches in self.network.representation(self.extractor(tensors.to(self.device))):
+                        bank.update(patches)
                 done += len(group)
                 bars("memory bank", done, total)
         finally:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pydefect.data.images import decode_file
+from pydefect.data.images import decode_file, read_image
 from pydefect.data.layouts import Dataset, Sample, read_mask
 from pydefect.errors import InputError
 
@@ -40,8 +40,9 @@ class DataWarning:
     Attributes
     ----------
     kind
-        ``"unreadable"``: damaged files. ``"leak"``: test images whose pixels are those of a training image.
-        ``"near_leak"``: the same photographs by all appearance, in another size, format or exposure.
+        ``"unreadable"``: files that are damaged or of a kind that is not read. ``"leak"``: test images whose
+        pixels are those of a training image. ``"near_leak"``: the same photographs by all appearance, in
+        another size, format or exposure.
         ``"contradiction"``: equal test images with different labels. ``"repeated"``: equal images within the
         training or the test part. ``"size"``: sizes differ. ``"mask"``: a defective image's mask is empty,
         unreadable or of another size.
@@ -111,7 +112,7 @@ def _look(sample: Sample, root: Path) -> _Seen:
     inside = sample.image.is_relative_to(root)
     name = sample.image.relative_to(root).as_posix() if inside else str(sample.image)
     try:
-        pixels = decode_file(sample.image)
+        pixels = read_image(sample.image)
     except (InputError, OSError) as error:
         return _Seen(name, sample, problem=str(error))
     size = (pixels.shape[0], pixels.shape[1])
@@ -124,7 +125,7 @@ def _look(sample: Sample, root: Path) -> _Seen:
 
 def _thumbnail(pixels: NDArray[Any]) -> NDArray[np.float32]:
     small = cv2.resize(pixels, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA).astype(np.float32)
-    grey = (small if small.ndim == 2 else small.mean(axis=2)).ravel()
+    grey = small.mean(axis=2).ravel()
     grey -= grey.mean()
     # A picture of one colour stays 0.
     return np.asarray(grey / max(float(grey.std()), 1e-6), dtype=np.float32)

@@ -9,6 +9,7 @@ the defect.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import threading
 import warnings
@@ -125,6 +126,25 @@ class ImageCollection:
             raise TypeError("the number of images of this iterable is not known before it has been read")
         return self._length
 
+    def refuse(self, name: str, reason: str) -> None:
+        """Treat an image of the latest iteration that turned out to be of no use as one that cannot be read.
+
+        Parameters
+        ----------
+        name
+            Of the image.
+        reason
+            What is wrong with it.
+
+        Raises
+        ------
+        InputError
+            With ``on_error="raise"``; with ``"skip"`` it is listed in :attr:`skipped`.
+        """
+        if self._on_error == "raise":
+            raise InputError(f"{name}: {reason}")
+        self.skipped.append(SkippedImage(name, reason))
+
     def __iter__(self) -> Iterator[Image]:
         one_pass = isinstance(self._items, Iterator)
         if one_pass and self._spent:
@@ -203,7 +223,7 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         return source
     if isinstance(source, str | os.PathLike):
         return _open_path(source, on_error)
-    source = _as_array_if_pil(source)
+    source = _as_array_if_pil(source, "source")
     if isinstance(source, np.ndarray | torch.Tensor):
         images = _split_array(source, "source")
         return ImageCollection(images, on_error=on_error, length=len(images))
@@ -242,6 +262,8 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
     path = Path(path)
     data = _read_bytes(path)
     pixels = _decode(data, path, keep_alpha=True)
+    if _is_png(data) and pixels.ndim == 2:
+        pixels = _without_transparent_grey(pixels, data)
     if _is_png(data) or _is_webp(data):
         # Where alpha is kept, OpenCV applies the orientation of a TIFF, but not that of PNG and WebP.
         pixels = _oriented(pixels, _exif_orientation(data))
@@ -249,7 +271,7 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
         if pixels.shape[2] not in (3, 4):
             raise InputError(f"{path}: has {pixels.shape[2]} channels; allowed are grey, RGB and RGBA")
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    return _to_rgb(pixels, str(path))
+    return _to_rgb(pixels, str(path), premultiplied=_is_premultiplied(pixels, data))
 
 
 def draw_image(paths: Sequence[Path], rng: np.random.Generator) -> Pixels:
@@ -315,6 +337,7 @@ def list_image_files(folder: Path) -> list[Path]:
     ----------
     folder
         An existing folder. Links to folders are followed, a folder that links back to itself is read once.
+        Pipes, sockets and devices are passed over.
 
     Returns
     -------
@@ -330,8 +353,17 @@ def list_image_files(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files.extend(path for path in (Path(where, name) for name in names) if is_image_file(path))
+        paths = (Path(where, name) for name in names)
+        files.extend(path for path in paths if is_image_file(path) and not _is_special(path))
     return natural_order(files)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether this is a pipe, a socket or a device, which might be read for ever."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False  # such as a link to nothing: its reader will say so
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -383,7 +415,7 @@ def _count(item: Any, position: int) -> int:
 
 
 def _arrays_of_item(item: Any, position: int) -> list[_Array]:
-    item = _as_array_if_pil(item)
+    item = _as_array_if_pil(item, f"item {position} of source")
     if isinstance(item, np.ndarray | torch.Tensor):
         return _split_array(item, f"item {position} of source")
     raise InputError(
@@ -392,12 +424,15 @@ def _arrays_of_item(item: Any, position: int) -> list[_Array]:
     )
 
 
-def _as_array_if_pil(item: Any) -> Any:
+def _as_array_if_pil(item: Any, what: str) -> Any:
     if not (hasattr(item, "__array_interface__") and hasattr(item, "mode") and hasattr(item, "convert")):
         return item
     # The other modes hold palette indices, inks or luma planes, which would pass for grey, RGBA or RGB.
     plain = item.mode in ("1", "L", "RGB", "RGBA", "F", "I", "I;16", "I;16B", "I;16L", "I;16N")
-    return np.asarray(item if plain else item.convert("RGBA"))
+    try:
+        return np.asarray(item if plain else item.convert("RGBA"))
+    except ValueError as error:
+        raise InputError(f"{what} is a PIL image of mode {item.mode}, which is not read: {error}") from None
 
 
 def _split_array(array: _Array, what: str) -> list[_Array]:
@@ -424,13 +459,13 @@ def _array_to_rgb(array: _Array, name: str) -> Pixels:
     return _to_rgb(array, name)
 
 
-def _to_rgb(pixels: Pixels, name: str) -> Pixels:
+def _to_rgb(pixels: Pixels, name: str, *, premultiplied: bool = False) -> Pixels:
     """[H, W] or [H, W, 1|3|4] RGB(A) of an allowed type to [H, W, 3] uint8 or float32 in 0..1."""
     pixels = _to_standard_type(pixels, name)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.shape[2] == 4:
-        pixels = _over_white(pixels)
+        pixels = _over_white(pixels, premultiplied)
     elif pixels.shape[2] == 1:
         pixels = np.repeat(pixels, 3, axis=2)
     return np.ascontiguousarray(pixels)
@@ -460,15 +495,46 @@ def _to_standard_type(pixels: Pixels, name: str) -> Pixels:
     return np.clip(pixels.astype(np.float32), 0, 1)
 
 
-def _over_white(rgba: Pixels) -> Pixels:
-    if rgba.dtype == np.uint8:
-        wide = rgba.astype(np.uint16)
-        color, alpha = wide[..., :3], wide[..., 3:]
-        composed: Pixels = (color * alpha + 255 * (255 - alpha) + 127) // 255
+def _over_white(rgba: Pixels, premultiplied: bool) -> Pixels:
+    is_bytes = rgba.dtype == np.uint8
+    wide = rgba.astype(np.uint16) if is_bytes else rgba
+    color, alpha = wide[..., :3], wide[..., 3:]
+    if premultiplied:
+        white = 255 if is_bytes else 1
+        composed: Pixels = np.minimum(color + (white - alpha), white)
+    elif is_bytes:
+        composed = (color * alpha + 255 * (255 - alpha) + 127) // 255
     else:
-        color, alpha = rgba[..., :3], rgba[..., 3:]
         composed = color * alpha + (1 - alpha)
     return composed.astype(rgba.dtype)
+
+
+def _without_transparent_grey(pixels: Pixels, data: bytes) -> Pixels:
+    """[H, W] of a grey PNG file, white where the one value is that the file calls transparent.
+
+    OpenCV makes an alpha channel of such a colour and of palettes, but not of such a grey value.
+    """
+    chunks = dict(_png_chunks(data))
+    value, depth = chunks.get(b"tRNS", b""), chunks[b"IHDR"][8]
+    if len(value) != 2:
+        return pixels
+    (transparent,) = struct.unpack(">H", value)
+    # Values of 1, 2 and 4 bits come spread over 0..255.
+    transparent *= 255 // (2**depth - 1) if depth < 8 else 1
+    return np.where(pixels == transparent, np.iinfo(pixels.dtype).max, pixels).astype(pixels.dtype)
+
+
+def _is_premultiplied(pixels: Pixels, data: bytes) -> bool:
+    """Whether the colours of a decoded file are already multiplied by alpha, which only TIFF has.
+
+    Associated alpha is; with unassociated one libtiff multiplies colours of 8 bits while it decodes, and no
+    others. Where the file does not say which alpha it has, colours are taken as they come.
+    """
+    if not _is_tiff(data):
+        return False
+    extra_samples, associated, unassociated = 338, 1, 2
+    kind = _tiff_short(data, extra_samples)
+    return kind == associated or (kind == unassociated and pixels.dtype == np.uint8)
 
 
 def _read_bytes(path: Path) -> bytes:

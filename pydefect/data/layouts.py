@@ -513,8 +513,9 @@ def _with_masks(images: list[Path], folder: Path, masks: Path) -> list[Sample]:
     for mask in known:
         place = mask.relative_to(masks)
         # <name>_mask.png and <name>.png belong to the image <name>, and so does every file in the folder
-        # <name>.
-        for stem in {place.with_suffix(""), place.with_name(place.stem.removesuffix("_mask")), place.parent}:
+        # <name>. _mask.png has no such name.
+        named = place.stem.removesuffix("_mask") or place.stem
+        for stem in {place.with_suffix(""), place.with_name(named), place.parent}:
             of_image.setdefault(stem, []).append(mask)
     samples = []
     for image in images:
@@ -535,11 +536,17 @@ def _read_visa(root: Path, _seed: int) -> _Split:
         raise InputError(
             f"root: {root} is no category of VisA: no rows for {category!r} in {base / _VISA_SPLIT}"
         )
+
+    def place(name: str) -> Path:
+        # Below the folder in the way it was given: images are named relative to it.
+        inside = Path(name).is_relative_to(category)
+        return root / Path(name).relative_to(category) if inside else base / name
+
     train: list[Sample] = []
     test: list[Sample] = []
     for row in rows:
-        image, is_good = base / row["image"], row["label"] == "normal"
-        masks = (base / row["mask"],) if row["mask"] and not is_good else ()
+        image, is_good = place(row["image"]), row["label"] == "normal"
+        masks = (place(row["mask"]),) if row["mask"] and not is_good else ()
         for file in (image, *masks):
             if not file.is_file():
                 raise InputError(f"{file}: missing, though {base / _VISA_SPLIT} names it")

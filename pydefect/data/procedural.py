@@ -24,6 +24,7 @@ import numpy as np
 
 from pydefect.data.tray import TRAY_DEFECTS, render_tray
 from pydefect.errors import InputError
+from pydefect.places import check_not_current
 
 __all__ = ["DEFECTS", "Scene", "render_product", "write_dataset"]
 
@@ -146,7 +147,8 @@ def write_dataset(
     Raises
     ------
     InputError
-        If a count is negative, there is no training image, or `root` holds something already.
+        If a count is negative, there is no training image, or `root` holds something already or is the
+        current folder.
     """
     root = Path(root)
     counts = {"n_train": n_train, "n_test_good": n_test_good, "n_per_defect": n_per_defect}
@@ -156,8 +158,11 @@ def write_dataset(
             raise InputError(f"{name} is {count}; it must be at least {least}")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"root: {root} exists and is not empty; choose a new folder")
-    root.absolute().parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.absolute().parent))
+    check_not_current(root, "root")
+    # A rename takes ".." for another folder: draw beside the folder's own name.
+    place = Path(os.path.realpath(root))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         render, defects = (render_tray, TRAY_DEFECTS) if scene == "tray" else (render_product, tuple(DEFECTS))
         parts: list[tuple[str, str | None, int]]
@@ -171,7 +176,7 @@ def write_dataset(
                     values = mask.astype(np.uint8) * np.uint8(255)
                     _write_png(draft / "ground_truth" / defect / f"{number:03d}_mask.png", values)
         draft.chmod(0o755)
-        draft.replace(root)
+        draft.replace(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return root

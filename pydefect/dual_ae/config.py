@@ -143,7 +143,7 @@ class DualAEConfig(MethodConfig):
     loss_scale: Literal["mean", "paper"] = "mean"
     """Squared differences of the channels: ``"mean"`` as EfficientAD's code, or summed as printed in (11)."""
     cosine_weight: float = 0.5
-    """lambda of (15)."""
+    """lambda of (17)."""
     penalty: str = "procedural"
     """Images of anything else for L_pen (12): ``"procedural"``, drawn by :mod:`pydefect.data.textures`; the
     path of a folder with images of any kind; ``"none"``: no L_pen."""

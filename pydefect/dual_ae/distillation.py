@@ -531,15 +531,16 @@ class Distillation:
             The loss is no longer finite.
         """
         for images, enlarged in self.images.stream(range(self.step, self.config.steps), self.device):
-            self._losses.append(self._train_step(images, enlarged))
+            loss = self._train_step(images, enlarged)
             self.step += 1
+            # In every step: a checkpoint could not hold it.
+            if not math.isfinite(loss):
+                raise PydefectError(
+                    f"distillation: the loss of step {self.step} is not finite; lower learning_rate"
+                )
+            self._losses.append(loss)
             if self.step % _RECORD == 0 or self.step == self.config.steps:
-                loss = sum(self._losses) / len(self._losses)
-                if not math.isfinite(loss):
-                    raise PydefectError(
-                        f"distillation: the loss before step {self.step} is not finite; lower learning_rate"
-                    )
-                self.history.append((self.step, loss))
+                self.history.append((self.step, sum(self._losses) / len(self._losses)))
                 self._losses = []
             if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL or self.step == self.config.steps:
                 self._save()

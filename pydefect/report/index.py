@@ -51,7 +51,7 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
     """
     check_images(images)
     top = Path(folder)
-    found = list(_runs(top))
+    found = list(_runs(top, {os.path.realpath(top)}))
     if not found:
         raise InputError(f"run: {str(top)!r} is no run, and there is none below it")
     entries, failed = [], []
@@ -93,9 +93,11 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
     return path
 
 
-def _runs(folder: Path) -> Iterator[Path]:
-    """The run folders below a folder; what a run folder holds is its own."""
+def _runs(folder: Path, visited: set[str]) -> Iterator[Path]:
+    """The run folders below a folder, each once however many links lead to it; what one holds is its own."""
     for below in sorted(folder.iterdir()):
         # A hidden folder may be a run that is being written.
-        if below.is_dir() and not below.name.startswith("."):
-            yield from [below] if is_run(below) else _runs(below)
+        real = os.path.realpath(below)
+        if below.is_dir() and not below.name.startswith(".") and real not in visited:
+            visited.add(real)
+            yield from [below] if is_run(below) else _runs(below, visited)

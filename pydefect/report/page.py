@@ -17,7 +17,7 @@ from pydefect.data.checks import check_dataset
 from pydefect.errors import InputError
 from pydefect.metrics import Curve, precision_recall_curve, roc_curve
 from pydefect.persistence import write_atomically
-from pydefect.places import check_writable
+from pydefect.places import check_file_writable
 from pydefect.progress import ProgressBars
 from pydefect.report.gallery import OUTCOMES, Card, Thresholds, cards, outcome
 from pydefect.run import Run
@@ -108,7 +108,7 @@ def write_report(
     check_images(images)
     if path.is_dir():
         raise InputError(f"out: {str(path)!r} is a folder; name a file in it")
-    check_writable(path.parent, "out")
+    check_file_writable(path, "out")
     if not any(run.sample(index).image.is_file() for index in range(len(run.images))):
         raise InputError(
             f"data: none of the run's images is in {str(run.root)!r} any more; say where they are "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pydefect.baselines import training
 from pydefect.baselines.detector import Context
 from pydefect.baselines.patchcore import PatchCore, PatchCoreConfig
 from pydefect.baselines.reconpatch import ReConPatch, ReConPatchConfig, TwinNetwork
@@ -12,6 +13,7 @@ from pydefect.baselines.training import train
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache, patch_vectors
 from pydefect.ops import reference
+from pydefect.persistence import Checkpoint
 
 
 def test_the_twin_follows_slowly():
@@ -92,7 +94,9 @@ def test_a_part_of_the_patches_may_train(cache):
     assert first.found != whole.found
 
 
-def test_a_loss_that_is_not_finite_ends_the_training(cache):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_loss_that_is_not_finite_ends_the_training(cache, kept, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_CHECKPOINT_INTERVAL", -1.0)
     module = torch.nn.Linear(1, 1)
     with pytest.raises(PydefectError, match="the loss of epoch 1 is not finite; lower learning_rate"):
         train(
@@ -100,6 +104,6 @@ def test_a_loss_that_is_not_finite_ends_the_training(cache):
             lambda levels, generator: module.weight.sum() * float("nan"),
             cache,
             range(3),
-            ReConPatchConfig(),
-            Context(),
+            ReConPatchConfig(batch_size=1),
+            Context(checkpoint=Checkpoint(tmp_path, {"run": 1}) if kept else None),
         )

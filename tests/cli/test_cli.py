@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,7 @@ import pydefect
 from pydefect.cli import app
 from pydefect.data.procedural import DEFECTS, write_dataset
 from pydefect.persistence import load_tensors
+from pydefect.preprocessing import Preprocessing
 from pydefect.run import read_run
 
 FAST = [
@@ -228,6 +231,78 @@ def test_score_takes_files_and_skips_damaged_ones_on_demand(
     assert [row["name"] for row in content["skipped"]] == [str(damaged)]
 
 
+def test_score_leaves_out_what_is_smaller_than_the_crop(
+    product: Path, colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = colours()
+    detector.preprocessing = Preprocessing.create(None, 40, (0, 0, 0), (1, 1, 1))
+    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in (("1.png", 64), ("2.png", 32), ("4.png", 64)):
+        cv2.imwrite(str(images / name), np.full((size, size, 3), 70, np.uint8))
+    (images / "3.png").write_bytes(b"no image")
+    arguments = ("score", "m", images, "--out", tmp_path / "r", "--quiet", "--batch-size", 1)
+    code, _, errors = call(*arguments)
+    assert code == 2
+    assert "2.png: the image is 32 x 32 pixels" in errors
+    code, output, errors = call(*arguments, "--on-error", "skip")
+    assert code == 0, errors
+    assert "2 images" in output
+    assert "2 skipped" in output
+    assert "skipped: 2.png: the image is 32 x 32 pixels" in errors
+    assert "skipped: 3.png: " in errors
+    content = json.loads((tmp_path / "r/scores.json").read_text())
+    assert [row["name"] for row in content["images"]] == ["1.png", "4.png"]
+    assert sorted(row["name"] for row in content["skipped"]) == ["2.png", "3.png"]
+    assert sorted(path.name for path in (tmp_path / "r/overlays").iterdir()) == ["1.png", "4.png"]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (["{data}/test", "{tmp}/typo.png"], "there is no file or folder {tmp}/typo.png"),
+        (["{tmp}/empty", "{data}/test"], "no image in the folder {tmp}/empty"),
+    ],
+)
+def test_images_that_are_not_there_are_said_before_any_is_scored(
+    product: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[str], message: str
+) -> None:
+    def fail(*_arguments: object, **_settings: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("pydefect.api.load", fail)
+    (tmp_path / "empty").mkdir()
+    places = {"data": product, "tmp": tmp_path}
+    code, _, errors = call("score", "m", *(one.format(**places) for one in images), "--out", tmp_path / "r")
+    assert code == 2
+    assert message.format(**places) in errors
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_names_that_the_terminal_cannot_show_are_no_failure(
+    product: Path, model: Path, tmp_path: Path, encoding: str
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    picture = (product / "test/good/000.png").read_bytes()
+    for name in (b"\xd0\xb6.png", b"\xff.png"):
+        (images / os.fsdecode(name)).write_bytes(picture)
+    (images / os.fsdecode(b"\xfe.png")).write_bytes(b"no image")
+    quietly = ("--no-pictures", "--quiet", "--on-error", "skip")
+    done = subprocess.run(
+        [sys.executable, "-m", "pydefect", "score", model, images, "--out", tmp_path / "out", *quietly],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\udcff.png" in done.stdout
+    assert "ж.png".encode(encoding, "backslashreplace") in done.stdout
+    assert b"skipped: \\udcfe.png" in done.stderr
+
+
 def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "figures.json"
     code, output, errors = call("evaluate", model, product, "--json", file, "--quiet")
@@ -315,6 +390,20 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_calibrate_writes_the_model_that_a_link_leads_to(model: Path, tmp_path: Path) -> None:
+    copy, link = tmp_path / "flange-3.safetensors", tmp_path / "current.safetensors"
+    copy.write_bytes(model.read_bytes())
+    link.symlink_to(copy.name)
+    code, _, errors = call("calibrate", link, "--false-alarm-rate", "0.5")
+    assert code == 0, errors
+    assert link.is_symlink()
+    assert (
+        pydefect.load(copy).calibration.false_alarm_rate == pydefect.load(link).calibration.false_alarm_rate
+    )
+    assert pydefect.load(copy).calibration != pydefect.load(model).calibration
 
 
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")

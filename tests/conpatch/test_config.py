@@ -54,6 +54,8 @@ from pydefect.errors import InputError
         ({"rebuild_bank": True}, "rebuild_bank: True given; allowed are 'never', 'epoch', 'end'"),
         ({"losses": None}, "losses: None given; allowed are 'none', 'contrastive', 'hypersphere', 'both'"),
         ({"similarity_power": 3}, "similarity_power: 3 given; allowed are 1, 2"),
+        ({"similarity_power": 2.0}, "similarity_power: 2.0 given; allowed are 1, 2"),
+        ({"similarity_power": True}, "similarity_power: True given; allowed are 1, 2"),
         ({"pair_source": "online"}, "pair_source: 'online' given; allowed are 'target', 'cross'"),
         ({"reduction": "sum"}, "reduction: 'sum' given; allowed are 'paper', 'mean'"),
         ({"distance_power": 0}, "distance_power: 0 given; allowed are 1, 2"),

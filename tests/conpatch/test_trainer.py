@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pydefect
 from pydefect.conpatch import trainer as module
 from pydefect.conpatch.bank import build_bank
 from pydefect.conpatch.trainer import Trainer, represent
@@ -185,6 +186,13 @@ def test_a_diverging_training_says_so(cache, make_config):
         PydefectError, match=r"training: the loss of epoch \d is not finite; lower learning_rate"
     ):
         train(cache, config)
+
+
+def test_weights_that_overflow_after_the_last_loss_say_so(products):
+    """No detector could be saved with what was found. An epoch of one step: its loss comes before."""
+    settings = {"weights": "random", "resize": 64, "epochs": 1, "learning_rate": 1e30, "progress": False}
+    with pytest.raises(PydefectError, match=r"distances after epoch 1 are not finite; lower learning_rate"):
+        pydefect.fit(products[:3], **settings, device="cpu")
 
 
 # -- every setting

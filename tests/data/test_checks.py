@@ -70,6 +70,16 @@ def test_damaged_files_are_named_and_do_not_stop_the_check(product):
     assert warnings["unreadable"].images == (("train/good/000.png",), ("test/good/001.png",))
 
 
+def test_a_kind_of_image_that_is_not_read_is_one_that_cannot_be(product):
+    pil = pytest.importorskip("PIL.Image")
+    whole_numbers = pil.fromarray(np.full((128, 128), 70_000, np.int32))
+    whole_numbers.save(product / "test/good/100.tif")
+    assert cv2.imwrite(str(product / "test/good/101.tif"), np.full((128, 128), 2, np.float32))
+    warnings = found(product)
+    assert warnings.keys() == {"unreadable"}
+    assert warnings["unreadable"].images == (("test/good/100.tif",), ("test/good/101.tif",))
+
+
 def test_one_image_under_two_labels_is_a_contradiction(product):
     defect = sorted((product / "test").glob("[!g]*"))[0]
     shutil.copy(product / "test/good/002.png", defect / "000.png")

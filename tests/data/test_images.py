@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -36,11 +37,35 @@ def with_jpeg_exif(jpeg: bytes, directory: bytes) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    chunk = kind + content
+    return struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
 def with_png_exif(png: bytes, directory: bytes) -> bytes:
-    chunk = b"eXIf" + directory
-    return (
-        png[:33] + struct.pack(">I", len(directory)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+    return png[:33] + png_chunk(b"eXIf", directory) + png[33:]
+
+
+def packed(row: np.ndarray, bits: int) -> bytes:
+    """Values of 1 to 8 bits, the first of a byte in its highest bits."""
+    every = np.unpackbits(row.astype(np.uint8)[:, None], axis=1)[:, 8 - bits :]
+    return np.packbits(every.ravel()).tobytes()
+
+
+def rgba_tiff(rgba: np.ndarray, extra_samples: int) -> bytes:
+    """What OpenCV does not write: a TIFF file that says what its alpha is, associated (1) or not (2)."""
+    height, width, _ = rgba.shape
+    formats = {"u": 1, "f": 3}[rgba.dtype.kind]
+    values = struct.pack("<4H4H", *[8 * rgba.dtype.itemsize] * 4, *[formats] * 4)
+    entries = [(256, width), (257, height), (258, None), (259, 1), (262, 2), (273, None), (277, 4)]
+    entries += [(278, height), (279, rgba.nbytes), (338, extra_samples), (339, None)]
+    start = 8 + 2 + 12 * len(entries) + 4
+    places = {258: (3, 4, start), 339: (3, 4, start + 8), 273: (4, 1, start + 16)}
+    directory = b"".join(
+        struct.pack("<HHII", tag, *places.get(tag, (4 if tag == 279 else 3, 1, value)))
+        for tag, value in entries
     )
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + values + rgba.tobytes()
 
 
 # How an upright image is stored under each EXIF orientation.
@@ -97,6 +122,45 @@ class TestFormats:
         pixels = read_image(path)
         np.testing.assert_array_equal(pixels[0, 0], [100, 0, 0])
         np.testing.assert_array_equal(pixels[7, 7], [100 * 0.2 + 255 * 0.8, 204, 204])
+
+    @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+    @pytest.mark.parametrize("associated", [True, False])
+    def test_either_alpha_of_a_tiff_is_shown_over_white(
+        self, tmp_path: Path, kind: str, associated: bool
+    ) -> None:
+        rgba = np.array([[[0.6, 0.4, 0.2, alpha] for alpha in (0, 0.2, 0.8, 1)]])
+        expected = rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:])
+        if associated:
+            rgba[..., :3] *= rgba[..., 3:]
+        full = 1 if kind == "float32" else np.iinfo(kind).max
+        (tmp_path / "a.tif").write_bytes(rgba_tiff((rgba * full).astype(kind), 1 if associated else 2))
+        pixels = read_image(tmp_path / "a.tif")
+        assert pixels.dtype == ("uint8" if kind == "uint8" else "float32")
+        # Of 8 bits, colours and products are cut to whole numbers.
+        full, tolerance = (255, 1.5) if kind == "uint8" else (1, 1e-4)
+        np.testing.assert_allclose(pixels, full * expected, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+    def test_a_transparent_grey_of_a_png_is_shown_over_white(self, tmp_path: Path, bits: int) -> None:
+        grey = np.zeros((4, 8), dtype=np.uint16)
+        grey[1:] = 1
+        # The rows of a file are filled up to whole bytes, after a byte that names their filter.
+        stored = [row.astype(">u2").tobytes() if bits == 16 else packed(row, bits) for row in grey]
+        content = [
+            (b"IHDR", struct.pack(">IIBBBBB", 8, 4, bits, 0, 0, 0, 0)),
+            (b"tRNS", struct.pack(">H", 0)),
+            (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in stored))),
+            (b"IEND", b""),
+        ]
+        png = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in content)
+        (tmp_path / "zero.png").write_bytes(png)
+        one = png.replace(png_chunk(*content[1]), png_chunk(b"tRNS", struct.pack(">H", 1)))
+        (tmp_path / "one.png").write_bytes(one)
+        full = 1.0 if bits == 16 else 255
+        value = full / (2**bits - 1)
+        zero_is_clear, one_is_clear = (read_image(tmp_path / f"{name}.png") for name in ("zero", "one"))
+        np.testing.assert_allclose(zero_is_clear[:, 0, 1], [full, value, value, value], rtol=1e-6)
+        np.testing.assert_allclose(one_is_clear[:, 7, 2], [0, full, full, full], rtol=1e-6)
 
     def test_sixteen_bit_transparency(self, tmp_path: Path) -> None:
         rgba = np.zeros((2, 2, 4), dtype=np.uint16)
@@ -252,6 +316,18 @@ class TestFolders:
         (tmp_path / "a" / "loop").symlink_to(tmp_path / "a", target_is_directory=True)
         assert [image.name for image in open_images(str(tmp_path))] == ["a/1.png"]
 
+    def test_only_regular_files_and_links_are_images(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", RGB)
+        os.mkfifo(tmp_path / "2.png")
+        (tmp_path / "3.png").symlink_to(tmp_path / "1.png")
+        (tmp_path / "4.png").symlink_to(tmp_path / "2.png")
+        assert [path.name for path in list_image_files(tmp_path)] == ["1.png", "3.png"]
+        # A link to nothing is no reason to pass over an image without a word.
+        (tmp_path / "5.png").symlink_to(tmp_path / "gone.png")
+        images = open_images(tmp_path, on_error="skip")
+        assert [image.name for image in images] == ["1.png", "3.png"]
+        assert [skipped.name for skipped in images.skipped] == ["5.png"]
+
     def test_a_folder_that_cannot_be_listed_is_no_empty_one(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"gone: the folder cannot be read"):
             list_image_files(tmp_path / "gone")
@@ -364,6 +440,14 @@ class TestArrays:
         pil = pytest.importorskip("PIL.Image")
         (image,) = open_images(pil.new(mode, (7, 5)))
         assert image.pixels.shape == (5, 7, 3)
+
+    def test_pil_modes_that_cannot_be_shown(self) -> None:
+        pil = pytest.importorskip("PIL.Image")
+        image = pil.new("LA", (7, 5)).convert("La")
+        with pytest.raises(InputError, match="source is a PIL image of mode La, which is not read: "):
+            open_images(image)
+        with pytest.raises(InputError, match="item 1 of source is a PIL image of mode La"):
+            open_images([RGB, image])
 
     def test_pil_palette_gives_colours(self) -> None:
         pil = pytest.importorskip("PIL.Image")

@@ -74,6 +74,14 @@ class TestMVTec:
         touch(tmp_path, "train/good/0.JPG", "test/good/1.JPG", "test/bad/0.JPG", "ground_truth/bad/0.png")
         assert masks(read_dataset(tmp_path)) == {"test/bad/0.JPG": ["ground_truth/bad/0.png"]}
 
+    def test_a_mask_without_a_name_belongs_to_no_image(self, tmp_path: Path) -> None:
+        mvtec(tmp_path)
+        touch(tmp_path, "ground_truth/hole/_mask.png", "ground_truth/hole/deep/_mask.png")
+        assert masks(read_dataset(tmp_path)) == {
+            "test/hole/0.png": ["ground_truth/hole/0_mask.png"],
+            "test/hole/1.png": ["ground_truth/hole/1_mask.png"],
+        }
+
     def test_a_missing_mask_is_not_known(self, tmp_path: Path) -> None:
         root = mvtec(tmp_path)
         (root / "ground_truth/hole/1_mask.png").unlink()
@@ -242,6 +250,22 @@ class TestVisA:
         assert [sample.label for sample in dataset.train] == [0]
         assert [sample.defect for sample in dataset.test] == ["good", "anomaly"]
         assert masks(dataset) == {"Data/Images/anomaly/2.JPG": ["Data/Masks/anomaly/2.png"]}
+
+    def test_names_are_relative_whichever_way_the_folder_is_written(
+        self, visa: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (visa / "link").symlink_to(visa / "candle")
+        monkeypatch.chdir(visa)
+        expected = ["Data/Images/normal/0.JPG", "Data/Images/normal/1.JPG", "Data/Images/anomaly/2.JPG"]
+        for root in (visa / "candle", "candle", "./split_csv/../candle", "link", visa / "link"):
+            dataset = read_dataset(root)
+            assert dataset.layout == "visa"
+            samples = [*dataset.train, *dataset.test]
+            assert names([sample.image for sample in samples], dataset.root) == expected
+            assert all(sample.image.is_file() for sample in samples)
+            assert masks(dataset) == {"Data/Images/anomaly/2.JPG": ["Data/Masks/anomaly/2.png"]}
+        monkeypatch.chdir(visa / "candle")
+        assert [sample.image.as_posix() for sample in read_dataset(".").train] == expected[:1]
 
     def test_root_names_its_categories(self, visa: Path) -> None:
         with pytest.raises(InputError, match=r"several data sets.*: candle"):

@@ -78,6 +78,19 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
+def test_a_folder_is_named_relative_to_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    for root in (".", "../current"):
+        with pytest.raises(InputError, match="is the current folder, which cannot be replaced"):
+            write_dataset(root, 1, 0, 0, 64)
+    write_dataset("../other/deep", 1, 0, 0, 64)
+    assert (tmp_path / "other/deep/train/good/000.png").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "other"]
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="defect is 'rust'; allowed are None, scratch"):
         draw(0, "rust")

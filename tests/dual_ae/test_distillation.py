@@ -30,6 +30,7 @@ from pydefect.dual_ae.distillation import (
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.teacher import BackboneTeacher, load_teacher
 from pydefect.errors import InputError
+from pydefect.persistence import Checkpoint
 from pydefect.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
@@ -478,8 +479,12 @@ def test_another_run_does_not_take_over_the_state(tmp_path, change):
         pretrain_teacher(tmp_path / "x.safetensors", checkpoint=tmp_path / "state", **settings)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(source):
-    run = distil(source, config(steps=1))
+@pytest.mark.usefixtures("saving_every_step")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_loss_that_is_not_finite_ends_the_run(source, kept, tmp_path):
+    """In the step itself: the state with it could not be kept."""
+    run = distil(source, config(steps=2))
+    run.checkpoint = Checkpoint(tmp_path, {"run": 1}) if kept else None
     with torch.no_grad():
         run.network[0].weight.fill_(float("nan"))
     with pytest.raises(distillation.PydefectError, match="not finite; lower learning_rate"):

@@ -197,6 +197,15 @@ def test_a_folder_of_runs_gets_a_report_each_and_an_index(run, tmp_path):
     assert f"{100 * run.evaluation['image_auroc']:.2f}" in page.words
 
 
+def test_links_lead_to_a_run_once(run, tmp_path):
+    shutil.copytree(run.folder, tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "b").symlink_to(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "up").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    write_index(tmp_path, images=1, progress=False)
+    assert [link["href"] for link in Page(tmp_path / "index.html").all("a")] == ["runs/a/report.html"]
+
+
 def test_a_run_without_its_images_is_named_and_the_others_are_shown(run, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(run.folder, tmp_path / name)

@@ -1,0 +1,38 @@
+"""What a caller has switched on in PyTorch for networks of their own is off in ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pydefect.errors import InputError
+
+__all__ = ["for_inference", "for_training"]
+
+
+@contextmanager
+def for_inference(device: torch.device) -> Iterator[None]:
+    """Compute with the types that networks and images have, whatever the caller's autocast."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def for_training(device: torch.device) -> Iterator[None]:
+    """Build networks, and differentiate them, also where the caller has gradients off or autocast on.
+
+    Raises
+    ------
+    InputError
+        PyTorch's default dtype is not float32. It is the whole process's: changing it here would change it
+        for the caller's other threads.
+    """
+    if torch.get_default_dtype() != torch.float32:
+        raise InputError(
+            f"torch.get_default_dtype(): {torch.get_default_dtype()} is set; allowed is torch.float32, in "
+            "which networks are built"
+        )
+    with torch.inference_mode(False), torch.enable_grad(), for_inference(device):
+        yield
