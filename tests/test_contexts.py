@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 import pydefect
 from pydefect.data.procedural import render_product
+from pydefect.registry import detector_type
 
 FITS = {
     "conpatch": {"weights": "random", "calibration_folds": 0, "epochs": 1, "contrastive_patches": 16},
     "padim": {"weights": "random", "calibration_folds": 0},
     "reconpatch": {"weights": "random", "calibration_folds": 0, "epochs": 1},
-    "dual_ae": {"steps": 2, "precision": "float32", "false_alarm_rate": 0.5},
+    "dual_ae": {"steps": 4, "precision": "bfloat16", "false_alarm_rate": 0.5},
 }
 CONTEXTS = {
+    "none": contextlib.nullcontext,
     "no gradients": torch.no_grad,
     "inference": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -33,7 +37,11 @@ def fit(images, method):
 
 @pytest.fixture(scope="module", params=list(FITS))
 def plain(request, images):
-    detector = fit(images, request.param)
+    # The class's own fit, which knows of no context.
+    method, settings = detector_type(request.param), {**FITS[request.param], "resize": 64}
+    weights = settings.pop("weights", "imagenet")
+    config = method.config_type.from_preset("default", **settings)
+    detector = method.fit(images, config, weights=weights, device=torch.device("cpu"), progress=False)
     return request.param, detector, detector.score(images, progress=False).image_scores
 
 

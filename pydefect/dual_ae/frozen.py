@@ -18,8 +18,13 @@ DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": to
 
 
 def arithmetic(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return the context in which the networks compute."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """Return the context in which the networks compute.
+
+    Weights that autocast has cast are not kept: within another autocast, be it one that is off, they would be
+    until that one ends, and training would go on with those of its first step.
+    """
+    enabled = precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class ChannelStatistics:

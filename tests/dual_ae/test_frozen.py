@@ -5,8 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pydefect.dual_ae.frozen import DTYPES, ChannelStatistics, NormalisedTeacher
+from pydefect.dual_ae.frozen import DTYPES, ChannelStatistics, NormalisedTeacher, arithmetic
 from pydefect.dual_ae.pdn import PDN
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_the_arithmetic_sees_weights_that_have_changed(outer):
+    """Within another autocast too, be it off: PyTorch keeps what it has cast until the outermost ends."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    results = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        for _ in range(2):
+            with arithmetic("bfloat16", torch.device("cpu")):
+                results.append(layer(x))
+            with torch.no_grad():
+                layer.weight.add_(1)
+    assert all(one.dtype == torch.bfloat16 for one in results)
+    # Four weights of one more each; sums near 4 have steps of 1/32.
+    assert (results[1] - results[0] - 4).abs().max() < 0.1
 
 
 def test_statistics_of_a_stream_are_those_of_all_maps():
