@@ -14,7 +14,13 @@ __all__ = ["for_inference", "for_training"]
 
 @contextmanager
 def for_inference(device: torch.device) -> Iterator[None]:
-    """Compute with the types that networks and images have, whatever the caller's autocast."""
+    """Compute with the types that networks and images have, whatever the caller's autocast.
+
+    Parameters
+    ----------
+    device
+        Where the networks compute.
+    """
     with torch.autocast(device.type, enabled=False):
         yield
 
@@ -22,6 +28,11 @@ def for_inference(device: torch.device) -> Iterator[None]:
 @contextmanager
 def for_training(device: torch.device) -> Iterator[None]:
     """Build networks, and differentiate them, also where the caller has gradients off or autocast on.
+
+    Parameters
+    ----------
+    device
+        Where the networks compute.
 
     Raises
     ------

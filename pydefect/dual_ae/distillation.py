@@ -27,6 +27,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
 from pydefect.config import Settings
+from pydefect.contexts import for_training
 from pydefect.data.ahead import done_ahead, idle_workers
 from pydefect.data.images import draw_image, list_image_files, read_image
 from pydefect.data.textures import texture
@@ -756,34 +757,35 @@ def pretrain_teacher(
     device = torch.device(device)
     config = DistillationConfig.from_preset("default", **settings)
     collection = DistillationImages(images, config, seed)
-    backbone = build_backbone(source, os.fspath(weights))
-    fingerprint = weights_fingerprint(backbone.state_dict())
-    target = BackboneTeacher(backbone, True, resolve_precision(config.precision, device)).to(device)
-    kept = None
-    if checkpoint is not None:
-        kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))
-    begun = time.perf_counter()
-    distillation = Distillation(config, collection, target, seed, device, kept, progress)
-    resumed = distillation.step
-    network = distillation.run()
-    about: dict[str, Any] = {
-        "kind": "teacher",
-        "settings": config.to_dict(),
-        "seed": seed,
-        "source": source,
-        "source_fingerprint": fingerprint,
-        "images": {"folders": len(images), "files": len(collection.training)},
-        "explained_variance": distillation.measure(),
-        "history": _thinned(distillation.history),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "resumed_at_step": resumed,
-        "machine": {
-            "device": device.type,
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-    }
+    with for_training(device):
+        backbone = build_backbone(source, os.fspath(weights))
+        fingerprint = weights_fingerprint(backbone.state_dict())
+        target = BackboneTeacher(backbone, True, resolve_precision(config.precision, device)).to(device)
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))
+        begun = time.perf_counter()
+        distillation = Distillation(config, collection, target, seed, device, kept, progress)
+        resumed = distillation.step
+        network = distillation.run()
+        about: dict[str, Any] = {
+            "kind": "teacher",
+            "settings": config.to_dict(),
+            "seed": seed,
+            "source": source,
+            "source_fingerprint": fingerprint,
+            "images": {"folders": len(images), "files": len(collection.training)},
+            "explained_variance": distillation.measure(),
+            "history": _thinned(distillation.history),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "resumed_at_step": resumed,
+            "machine": {
+                "device": device.type,
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
+        }
     save_tensors(out, {name: value.half() for name, value in network.state_dict().items()}, about)
     return about
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from importlib import resources
-from typing import Any, NoReturn
 
 import torch
 
@@ -62,19 +61,3 @@ def require_kernels(device: torch.device) -> None:
             f"this build of pydefect has no CUDA kernels for tensors on {device}: move them to the CPU, "
             "or install pydefect from source where nvcc is found"
         )
-
-
-def differentiable_once(operator: str, *backwards: str) -> None:
-    """Let the operators that make an operator's gradient raise where they are differentiated themselves.
-
-    Without this PyTorch's answer is a warning and a gradient without the terms that go through them.
-    """
-
-    def refuse(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{operator}: its gradient cannot be differentiated again; that of "
-            f"pydefect.ops.reference.{operator} can"
-        )
-
-    for backward in backwards:
-        torch.library.register_autograd(f"pydefect::{backward}", refuse)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pydefect.ops._library import differentiable_once, has_kernels
+from pydefect.ops._autograd import differentiable_once
+from pydefect.ops._library import has_kernels
 from pydefect.ops._precision import compute_dtype
 from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.hypersphere import check_arguments

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydefect.ops._library import differentiable_once, has_kernels, load_cpu_library, load_cuda_library
+from pydefect.ops._autograd import differentiable_once
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.reference.project_levels import check_arguments, coordinate_channels
 
 __all__ = ["project_levels"]

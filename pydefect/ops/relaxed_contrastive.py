@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import differentiable_once, has_kernels, load_cpu_library, load_cuda_library
+from pydefect.ops._autograd import differentiable_once
+from pydefect.ops._library import has_kernels, load_cpu_library, load_cuda_library
 from pydefect.ops.knn import MOST_NEIGHBORS_ON_CUDA, knn
 from pydefect.ops.reference.relaxed_contrastive import PairSource, Reduction, SimilarityPower, check_settings
 

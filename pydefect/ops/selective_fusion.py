@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import differentiable_once, load_cpu_library, load_cuda_library
+from pydefect.ops._autograd import differentiable_once
+from pydefect.ops._library import load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, is_channels_last, to_positions
 from pydefect.ops.reference.selective_fusion import check_selective_fusion
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pydefect.ops import reference
-from pydefect.ops._library import differentiable_once, load_cpu_library, load_cuda_library
+from pydefect.ops._autograd import differentiable_once
+from pydefect.ops._library import load_cpu_library, load_cuda_library
 from pydefect.ops._maps import from_positions, has_kernels, to_positions
 from pydefect.ops.reference.spatial_reunion import NORMALISATIONS, Normalisation, check_spatial_reunion
 

@@ -119,7 +119,7 @@ def write_report(
 
 
 def check_images(images: int) -> None:
-    """Refuse a gallery of fewer than no images."""
+    """Raise an InputError for a gallery of fewer than 0 images."""
     if images < 0:
         raise InputError(f"images: {images!r} given; allowed are 0 and more")
 

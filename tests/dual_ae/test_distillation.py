@@ -421,6 +421,15 @@ def make(out: Path, **how: Any) -> dict[str, Any]:
     return pretrain_teacher(out, source="resnet18", weights="random", **settings)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_context_changes_no_teacher(tmp_path, context):
+    make(tmp_path / "plain.safetensors")
+    with context():
+        make(tmp_path / "within.safetensors")
+    plain, within = (tensors(tmp_path / f"{name}.safetensors") for name in ("plain", "within"))
+    assert all(torch.equal(within[name], value) for name, value in plain.items())
+
+
 @pytest.mark.usefixtures("saving_every_step")
 @pytest.mark.parametrize(
     ("stopped_at", "optimiser", "batch_normalisation"),
