@@ -49,9 +49,9 @@ def jittered(
     ----------
     Batzner et al., EfficientAD, WACV 2024, appendix A.1, algorithm 1.
     """
-    mean = images.new_tensor(preprocessing.mean)[:, None, None]
-    std = images.new_tensor(preprocessing.std)[:, None, None]
-    grey_weights = images.new_tensor(_GREY)[:, None, None]
+    mean = _channels(preprocessing.mean, images)
+    std = _channels(preprocessing.std, images)
+    grey_weights = _channels(_GREY, images)
     pixels = images * std + mean
     for image in pixels:
         kind, factor = int(rng.integers(3)), float(rng.uniform(1 - strength, 1 + strength))
@@ -62,6 +62,11 @@ def jittered(
             grey = (image * grey_weights).sum(0)
             image.mul_(factor).add_(grey.mean() if kind == 1 else grey, alpha=1 - factor)
     return pixels.clamp_(0, 1).sub_(mean).div_(std)
+
+
+def _channels(values: Iterable[float], like: Tensor) -> Tensor:
+    """[C, 1, 1] of these values, filled in where `like` is: to copy them to a card is to wait for it."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 class PenaltyImages:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,34 @@ from pydefect.cuda_graphs import ReplayedSteps
 __all__ = ["Optimiser", "Optimisers"]
 
 Optimiser = Literal["adam", "muon"]
+
+# Side by side on a card: one matrix's products are too small to fill it, and each waits for the one before.
+_STREAMS = 4
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An optimiser of some of the parameters that its kind has.
+
+    Attributes
+    ----------
+    kind
+        ``"adam"`` or ``"muon"``.
+    optimiser
+        Of these parameters.
+    numbers
+        The places of its parameters among all of the kind, which the state is named after.
+    shares
+        Learning rates of its groups over the first rate.
+    stream
+        Where its kernels are launched; None: where the step is.
+    """
+
+    kind: Optimiser
+    optimiser: torch.optim.Optimizer
+    numbers: Sequence[int]
+    shares: Sequence[float]
+    stream: torch.cuda.Stream | None = None
 
 
 class Optimisers:
@@ -72,22 +101,26 @@ class Optimisers:
         # What a graph multiplies its steps by has to be a share of something.
         self._rate = rate or 1.0
         groups = [{"params": fast, "lr": self._rate}, {"params": slow, "lr": gentle_rate}]
-        self._all: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.Adam(
-                [group for group in groups if group["params"]],
-                weight_decay=decay,
-                fused=True,
-                capturable=on_card,
-            )
-        }
-        if self._matrices:
-            self._all["muon"] = torch.optim.Muon(
-                self._matrices, lr=self._rate, weight_decay=muon_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        self._shares = {
-            name: [group["lr"] / self._rate for group in optimiser.param_groups]
-            for name, optimiser in self._all.items()
-        }
+        adam = torch.optim.Adam(
+            [group for group in groups if group["params"]],
+            weight_decay=decay,
+            fused=True,
+            capturable=on_card,
+        )
+        shares = [group["lr"] / self._rate for group in adam.param_groups]
+        self._parts = []
+        streams = [torch.cuda.Stream(device) for _ in range(_STREAMS)] if on_card else [None]
+        for number, stream in enumerate(streams):
+            mine = range(number, len(self._matrices), len(streams))
+            if mine:
+                muon = torch.optim.Muon(
+                    [self._matrices[one] for one in mine],
+                    lr=self._rate,
+                    weight_decay=muon_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+                self._parts.append(_Part("muon", muon, mine, [1.0], stream))
+        self._parts.append(_Part("adam", adam, range(len(self._others)), shares))
         if captured:
             self._before = [one.detach().clone() for one in (*self._matrices, *self._others)]
             self._share = torch.ones((), device=device)
@@ -105,8 +138,8 @@ class Optimisers:
             self._share.fill_(rate / self._rate)
             self._take_step()
             return
-        for name, optimiser in self._all.items():
-            for group, share in zip(optimiser.param_groups, self._shares[name], strict=True):
+        for part in self._parts:
+            for group, share in zip(part.optimiser.param_groups, part.shares, strict=True):
                 group["lr"] = rate * share
         self._step()
 
@@ -114,8 +147,15 @@ class Optimisers:
         for weight, matrix in zip(self._weights, self._matrices, strict=True):
             assert weight.grad is not None
             matrix.grad = _as_matrix(weight.grad)
-        for optimiser in self._all.values():
-            optimiser.step()
+        streams = [part.stream for part in self._parts if part.stream is not None]
+        for part in self._parts:
+            if part.stream is not None:
+                part.stream.wait_stream(torch.cuda.current_stream(part.stream.device))
+            # None: wherever it is.
+            with torch.cuda.stream(part.stream):
+                part.optimiser.step()
+        for stream in streams:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     @torch.no_grad()
     def _step_by_share(self) -> None:
@@ -134,29 +174,34 @@ class Optimisers:
     def state(self) -> dict[str, Tensor]:
         """What a later run needs to go on."""
         return {
-            f"{name}.{index}.{key}": value
-            for name, optimiser in self._all.items()
-            for index, moments in optimiser.state_dict()["state"].items()
+            f"{part.kind}.{part.numbers[index]}.{key}": value
+            for part in self._parts
+            for index, moments in part.optimiser.state_dict()["state"].items()
             for key, value in moments.items()
         }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from a :meth:`state`; other names are ignored."""
-        for name, parameters in (("adam", self._others), ("muon", self._matrices)):
-            moments: dict[int, dict[str, Tensor]] = {}
-            for full_name, value in tensors.items():
-                owner, _, rest = full_name.partition(".")
-                if owner != name:
-                    continue
-                index, key = rest.split(".")
-                if value.ndim:
-                    # In the parameter's own memory layout: the fused update goes through memory as it lies.
-                    value = torch.empty_like(parameters[int(index)], requires_grad=False).copy_(value)
-                moments.setdefault(int(index), {})[key] = value
-            if name in self._all:
-                state = self._all[name].state_dict()
-                state["state"] = moments
-                self._all[name].load_state_dict(state)
+        moments: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in ("adam", "muon"):
+                number, key = rest.split(".")
+                moments.setdefault((kind, int(number)), {})[key] = value
+        for part in self._parts:
+            parameters = self._matrices if part.kind == "muon" else self._others
+            state = part.optimiser.state_dict()
+            state["state"] = {
+                index: {key: _laid_out_as(parameters[number], value) for key, value in found.items()}
+                for index, number in enumerate(part.numbers)
+                if (found := moments.get((part.kind, number)))
+            }
+            part.optimiser.load_state_dict(state)
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """Copy a moment into the memory layout of its parameter: fused updates go through memory as it lies."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(value) if value.ndim else value
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -252,7 +252,9 @@ class Trainer:
         augmented = jittered(images, self.preprocessing, config.jitter, rng)
         inputs = [images, features, augmented]
         if penalty is not None:
-            inputs.append(penalty.to(self.device))
+            # From pinned memory, so that nobody waits for the steps before to end.
+            on_card = self.device.type == "cuda"
+            inputs.append((penalty.pin_memory() if on_card else penalty).to(self.device, non_blocking=True))
         if self.device.type == "cuda" and self._captured is None:
             # Runs before the capture drop out too.
             with seeded(0, self.device):
