@@ -70,10 +70,22 @@ def test_knn(n, m, d, k):
     assert_identical(ops.knn(queries, bank, k), (distances[:, :k], indices[:, :k]))
 
 
-def test_knn_with_ties_and_coinciding_rows():
-    bank = random(50, 24).repeat(8, 1)
-    distances, indices = measured(bank[:40], bank).sort(dim=1, stable=True)
-    assert_identical(ops.knn(bank[:40], bank, 5), (distances[:, :5], indices[:, :5]))
+@pytest.mark.parametrize(
+    ("n", "rows", "copies", "k"),
+    [
+        (40, 50, 8, 5),
+        # More queries than are shared out among blocks.
+        (100, 30, 9, 64),
+        # So many rows that a block takes several hundred of them.
+        (3, 600, 28, 3),
+    ],
+)
+def test_knn_with_ties_and_coinciding_rows(n, rows, copies, k):
+    """More equally near rows than there are candidates: every row of the bank is measured."""
+    bank = random(rows, 24).repeat(copies, 1)
+    queries = bank[:n]
+    distances, indices = measured(queries, bank).sort(dim=1, stable=True)
+    assert_identical(ops.knn(queries, bank, k), (distances[:, :k], indices[:, :k]))
 
 
 def test_knn_of_any_magnitude():
