@@ -8,26 +8,39 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <exception>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace pydefect {
 
 using torch::stable::Tensor;
 
+// Numbers as every locale of the calling process writes them: without separators, shortest that read back.
+template <typename Part>
+void append(std::string& text, const Part& part) {
+  if constexpr (std::is_arithmetic_v<Part>) {
+    char digits[32];  // the longest double has 24
+    text.append(digits, std::to_chars(digits, digits + sizeof(digits), part).ptr);
+  } else {
+    text += std::string_view(part);
+  }
+}
+
 // STD_TORCH_CHECK would put the source file's path on the build machine into the user's message.
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  std::string message;
+  (append(message, parts), ...);
+  throw std::runtime_error(message);
 }
 
 // The tensor with its elements in order, itself where they are. An expanded tensor can be larger than any

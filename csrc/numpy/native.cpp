@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sstream>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -24,15 +24,17 @@ std::vector<std::string> names(const std::vector<pydefect::cpu::Level>& levels) 
 
 std::vector<std::string> split_list(const std::string& list) {
   std::vector<std::string> items;
-  std::istringstream stream(list);
-  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
+  for (size_t from = 0; from < list.size();) {
+    const size_t to = std::min(list.find(',', from), list.size());
+    items.push_back(list.substr(from, to - from));
+    from = to + 1;
+  }
   return items;
 }
 
 std::string pybind11_version() {
-  std::ostringstream version;
-  version << PYBIND11_VERSION_MAJOR << '.' << PYBIND11_VERSION_MINOR << '.' << PYBIND11_VERSION_MICRO;
-  return version.str();
+  return std::to_string(PYBIND11_VERSION_MAJOR) + '.' + std::to_string(PYBIND11_VERSION_MINOR) + '.' +
+         std::to_string(PYBIND11_VERSION_MICRO);
 }
 
 py::dict build_info() {
