@@ -98,6 +98,22 @@ def test_a_state_with_gentle_layers_is_taken_up_again(network):
         assert torch.equal(one, other)
 
 
+@pytest.mark.gpu
+def test_the_processor_goes_on_from_a_card_s_state(network):
+    """On a card the matrices are shared out among several optimisers, and nobody can tell from the state."""
+    states, arguments = [], ("muon", 1e-3, 1e-2)
+    for device in ("cpu", "cuda"):
+        own = copy.deepcopy(network).to(device)
+        optimisers = Optimisers(own, *arguments, muon_decay=0.5, captured=device == "cuda")
+        train(own, optimisers, [1e-3])
+        states.append({name: value.cpu() for name, value in optimisers.state().items()})
+    # The card multiplies numbers of 11 bits where it convolves (TF32), and squares what it gets.
+    torch.testing.assert_close(states[1], states[0], rtol=2e-2, atol=1e-4)
+    again = Optimisers(network, *arguments, muon_decay=0.5)
+    again.restore(states[1])
+    torch.testing.assert_close(again.state(), states[1], rtol=0, atol=0)
+
+
 def test_a_first_rate_of_zero_moves_nothing(network):
     before = copy.deepcopy(network)
     train(network, Optimisers(network, "adam", 0.0, 0.0, muon_decay=0.0, captured=True), [0.0, 0.0])
