@@ -131,9 +131,11 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 def installed() -> str:
     """What the package says of its build, asked in a process of its own, which may fail."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "pydefect", "info"]
-    told = subprocess.run(command, cwd=tempfile.gettempdir(), capture_output=True, text=True)
-    return told.stdout if told.returncode == 0 else f"exit status {told.returncode}:\n{told.stderr[-2000:]}"
+    # Not `pydefect info`, which names folders too.
+    command = [sys.executable, "-X", "faulthandler", "-c"]
+    command += ["from pydefect.buildinfo import build_info; print(build_info())"]
+    told = subprocess.run(command, cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, text=True)
+    return told.stdout.strip() if told.returncode == 0 else f"exit status {told.returncode}"
 
 
 # --- Measuring ---------------------------------------------------------------------------------------------
@@ -664,7 +666,7 @@ def measure(arguments: argparse.Namespace, built: dict[str, Any]) -> int:
     import torch
 
     info = installed()
-    print(info, flush=True)
+    say(info)
     tests = run_tests(min(150.0, clock.left() / 3)) if arguments.tests else {}
     if tests:
         say(f"tests: {tests['summary']} ({tests['ended']})")

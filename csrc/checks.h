@@ -23,7 +23,7 @@ namespace pydefect {
 
 using torch::stable::Tensor;
 
-// Numbers as every locale of the calling process writes them: without separators, shortest that read back.
+// Numbers look the same in every locale: no separators, and the fewest digits that read back.
 template <typename Part>
 void append(std::string& text, const Part& part) {
   if constexpr (std::is_arithmetic_v<Part>) {

@@ -106,7 +106,7 @@ def fit(
         changes["false_alarm_rate"] = false_alarm_rate
     check_new_file(out, "--out", force)
     if checkpoint is not None:
-        ctx.obj.resume = f"the same command resumes from {checkpoint}"
+        ctx.obj.resume = f"the same command resumes from what {checkpoint} holds"
 
     import pydefect
 

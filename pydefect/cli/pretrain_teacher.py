@@ -88,7 +88,7 @@ def pretrain_teacher(
         changes["procedural"] = procedural
     check_new_file(out, "--out", force)
     if checkpoint is not None:
-        ctx.obj.resume = f"the same command resumes from {checkpoint}"
+        ctx.obj.resume = f"the same command resumes from what {checkpoint} holds"
 
     from pydefect.detector import resolve_device
     from pydefect.dual_ae import distillation

@@ -251,11 +251,12 @@ class Trainer:
         rng = np.random.default_rng((self.seed, self.step))
         augmented = jittered(images, self.preprocessing, config.jitter, rng)
         inputs = [images, features, augmented]
+        on_card = self.device.type == "cuda"
         if penalty is not None:
             # From pinned memory, so that nobody waits for the steps before to end.
-            on_card = self.device.type == "cuda"
-            inputs.append((penalty.pin_memory() if on_card else penalty).to(self.device, non_blocking=True))
-        if self.device.type == "cuda" and self._captured is None:
+            penalty = penalty.pin_memory() if on_card else penalty
+            inputs.append(penalty.to(self.device, non_blocking=True))
+        if on_card and self._captured is None:
             # Runs before the capture drop out too.
             with seeded(0, self.device):
                 self._captured = CapturedCall(self._losses_and_gradients, inputs)

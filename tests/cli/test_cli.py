@@ -183,7 +183,7 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch.setattr("pydefect.api.fit", interrupt)
     code, _, errors = call("fit", product, "--out", tmp_path / "m", "--checkpoint", tmp_path / "state")
     assert code == 130
-    assert errors == f"pydefect: interrupted; the same command resumes from {tmp_path / 'state'}\n"
+    assert errors == f"pydefect: interrupted; the same command resumes from what {tmp_path / 'state'} holds\n"
     code, _, errors = call("fit", product, "--out", tmp_path / "m")
     assert (code, errors) == (130, "pydefect: interrupted\n")
 
@@ -472,5 +472,5 @@ def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130
     assert output == ""
-    assert errors == f"pydefect: interrupted; the same command resumes from {tmp_path / 'state'}\n"
+    assert errors == f"pydefect: interrupted; the same command resumes from what {tmp_path / 'state'} holds\n"
     assert not (tmp_path / "m").exists()
