@@ -79,7 +79,8 @@ def fit(
         ``"raise"``: an unreadable image ends the work; ``"skip"``: it is left out and listed in the
         detector's ``training``.
     checkpoint
-        A folder: interrupted training goes on from there when called again, with identical results.
+        A folder: interrupted training goes on from there when called again, with identical results. Ctrl-C
+        waits for the step to end and saves it; a second one stops at once, at the last save.
     progress
         Show progress bars on standard error.
     settings

@@ -21,7 +21,7 @@ PACKAGE = Path(pydefect.__file__).parent
 FLOORS = [
     ["version", "errors", "randomness", "contexts", "cuda_graphs", "places"],
     ["config", "ops", "data", "preprocessing", "backbones"],
-    ["progress", "persistence", "heap", "metrics", "calibration"],
+    ["progress", "interruption", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "scoring", "crossfit"],
     ["detector"],
     ["feature_detector"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pydefect.baselines.detector import Context
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
+from pydefect.interruption import saved_between_steps
 
 __all__ = ["train"]
 
@@ -62,7 +62,7 @@ def train(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, amsgrad=True
     )
     history: list[float] = []
-    step, total, saved_at = 0, 0.0, time.monotonic()
+    step, total = 0, 0.0
     saved = context.checkpoint.load(context.stage) if context.checkpoint else None
     if saved is not None:
         _restore(module, optimiser, saved[0], context.device)
@@ -77,24 +77,25 @@ def train(
         epoch = len(history) + 1
         order = torch.randperm(len(indices), generator=context.generator(epoch)).tolist()
         steps = -(-len(order) // config.batch_size)
-        while step < steps:
-            chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
-            levels = cache.get([indices[image] for image in chosen], context.device)
-            value = loss(levels, context.generator(epoch, step + 1))
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()
-            optimiser.step()
-            if after_step is not None:
-                after_step()
-            total += float(value.detach())
-            # In every step: a checkpoint could not hold it.
-            if not math.isfinite(total):
-                raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
-            step += 1
-            context.report(f"epoch {epoch}", step, steps)
-            if time.monotonic() - saved_at > _CHECKPOINT_INTERVAL:
-                save()
-                saved_at = time.monotonic()
+        with saved_between_steps(save if context.checkpoint else None, _CHECKPOINT_INTERVAL) as between_steps:
+            while step < steps:
+                chosen = order[step * config.batch_size : (step + 1) * config.batch_size]
+                levels = cache.get([indices[image] for image in chosen], context.device)
+                value = loss(levels, context.generator(epoch, step + 1))
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()
+                optimiser.step()
+                if after_step is not None:
+                    after_step()
+                total += float(value.detach())
+                # In every step: a checkpoint could not hold it.
+                if not math.isfinite(total):
+                    raise PydefectError(
+                        f"training: the loss of epoch {epoch} is not finite; lower learning_rate"
+                    )
+                step += 1
+                context.report(f"epoch {epoch}", step, steps)
+                between_steps()
         history.append(total / steps)
         step, total = 0, 0.0
         save()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from pydefect.conpatch.config import ConPatchConfig
 from pydefect.conpatch.network import ConPatchNetwork, level_scales, principal_components
 from pydefect.errors import InputError, PydefectError
 from pydefect.features import FeatureCache
+from pydefect.interruption import saved_between_steps
 from pydefect.ops import hypersphere, relaxed_contrastive
 from pydefect.persistence import Checkpoint
 from pydefect.randomness import seeded
@@ -154,7 +154,6 @@ class Trainer:
         """Restore the checkpoint, or begin: untrained network, first bank (algorithm 2, line 2)."""
         self._step = 0
         self._sums = torch.zeros(2, dtype=torch.float64)
-        self._saved_at = time.monotonic()
         self.network = build_network(self.cache, self.indices, self.config, self.seed).to(self.device)
         online = [*self.network.representation.parameters(), *self.network.projection.parameters()]
         self._optimiser = torch.optim.AdamW(
@@ -206,13 +205,14 @@ class Trainer:
         batches = [
             order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)
         ]
-        while self._step < len(batches):
-            levels = self.cache.get([self.indices[i] for i in batches[self._step]], self.device)
-            self._sums += self._train_step(levels, epoch)
-            self._step += 1
-            self._report(f"epoch {epoch}", self._step, len(batches))
-            if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL:
-                self._save()
+        save = self._save if self.checkpoint else None
+        with saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps:
+            while self._step < len(batches):
+                levels = self.cache.get([self.indices[i] for i in batches[self._step]], self.device)
+                self._sums += self._train_step(levels, epoch)
+                self._step += 1
+                self._report(f"epoch {epoch}", self._step, len(batches))
+                between_steps()
         contrastive, hyper = (self._sums / len(batches)).tolist()
         if not math.isfinite(contrastive + hyper):
             raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
@@ -287,7 +287,6 @@ class Trainer:
         tensors["sums"] = self._sums
         state = {"step": self._step, "history": [vars(record) for record in self.history]}
         self.checkpoint.save(self.stage, tensors, state)
-        self._saved_at = time.monotonic()
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         def part(prefix: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -69,7 +70,7 @@ def done_ahead(
         num_workers=workers,
         prefetch_factor=ahead,
         collate_fn=_as_it_is,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin,
         # Else it would draw the processes' seeds from PyTorch's own generator.
         generator=torch.Generator(),
     )
@@ -94,6 +95,9 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _one_thread(_: int) -> None:
+def _begin(_: int) -> None:
     # A process has one image at a time, and OpenCV's threads do not survive a fork.
     cv2.setNumThreads(0)
+    # Ctrl-C in a terminal reaches every process. It is for the main one, which may have a use for what is
+    # still being made, and then ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,7 +12,8 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from pydefect.dual_ae.pdn import PDN, Size, output_size
 from pydefect.dual_ae.teacher import BackboneTeacher
 from pydefect.errors import InputError, PydefectError
 from pydefect.features import resolve_precision
+from pydefect.interruption import saved_between_steps
 from pydefect.persistence import Checkpoint, save_tensors
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pydefect.randomness import seeded
@@ -229,7 +231,7 @@ class DistillationImages:
 
     def stream(
         self, steps: range, device: torch.device, workers: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yield the windows of one step after the other.
 
         Parameters
@@ -505,7 +507,6 @@ class Distillation:
             self.network, self.config.optimiser, self.config.learning_rate, decay, muon_decay=decay
         )
         self._losses: list[float] = []
-        self._saved_at = time.monotonic()
         saved = self.checkpoint.load("teacher") if self.checkpoint else None
         if saved is None:
             self.mean, self.std = source_statistics(self.source, self.images, self.device, self.progress)
@@ -531,22 +532,28 @@ class Distillation:
         PydefectError
             The loss is no longer finite.
         """
-        for images, enlarged in self.images.stream(range(self.step, self.config.steps), self.device):
-            loss = self._train_step(images, enlarged)
-            self.step += 1
-            # In every step: a checkpoint could not hold it.
-            if not math.isfinite(loss):
-                raise PydefectError(
-                    f"distillation: the loss of step {self.step} is not finite; lower learning_rate"
-                )
-            self._losses.append(loss)
-            if self.step % _RECORD == 0 or self.step == self.config.steps:
-                self.history.append((self.step, sum(self._losses) / len(self._losses)))
-                self._losses = []
-            if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL or self.step == self.config.steps:
-                self._save()
-            if self.progress is not None:
-                self.progress("distillation", self.step, self.config.steps)
+        save = self._save if self.checkpoint else None
+        steps = range(self.step, self.config.steps)
+        with (
+            saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps,
+            closing(self.images.stream(steps, self.device)) as stream,
+        ):
+            for images, enlarged in stream:
+                loss = self._train_step(images, enlarged)
+                self.step += 1
+                # In every step: a checkpoint could not hold it.
+                if not math.isfinite(loss):
+                    raise PydefectError(
+                        f"distillation: the loss of step {self.step} is not finite; lower learning_rate"
+                    )
+                self._losses.append(loss)
+                if self.step % _RECORD == 0 or self.step == self.config.steps:
+                    self.history.append((self.step, sum(self._losses) / len(self._losses)))
+                    self._losses = []
+                between_steps()
+                if self.progress is not None:
+                    self.progress("distillation", self.step, self.config.steps)
+        self._save()
         return self.teacher()
 
     def measure(self, count: int = 64) -> dict[str, dict[str, float]]:
@@ -613,7 +620,6 @@ class Distillation:
             "history": [list(record) for record in self.history],
         }
         self.checkpoint.save("teacher", tensors, state)
-        self._saved_at = time.monotonic()
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         step = int(state["step"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from pydefect.dual_ae.network import DualNetwork
 from pydefect.dual_ae.optimisers import Optimisers
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
+from pydefect.interruption import saved_between_steps
 from pydefect.persistence import Checkpoint
 from pydefect.preprocessing import Preprocessing
 from pydefect.randomness import seeded
@@ -195,7 +196,6 @@ class Trainer:
         self._sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.device)
         self._order: tuple[int, list[int]] = (-1, [])
         self._captured: CapturedCall | None = None
-        self._saved_at = time.monotonic()
         saved = self.checkpoint.load("training") if self.checkpoint else None
         if saved is not None:
             self._restore(*saved)
@@ -212,16 +212,19 @@ class Trainer:
         assert steps is not None, "DualAEDetector.fit has chosen them"
         end = steps if until is None else min(until, steps)
         interval = max(1, steps // _RECORDS)
-        penalties = self._penalties(range(self.step, end))
-        while self.step < end:
-            self._sums += self._train_step(next(penalties)).double()
-            self.step += 1
-            if self.step % interval == 0 or self.step == steps:
-                self._record(self.step - (self.history[-1].step if self.history else 0))
-            if self.progress is not None:
-                self.progress("training", self.step, steps)
-            if time.monotonic() - self._saved_at > _CHECKPOINT_INTERVAL:
-                self._save()
+        save = self._save if self.checkpoint else None
+        with (
+            saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps,
+            closing(self._penalties(range(self.step, end))) as penalties,
+        ):
+            while self.step < end:
+                self._sums += self._train_step(next(penalties)).double()
+                self.step += 1
+                if self.step % interval == 0 or self.step == steps:
+                    self._record(self.step - (self.history[-1].step if self.history else 0))
+                if self.progress is not None:
+                    self.progress("training", self.step, steps)
+                between_steps()
         self._save()
 
     def _record(self, steps: int) -> None:
@@ -234,7 +237,7 @@ class Trainer:
         self.history.append(LossRecord(self.step, *means))
         self._sums.zero_()
 
-    def _penalties(self, steps: range) -> Iterator[Tensor | None]:
+    def _penalties(self, steps: range) -> Generator[Tensor | None, None, None]:
         if self.penalty is None:
             yield from (None for _ in steps)
             return
@@ -301,7 +304,6 @@ class Trainer:
         tensors["sums"] = self._sums
         state = {"step": self.step, "history": [vars(record) for record in self.history]}
         self.checkpoint.save("training", tensors, state)
-        self._saved_at = time.monotonic()
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         moved = {name: value.to(self.device) for name, value in tensors.items()}

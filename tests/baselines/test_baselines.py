@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import typing
 from typing import Any
 
@@ -140,6 +141,27 @@ def test_an_interrupted_fit_resumes_to_the_same_detector(products, defective, tm
         assert_same_scores(resumed.score(defective), expected.score(defective))
     with pytest.raises(InputError, match="holds another run"):
         fit(products, method, checkpoint=tmp_path / "3", seed=1)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("method", ["cfa", "reconpatch"])
+def test_ctrl_c_ends_the_step_of_those_that_train(products, tmp_path, monkeypatch, method):
+    settings = {"calibration_folds": 0, "batch_size": 1}
+    expected = fit(products, method, **settings)
+    seen = []
+
+    def report(self, description, done, total):
+        seen.append((description, done))
+        if description == "epoch 1" and done == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pydefect.progress.ProgressBars.__call__", report)
+    with pytest.raises(KeyboardInterrupt):
+        fit(products, method, checkpoint=tmp_path, **settings)
+    assert seen[-1] == ("epoch 1", 4)
+    seen.clear()
+    assert fit(products, method, checkpoint=tmp_path, **settings).training == expected.training
+    assert next(one for one in seen if one[0].startswith("epoch")) == ("epoch 1", 5)
 
 
 @every_baseline

@@ -276,6 +276,26 @@ def test_many_interruptions_change_nothing_either(cache, make_config, tmp_path, 
     assert_identical(resumed, expected)
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_ctrl_c_ends_the_step_and_loses_none(cache, make_config, tmp_path, step):
+    config = make_config(rebuild_bank="never")
+    expected = train(cache, config)
+    seen = []
+
+    def report(description: str, done: int, total: int) -> None:
+        seen.append((description, done))
+        if len(seen) == 5 + step:  # a bank of five images comes first
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, config, folder=tmp_path, progress=report)
+    assert seen[-1] == ("epoch 1", step)
+    assert_identical(train(cache, config, folder=tmp_path, progress=report), expected)
+    # The next step, or where the epoch was at its end the next one's first.
+    assert seen[5 + step] == (("epoch 1", step + 1) if step < 3 else ("epoch 2", 1))
+
+
 def test_a_finished_training_is_not_done_again(cache, make_config, tmp_path):
     expected = train(cache, make_config(), folder=tmp_path)
     again = StopAt(1)

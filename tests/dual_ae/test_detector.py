@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 
@@ -129,6 +130,26 @@ def test_a_fit_goes_on_where_it_stopped(settings, good_images, tmp_path, monkeyp
     assert all(one.grad is None for one in resumed.network.parameters())  # gradients end with the training
     with pytest.raises(InputError, match="learning_rate"):
         fit(good_images, **settings, checkpoint=tmp_path, learning_rate=1e-3)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_the_step_and_saves_it(settings, good_images, tmp_path, monkeypatch):
+    whole = fit(good_images, **settings)
+    steps = []
+
+    def report(self, description, done, total):
+        if description == "training":
+            steps.append(done)
+            if len(steps) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pydefect.progress.ProgressBars.__call__", report)
+    with pytest.raises(KeyboardInterrupt):
+        fit(good_images, **settings, checkpoint=tmp_path)
+    resumed = fit(good_images, **settings, checkpoint=tmp_path)
+    assert steps == list(range(1, settings["steps"] + 1))
+    assert resumed.calibration == whole.calibration
+    assert resumed.training == whole.training
 
 
 def test_validation_images_are_calibrated_on(settings, good_images):

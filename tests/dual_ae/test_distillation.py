@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +459,22 @@ def test_an_interrupted_run_goes_on_to_the_same_teacher(
     same = ("history", "explained_variance")
     one, other = (metadata(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert [one[key] for key in same] == [other[key] for key in same]
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_the_step_and_saves_it(tmp_path):
+    def interrupt(description: str, done: int, total: int | None) -> None:
+        if description == "distillation" and done == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    make(tmp_path / "whole.safetensors")
+    parts = tmp_path / "parts.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        make(parts, checkpoint=tmp_path / "state", progress=interrupt)
+    # Told of the second step, it ended the third.
+    assert make(parts, checkpoint=tmp_path / "state")["resumed_at_step"] == 3
+    for name, value in tensors(tmp_path / "whole.safetensors").items():
+        assert torch.equal(value, tensors(parts)[name]), name
 
 
 @pytest.mark.usefixtures("saving_every_step")

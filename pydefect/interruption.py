@@ -1,0 +1,80 @@
+"""What an interruption (Ctrl-C) of a training leaves behind: the state after its last whole step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["saved_between_steps"]
+
+
+@contextmanager
+def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Iterator[Callable[[], None]]:
+    """Save a training now and then, and once more before an interruption ends it.
+
+    A step that is cut off leaves weights, moments and random streams that belong to no step. So the first
+    interruption waits for the step to end, is answered with ``save()``, and ends the training then; a second
+    one ends it at once. On a terminal a line says so. It is Python's own handling that is put off: a program
+    with a handler of its own keeps that, and other threads than the main one get no signals.
+
+    Parameters
+    ----------
+    save
+        Keeps the state as it is between two steps. None: there is nowhere to keep it, and an interruption
+        ends the training at once.
+    interval
+        Seconds between two calls of `save`.
+
+    Yields
+    ------
+    callable
+        To be called after every step, when all of it is done.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        From what was yielded, after saving; from the end of the block, where it came after the last step.
+    """
+    interrupted = False
+    saved_at = time.monotonic()
+
+    def between_steps() -> None:
+        nonlocal saved_at
+        if save is None:
+            return
+        if interrupted or time.monotonic() - saved_at > interval:
+            save()
+            saved_at = time.monotonic()
+        if interrupted:
+            raise KeyboardInterrupt
+
+    def hold(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        if interrupted:
+            signal.default_int_handler(number, frame)
+        interrupted = True
+        if sys.stderr is not None and sys.stderr.isatty():
+            # Not print: the signal may have come in the middle of one.
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+    is_held = (
+        save is not None
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not is_held:
+        yield between_steps
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield between_steps
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
