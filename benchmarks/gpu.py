@@ -28,6 +28,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,14 @@ def build(folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the build failed:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
-    return {"seconds": round(time.monotonic() - started, 1), "arch": f"sm_{major}{minor}"}
+    compiler = subprocess.run([os.environ.get("CXX", "c++"), "--version"], stdout=subprocess.PIPE, text=True)
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "arch": f"sm_{major}{minor}",
+        # The package says so too, if it works.
+        "compiler": compiler.stdout.partition("\n")[0],
+        "pybind11": version("pybind11"),
+    }
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
@@ -135,7 +144,31 @@ def installed() -> str:
     command = [sys.executable, "-X", "faulthandler", "-c"]
     command += ["from pydefect.buildinfo import build_info; print(build_info())"]
     told = subprocess.run(command, cwd=tempfile.gettempdir(), stdout=subprocess.PIPE, text=True)
-    return told.stdout.strip() if told.returncode == 0 else f"exit status {told.returncode}"
+    if told.returncode == 0:
+        return told.stdout.strip()
+    return f"exit status {told.returncode}\n{where_it_crashes(command)}" if told.returncode < 0 else "failed"
+
+
+def where_it_crashes(command: list[str]) -> str:
+    """A debugger's view of a program that a signal ends; the machine it ends on may be gone tomorrow."""
+    debugger = shutil.which("gdb") or shutil.which("cuda-gdb")
+    if debugger is None:
+        return "(no gdb or cuda-gdb to say where)"
+    asked = ("run", "bt 40", "x/8i $pc", "info registers", "info sharedlibrary native|torch_python|stdc")
+    steps = [word for step in asked for word in ("-ex", step)]
+    try:
+        seen = subprocess.run(
+            [debugger, "--batch", *steps, "--args", *command],
+            cwd=tempfile.gettempdir(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=90,
+        )
+    except subprocess.TimeoutExpired:
+        return f"({debugger} took too long to say where)"
+    return seen.stdout[-20_000:]
 
 
 # --- Measuring ---------------------------------------------------------------------------------------------
@@ -740,7 +773,7 @@ def main() -> int:
         return measure(arguments, json.loads(arguments.built or "{}"))
     folder = arguments.build.absolute()
     built = build(folder)
-    say(f"built for {built['arch']} in {built['seconds']} s")
+    say("built: " + ", ".join(f"{what} {value}" for what, value in built.items()))
     # A process of its own that finds the package just built; what the build took is its time too.
     command = [sys.executable, __file__, "--out", str(arguments.out), "--built", json.dumps(built)]
     command += ["--seconds", str(arguments.seconds)]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def test_build_info_is_complete():
     assert info.cpu_level_active in info.cpu_levels_usable
     assert (info.nvcc is None) == (info.cuda_architectures == ())
     assert next(iter(info.as_dict())) == "version"
+
+
+def test_the_module_shares_no_types_with_others():
+    # pybind11's registry is shared by all modules that name it alike, PyTorch's and SciPy's among them.
+    names = re.findall(rb"__pybind11_internals_\w+", Path(_native.__file__).read_bytes())
+    assert names
+    assert all(b"_pydefect_" in name for name in names)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these levels are x86-64's")
