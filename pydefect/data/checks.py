@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pydefect.data.images import decode_file, read_image
+from pydefect.data.images import read_image, read_mask_values
 from pydefect.data.layouts import Dataset, Sample, read_mask
 from pydefect.errors import InputError
 
@@ -135,7 +135,7 @@ def _mask_problem(sample: Sample, size: tuple[int, int]) -> str:
     if not sample.masks:
         return ""
     try:
-        if any(decode_file(mask).shape[:2] != size for mask in sample.masks):
+        if any(read_mask_values(mask).shape != size for mask in sample.masks):
             return "of another size than its image"
         return "" if read_mask(sample, size).any() else "empty"
     except (InputError, OSError):

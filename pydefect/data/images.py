@@ -31,13 +31,13 @@ __all__ = [
     "Image",
     "ImageCollection",
     "SkippedImage",
-    "decode_file",
     "draw_image",
     "is_image_file",
     "list_image_files",
     "natural_order",
     "open_images",
     "read_image",
+    "read_mask_values",
 ]
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
@@ -261,12 +261,9 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
     """
     path = Path(path)
     data = _read_bytes(path)
-    pixels = _decode(data, path, keep_alpha=True)
+    pixels = _decode(data, path)
     if _is_png(data) and pixels.ndim == 2:
         pixels = _without_transparent_grey(pixels, data)
-    if _is_png(data) or _is_webp(data):
-        # Where alpha is kept, OpenCV applies the orientation of a TIFF, but not that of PNG and WebP.
-        pixels = _oriented(pixels, _exif_orientation(data))
     if pixels.ndim == 3:
         if pixels.shape[2] not in (3, 4):
             raise InputError(f"{path}: has {pixels.shape[2]} channels; allowed are grey, RGB and RGBA")
@@ -304,8 +301,12 @@ def draw_image(paths: Sequence[Path], rng: np.random.Generator) -> Pixels:
     return read_image(paths[int(rng.integers(len(paths)))])
 
 
-def decode_file(path: Path) -> Pixels:
-    """Decode a file without alpha, with its own bit depth and the EXIF orientation applied; for masks.
+def read_mask_values(path: Path) -> Pixels:
+    """Read the values of a mask file: above zero where something is marked.
+
+    The orientation of EXIF is applied. Of several channels the largest value counts. What is wholly
+    transparent is not marked, whatever colour is hidden there. Files that are not kept exactly (JPEG, WebP by
+    quality) have traces around every mark: only their values in the upper half are marks.
 
     Parameters
     ----------
@@ -315,14 +316,24 @@ def decode_file(path: Path) -> Pixels:
     Returns
     -------
     numpy.ndarray
-        [H, W] or [H, W, 3] BGR, of the file's type.
+        [H, W] of the file's type, 8 or 16 bits or floating point.
 
     Raises
     ------
     InputError
         If the file is missing, empty, truncated, or no image.
     """
-    return _decode(_read_bytes(path), path, keep_alpha=False)
+    data = _read_bytes(path)
+    pixels = _decode(data, path)
+    values = pixels
+    if pixels.ndim == 3:
+        colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
+        values = pixels[..., :colours].max(axis=2)
+        if colours < pixels.shape[2]:
+            values[pixels[..., -1] == 0] = 0
+    if _is_lossy(data):
+        values[values < 128] = 0
+    return values
 
 
 def is_image_file(path: Path) -> bool:
@@ -549,12 +560,13 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
+def _decode(data: bytes, path: Path) -> Pixels:
+    """[H, W] or [H, W, C] BGR or BGRA of the file's type, with the EXIF orientation applied."""
     # ANYDEPTH | ANYCOLOR keeps depth and grey and applies the EXIF orientation, but drops alpha. UNCHANGED
     # keeps alpha, and is asked for only in formats whose fourth channel is one: in BMP it is mostly unused
     # and zero.
     flags = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_ANYCOLOR
-    if keep_alpha and (_is_png(data) or _is_webp(data) or (_is_tiff(data) and not _is_cmyk_tiff(data))):
+    if _is_png(data) or _is_webp(data) or (_is_tiff(data) and not _is_cmyk_tiff(data)):
         flags = cv2.IMREAD_UNCHANGED
     if (_is_png(data) and not _png_ends(data)) or (_is_jpeg(data) and not _jpeg_ends(data)):
         # The decoders would not do: libpng writes to stderr, and OpenCV 4.10 fills up a JPEG with grey.
@@ -567,6 +579,9 @@ def _decode(data: bytes, path: Path, *, keep_alpha: bool) -> Pixels:
     if pixels is None:
         reason = "the file is damaged or cut off" if _has_known_signature(data) else "the file is no image"
         raise InputError(f"{path}: {reason} ({len(data)} bytes, could not be decoded)")
+    if _is_png(data) or _is_webp(data):
+        # Where alpha is kept, OpenCV applies the orientation of a TIFF, but not that of PNG and WebP.
+        pixels = _oriented(np.asarray(pixels), _exif_orientation(data))
     return np.asarray(pixels)
 
 
@@ -611,6 +626,10 @@ def _is_jpeg(data: bytes) -> bool:
 
 def _is_webp(data: bytes) -> bool:
     return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def _is_lossy(data: bytes) -> bool:
+    return _is_jpeg(data) or (_is_webp(data) and any(name == b"VP8 " for name, _ in _webp_chunks(data)))
 
 
 def _is_tiff(data: bytes) -> bool:

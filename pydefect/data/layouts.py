@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from pydefect.data.images import decode_file, is_image_file, list_image_files, natural_order
+from pydefect.data.images import is_image_file, list_image_files, natural_order, read_mask_values
 from pydefect.errors import InputError
 
 __all__ = [
@@ -320,8 +320,9 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     Returns
     -------
     numpy.ndarray
-        [H, W] bool: the union of the sample's masks, every value above zero being a defect, 8-bit or 16-bit.
-        All False for a good image.
+        [H, W] bool: the union of the sample's masks, every value above zero being a defect, 8-bit or 16-bit;
+        see :func:`pydefect.data.images.read_mask_values` for alpha and JPEG files. All False for a good
+        image.
 
     Raises
     ------
@@ -332,7 +333,7 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     if not sample.masks and sample.label != 0:
         raise InputError(f"{sample.image}: no mask is known for this image ({sample.defect})")
     for path in sample.masks:
-        union |= _resized(_mask_values(path) > 0, size)
+        union |= _resized(read_mask_values(path) > 0, size)
     return union
 
 
@@ -412,7 +413,7 @@ def read_regions(
     top, left, bottom, right = box or (0, 0, *size)
     regions = []
     for path in sample.masks:
-        values = _mask_values(path)
+        values = read_mask_values(path)
         marks = [int(value) for value in np.unique(values) if value]
         if len(marks) != 1 or marks[0] not in kinds:
             raise InputError(
@@ -443,11 +444,6 @@ def _defect_kind(entry: dict[str, Any]) -> DefectKind:
         allowed = "a share greater than 0 and at most 1" if relative else "a number of pixels"
         raise ValueError(f"saturation_threshold is {threshold!r}; it must be {allowed}")
     return DefectKind(entry["defect_name"], value, threshold, relative)
-
-
-def _mask_values(path: Path) -> np.ndarray[Any, Any]:
-    values = decode_file(path)
-    return values if values.ndim == 2 else values.max(axis=2)
 
 
 def _resized(

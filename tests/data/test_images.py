@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from pydefect.data.images import Image, draw_image, list_image_files, open_images, read_image
+from pydefect.data.images import (
+    Image,
+    draw_image,
+    list_image_files,
+    open_images,
+    read_image,
+    read_mask_values,
+)
 from pydefect.errors import InputError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -202,6 +209,16 @@ class TestOrientation:
         path = write(tmp_path / "a.png", np.ascontiguousarray(STORED[orientation](opaque)))
         path.write_bytes(with_png_exif(path.read_bytes(), exif(orientation)))
         np.testing.assert_array_equal(read_image(path), RGB)
+
+    @pytest.mark.parametrize("orientation", STORED)
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    def test_a_mask(self, tmp_path: Path, orientation: int, channels: int) -> None:
+        drawn = np.zeros((5, 7, 1), dtype=np.uint8)
+        drawn[0, 1:4] = drawn[3, 2] = 255
+        stored = np.repeat(STORED[orientation](drawn), channels, axis=2).squeeze()
+        path = write(tmp_path / "a.png", np.ascontiguousarray(stored))
+        path.write_bytes(with_png_exif(path.read_bytes(), exif(orientation)))
+        np.testing.assert_array_equal(read_mask_values(path), drawn[..., 0])
 
     @pytest.mark.parametrize("orientation", STORED)
     def test_webp(self, tmp_path: Path, orientation: int) -> None:

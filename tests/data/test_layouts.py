@@ -392,6 +392,34 @@ class TestMask:
         rgba[0, 1, 2] = 9
         np.testing.assert_array_equal(read_mask(self.sample(tmp_path, rgba), (1, 2)), [[False, True]])
 
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_what_is_wholly_transparent_is_not_marked(self, tmp_path: Path, dtype: type) -> None:
+        # Erased strokes keep their colour in most drawing programs.
+        rgba = np.full((1, 3, 4), np.iinfo(dtype).max, dtype=dtype)
+        rgba[0, :, 3] = (0, 1, np.iinfo(dtype).max)
+        mask = read_mask(self.sample(tmp_path, rgba), (1, 3))
+        np.testing.assert_array_equal(mask, [[False, True, True]])
+
+    @pytest.mark.parametrize("colour", [False, True])
+    @pytest.mark.parametrize(("ending", "quality"), [("jpg", 50), ("webp", 50), ("webp", 101), ("png", 3)])
+    def test_traces_of_compression_are_no_marks(
+        self, tmp_path: Path, ending: str, quality: int, colour: bool
+    ) -> None:
+        drawn = np.zeros((64, 64), dtype=np.uint8)
+        cv2.circle(drawn, (30, 28), 13, 255, -1)
+        flags = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
+        flag = flags.get(ending, cv2.IMWRITE_PNG_COMPRESSION)
+        pixels = cv2.cvtColor(drawn, cv2.COLOR_GRAY2BGR) if colour else drawn
+        encoded = cv2.imencode(f".{ending}", pixels, [flag, quality])[1]
+        sample = self.sample(tmp_path, drawn)
+        sample.masks[0].write_bytes(encoded.tobytes())
+        mask = read_mask(sample, drawn.shape)
+        lossy = ending == "jpg" or quality == 50
+        traces = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE) > 0
+        assert (np.count_nonzero(traces) > 1.1 * np.count_nonzero(drawn)) == lossy
+        # Its edge may move by half a pixel.
+        assert np.count_nonzero(mask != (drawn > 0)) <= (0.1 * np.count_nonzero(drawn) if lossy else 0)
+
     def test_another_size_is_resized_to_the_nearest(self, tmp_path: Path) -> None:
         small = np.array([[0, 255], [0, 0]], dtype=np.uint8)
         expected = np.kron(small > 0, np.ones((3, 2), dtype=bool))
