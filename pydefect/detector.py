@@ -29,7 +29,7 @@ from pydefect.version import VERSION
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Detector", "OnError", "batches", "resolve_device"]
+__all__ = ["Detector", "OnError", "batches", "check_network_inputs", "known_length", "resolve_device"]
 
 OnError = Literal["raise", "skip"]
 
@@ -101,6 +101,38 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0].unsqueeze(0)
     return torch.stack([tensor.permute(1, 2, 0) for tensor in tensors]).permute(0, 3, 1, 2)
+
+
+def check_network_inputs(images: Tensor, size: tuple[int, int] | None, device: torch.device) -> None:
+    """Refuse what a detector cannot score, or would score as something else.
+
+    Parameters
+    ----------
+    images
+        Shall be [B, 3, h, w] float32 with B >= 1.
+    size
+        (h, w) of the images that the detector was fitted on; None: those had sizes of their own.
+    device
+        The detector's.
+
+    Raises
+    ------
+    InputError
+        They are not: another type, shape, size or device.
+    """
+    if not isinstance(images, Tensor):
+        raise InputError(f"images: {type(images).__name__} given; a tensor [B, 3, h, w] is needed")
+    shape = list(images.shape)
+    if images.dim() != 4 or shape[1] != 3 or 0 in shape:
+        raise InputError(f"images: the shape {shape} given; allowed is [B, 3, h, w] with B >= 1")
+    if images.dtype != torch.float32:
+        raise InputError(f"images: {images.dtype} given; allowed is torch.float32")
+    if images.device.type != device.type:
+        raise InputError(f"images: on {images.device}; the detector computes on {device}")
+    if size is not None and tuple(shape[2:]) != size:
+        raise InputError(
+            f"images: {shape[2]} x {shape[3]} pixels given; the detector was fitted on {size[0]} x {size[1]}"
+        )
 
 
 def known_length(images: ImageCollection) -> int | None:
@@ -260,6 +292,12 @@ class Detector(ABC):
             [B] float32, >= 0.
         anomaly_maps
             [B, h, w] float32, >= 0.
+
+        Raises
+        ------
+        InputError
+            See :func:`check_network_inputs`. Nothing looks at the values, which would wait for a card: of NaN
+            some processors make scores.
         """
 
     def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprin
 from pydefect.calibration import Calibration
 from pydefect.config import MethodConfig
 from pydefect.data.images import SkippedImage, open_images
-from pydefect.detector import Detector, OnError, batches, known_length
+from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
 from pydefect.persistence import Checkpoint, save_tensors
@@ -284,6 +284,7 @@ class FeatureDetector(Detector):
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
+        check_network_inputs(images, self.preprocessing.crop or self.preprocessing.resize, self.device)
         return self.score_features(self.extractor(images), (images.shape[2], images.shape[3]))
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pydefect.backbones import ARCHITECTURES, weights_fingerprint
 from pydefect.calibration import Calibration, held_out_calibration
 from pydefect.data.images import SkippedImage, open_images
-from pydefect.detector import Detector, OnError, batches, known_length
+from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.dual_ae.augmentation import PenaltyImages
 from pydefect.dual_ae.config import DualAEConfig, EfficientADConfig, check_input_size
 from pydefect.dual_ae.frozen import ChannelStatistics, NormalisedTeacher
@@ -273,12 +273,8 @@ class DualAEDetector(Detector):
     @torch.inference_mode()
     def predict_maps(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Score a batch; the parts of the map are ``"local"`` and ``"global"``."""
-        size = (images.shape[2], images.shape[3])
-        if size != self.network.image_size:
-            height, width = self.network.image_size
-            raise InputError(
-                f"images: {size[0]} x {size[1]} pixels given; the detector was fitted on {height} x {width}"
-            )
+        size = self.network.image_size
+        check_network_inputs(images, size, self.device)
         found = self._scorer(images)
         maps = placed_maps(found, self.scales, size, self.config.padding)
         return maps["anomaly"].flatten(1).amax(1), maps

@@ -216,6 +216,24 @@ def test_images_of_another_size_are_refused(teacher_file, good_images, fitted):
         fitted.predict(torch.zeros(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 64, 72), np.float32), r"images: ndarray given; a tensor \[B, 3, h, w\] is needed"),
+        (torch.zeros(3, 64, 72), r"images: the shape \[3, 64, 72\] given; allowed is \[B, 3, h, w\]"),
+        (torch.zeros(1, 1, 64, 72), r"images: the shape \[1, 1, 64, 72\] given"),
+        (torch.zeros(0, 3, 64, 72), r"images: the shape \[0, 3, 64, 72\] given; .* with B >= 1"),
+        (torch.zeros(1, 3, 64, 72).double(), r"images: torch.float64 given; allowed is torch.float32"),
+        (torch.zeros(1, 3, 64, 72, device="meta"), "images: on meta; the detector computes on cpu"),
+    ],
+    ids=["no tensor", "no batch", "grey", "none", "double", "elsewhere"],
+)
+def test_network_inputs_are_looked_at(fitted, images, message):
+    for predict in (fitted.predict, fitted.predict_maps):
+        with pytest.raises(InputError, match=message):
+            predict(images)
+
+
 def test_what_cannot_work_is_said_before_any_work(settings, good_images, tmp_path):
     with pytest.raises(InputError, match="penalty"):
         fit(good_images, **settings, penalty=str(tmp_path / "nothing"))
