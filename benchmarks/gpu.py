@@ -605,7 +605,7 @@ def whole_paths(bench: Bench) -> None:
                 files, weights="random", device="cuda", progress=False, calibration_folds=0, **settings
             )
 
-        detector = fit(epochs=0)
+        detector = fit(epochs=0, resize=224)
         torch.manual_seed(0)
         for batch in (1, 8, 32):
             images = torch.randn(batch, 3, 224, 224, device="cuda")
