@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -71,6 +72,9 @@ def done_ahead(
         prefetch_factor=ahead,
         collate_fn=_as_it_is,
         worker_init_fn=_begin,
+        # Python 3.14 would start a server that imports the caller's script, which then has to guard its own
+        # doings by `if __name__ == "__main__"`. A fork is safe here: nothing in it touches a card.
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
         # Else it would draw the processes' seeds from PyTorch's own generator.
         generator=torch.Generator(),
     )

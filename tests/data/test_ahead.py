@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +47,24 @@ def test_nothing_is_drawn_from_the_callers_random_numbers(workers):
 def test_who_does_the_work():
     assert set(done_ahead(whose, range(4), 0)) == {os.getpid()}
     assert os.getpid() not in set(done_ahead(whose, range(4), 2))
+
+
+SCRIPT = """
+import multiprocessing
+multiprocessing.set_start_method("forkserver")  # what Python 3.14 begins with
+from pydefect.data.ahead import done_ahead
+
+print(list(done_ahead(str, range(3), 1)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot fork")
+def test_a_script_needs_no_guard(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("['0', '1', '2']\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 2])
