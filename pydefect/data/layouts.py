@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -33,6 +34,14 @@ __all__ = [
 
 GOOD = "good"
 UNKNOWN = "unknown"
+# Names of folders, in any case: of good images, which are all called GOOD here, ...
+_GOOD_NAMES = frozenset({GOOD, "normal", "ok"})
+# ... of images that are surely not good, whatever lies beside them, ...
+_DEFECTIVE_NAMES = frozenset(
+    {"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "defects", "ko", "ng", "nok"}
+)
+# ... and of masks.
+_MASK_NAMES = frozenset({"ground_truth", "mask", "masks"})
 TRAIN_SHARE = 0.8
 """Share of the good images that go to training where a data set has no official split."""
 
@@ -42,8 +51,8 @@ _MAGNETIC_TILE_GOOD = "MT_Free"
 DEFECTS_CONFIG = "defects_config.json"
 _LOOKED_FOR = (
     "looked for train/good with test (MVTec AD, MVTec LOCO AD and the like), a category beside "
-    "split_csv/1cls.csv (VisA), MT_Free/Imgs (magnetic tiles), train with test, good with folders of "
-    "defects, and plain image files"
+    "split_csv/1cls.csv (VisA), MT_Free/Imgs (magnetic tiles), train with test, good (or ok, or normal) with "
+    "folders of defects, and plain image files"
 )
 
 
@@ -145,11 +154,13 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
         - ``"visa"``: a category's folder whose parent holds ``split_csv/1cls.csv``,
         - ``"magnetic_tile"``: ``MT_Free/Imgs`` and ``MT_<defect>/Imgs``, masks being PNG files beside the
           JPEG images; 20 % of the good images, drawn with `seed`, go to the test,
-        - ``"folder"``: ``train`` and ``test`` folders without masks (``test`` flat, its labels then being
-          unknown, or with ``good`` and a folder for each defect); or ``good`` and a folder for each defect,
-          split like the magnetic tiles; or just images, recursively, all taken for good training images.
+        - ``"folder"``: ``train`` and ``test`` folders (``test`` flat, its labels then being unknown, or with
+          ``good`` and a folder for each defect); or ``good`` and a folder for each defect, split like the
+          magnetic tiles; or just images, recursively, all taken for good training images.
 
-        The first two readers take every form of mask named here, and ``<name>.png``.
+        A folder ``ok`` or ``normal``, in any case, is one called ``good``; ``mask`` or ``masks`` is one
+        called ``ground_truth``. All readers but VisA's and the magnetic tiles' take every form of mask named
+        here, ``<name>.png``, and ``<name>_mask.png`` beside the image.
     seed
         Draws the split where the data set has none of its own.
 
@@ -462,7 +473,7 @@ def _detect(root: Path) -> str:
     if _visa_rows(root.resolve().parent, root.resolve().name):
         return "visa"
     # A flat test folder has no labels, which is the case of "folder".
-    if (root / "train" / GOOD).is_dir() and (root / "test").is_dir() and _subfolders(root / "test"):
+    if _good_folders(root / "train") and (root / "test").is_dir() and _subfolders(root / "test"):
         return "mvtec_loco" if _has_loco_parts(root) else "mvtec_ad"
     if (root / _MAGNETIC_TILE_GOOD / "Imgs").is_dir():
         return "magnetic_tile"
@@ -480,34 +491,53 @@ def _is_category(folder: Path) -> bool:
 
 
 def _has_loco_parts(root: Path) -> bool:
-    masks = root / "ground_truth"
-    return (root / "validation" / GOOD).is_dir() or any(
-        _subfolders(defect) for defect in (_subfolders(masks) if masks.is_dir() else [])
+    return bool(_good_folders(root / "validation")) or any(
+        _subfolders(defect) for masks in _mask_folders(root) for defect in _subfolders(masks)
     )
 
 
 def _read_mvtec(root: Path, _seed: int) -> _Split:
-    if not (root / "train" / GOOD).is_dir():
+    if not _good_folders(root / "train"):
         raise InputError(f"root: {root} holds no folder train/good")
     if not (root / "test").is_dir():
         raise InputError(f"root: {root} holds no folder test")
-    train = _good(list_image_files(root / "train" / GOOD))
-    validation = root / "validation" / GOOD
-    test: list[Sample] = []
-    for folder in _subfolders(root / "test"):
-        images = list_image_files(folder)
-        if folder.name == GOOD:
-            test += _good(images)
-        else:
-            test += _with_masks(images, folder, root / "ground_truth" / folder.name)
-    return train, _good(list_image_files(validation)) if validation.is_dir() else [], test
+    train, validation = (_good(_images_in(_good_folders(root / part))) for part in ("train", "validation"))
+    return train, validation, _labelled(root, _subfolders(root / "test"))
 
 
-def _with_masks(images: list[Path], folder: Path, masks: Path) -> list[Sample]:
-    known = list_image_files(masks) if masks.is_dir() else []
+def _labelled(root: Path, folders: list[Path]) -> list[Sample]:
+    """The images of folders named by what is in them, with the masks below `root`."""
+    defective = [folder for folder in folders if not _is_good(folder)]
+    samples: list[Sample] = []
+    for folder in folders:
+        if _is_good(folder):
+            samples += _good(list_image_files(folder))
+            continue
+        masks = [masks / folder.name for masks in _mask_folders(root)]
+        if len(defective) == 1:
+            # One kind of defect needs no folder of masks for itself.
+            masks += [masks for masks in _mask_folders(root) if not _subfolders(masks)]
+        samples += _with_masks(folder, next((place for place in masks if place.is_dir()), None))
+    return samples
+
+
+def _with_masks(folder: Path, masks: Path | None) -> list[Sample]:
+    """The images of one defect, with masks from a folder of them, or from beside the images."""
+    files = list_image_files(folder)
+    stems = {file.with_suffix("") for file in files}
+    beside = [
+        file
+        for file in files
+        if file.stem.endswith("_mask") and file.with_name(file.stem.removesuffix("_mask")) in stems
+    ]
+    images = [file for file in files if file not in set(beside)] if beside else files
+    if masks is None and beside:
+        masks, known = folder, beside
+    else:
+        known = list_image_files(masks) if masks is not None else []
     of_image: dict[Path, list[Path]] = {}
     for mask in known:
-        place = mask.relative_to(masks)
+        place = mask.relative_to(masks or folder)
         # <name>_mask.png and <name>.png belong to the image <name>, and so does every file in the folder
         # <name>. _mask.png has no such name.
         named = place.stem.removesuffix("_mask") or place.stem
@@ -574,7 +604,7 @@ def _read_magnetic_tile(root: Path, seed: int) -> _Split:
             continue
         images = [file for file in list_image_files(folder / "Imgs") if file.suffix.lower() != ".png"]
         if folder.name == _MAGNETIC_TILE_GOOD:
-            train, good_test = _split_good(images, seed)
+            train, good_test = _split_good(root, images, seed)
             test += good_test
             continue
         for image in images:
@@ -587,44 +617,54 @@ def _read_magnetic_tile(root: Path, seed: int) -> _Split:
 def _read_folder(root: Path, seed: int) -> _Split:
     train, test = root / "train", root / "test"
     if train.is_dir() and test.is_dir():
-        good = train / GOOD
-        training = _good(list_image_files(good if good.is_dir() else train))
-        labelled = [
-            Sample(image, folder.name) for folder in _subfolders(test) for image in list_image_files(folder)
-        ]
+        good = _good_folders(train)
+        seen = _images_in(good) if good else list_image_files(train)
+        _refuse_held_out(train, seen)
+        _refuse_defective(train, seen)
         unlabelled = [Sample(image, UNKNOWN) for image in _direct_images(test)]
-        return training, [], unlabelled + labelled
-    images = list_image_files(root)
-    _refuse_held_out(root, images)
+        return _good(seen), [], unlabelled + _labelled(root, _subfolders(test))
     folders = [folder for folder in _subfolders(root) if list_image_files(folder)]
-    if (root / GOOD) not in folders or len(images) == len(list_image_files(root / GOOD)):
+    good = [folder for folder in folders if _is_good(folder)]
+    defective = [folder for folder in folders if folder not in good and not _holds_masks(folder)]
+    images = list_image_files(root)
+    if not good or not defective:
+        _refuse_held_out(root, images)
+        _refuse_defective(root, images)
         return _good(images), [], []
     if _direct_images(root):
         raise InputError(
-            f"root: {root} holds images beside its folder good; move them into good or a defect's folder"
+            f"root: {root} holds images beside its folder {good[0].name}; move them into it or into a "
+            "defect's folder"
         )
-    training, good_test = _split_good(list_image_files(root / GOOD), seed)
-    defective = [
-        Sample(image, folder.name)
-        for folder in folders
-        if folder.name != GOOD
-        for image in list_image_files(folder)
-    ]
-    return training, [], good_test + defective
+    _refuse_held_out(root, _images_in([*good, *defective]))
+    training, good_test = _split_good(root, _images_in(good), seed)
+    return training, [], good_test + _labelled(root, defective)
 
 
 def _refuse_held_out(root: Path, images: list[Path]) -> None:
-    """No image of a data set's test part, and no mask, may pass for a plain folder's good image."""
-    places = [image.relative_to(root).parent.parts for image in images]
-    for part in ("test", "ground_truth"):
+    """No image of a data set's test part, and no mask, may pass for a plain folder's image."""
+    places = [tuple(part.lower() for part in image.relative_to(root).parent.parts) for image in images]
+    for part in ("test", *sorted(_MASK_NAMES)):
         if any(part in place for place in places):
             raise InputError(
                 f"root: {root} holds folders named {part}, but no data set is known in it: {_LOOKED_FOR}"
             )
-    below_good = sum(GOOD in place[1:] for place in places)
+    below_good = sum(not _GOOD_NAMES.isdisjoint(place[1:]) for place in places)
     if 0 < below_good < len(places):
         raise InputError(
             f"root: {root} holds folders named good and others; choose the folder that holds good itself"
+        )
+
+
+def _refuse_defective(root: Path, images: list[Path]) -> None:
+    """Nor may an image in a folder of defective ones pass for a good one of the folders beside it."""
+    places = [tuple(part.lower() for part in image.relative_to(root).parent.parts) for image in images]
+    defective = {part for place in places for part in place if part in _DEFECTIVE_NAMES}
+    below_defective = sum(not _DEFECTIVE_NAMES.isdisjoint(place) for place in places)
+    if 0 < below_defective < len(places):
+        raise InputError(
+            f"root: {root} holds folders named {', '.join(sorted(defective))} beside others; call the good "
+            "images' folder good, or choose one folder"
         )
 
 
@@ -632,13 +672,40 @@ def _good(images: Iterable[Path]) -> list[Sample]:
     return [Sample(image, GOOD) for image in images]
 
 
-def _split_good(images: list[Path], seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Training and test part, each in the order given."""
-    order = np.random.default_rng(seed).permutation(len(images))
-    to_train = set(order[: round(TRAIN_SHARE * len(images))].tolist())
-    train = [image for index, image in enumerate(images) if index in to_train]
-    test = [image for index, image in enumerate(images) if index not in to_train]
+def _split_good(root: Path, images: list[Path], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and test part, each in the order given.
+
+    Every image has a place of its own in the draw: one that is added or removed moves few others to the other
+    part, where a detector that was fitted before would be measured on images that it has seen.
+    """
+
+    def drawn(image: Path) -> bytes:
+        return hashlib.sha256(f"{seed}/{image.relative_to(root).as_posix()}".encode()).digest()
+
+    to_train = set(sorted(images, key=drawn)[: round(TRAIN_SHARE * len(images))])
+    train = [image for image in images if image in to_train]
+    test = [image for image in images if image not in to_train]
     return _good(train), _good(test)
+
+
+def _is_good(folder: Path) -> bool:
+    return folder.name.lower() in _GOOD_NAMES
+
+
+def _holds_masks(folder: Path) -> bool:
+    return folder.name.lower() in _MASK_NAMES
+
+
+def _good_folders(folder: Path) -> list[Path]:
+    return [inner for inner in _subfolders(folder) if _is_good(inner)] if folder.is_dir() else []
+
+
+def _mask_folders(folder: Path) -> list[Path]:
+    return [inner for inner in _subfolders(folder) if _holds_masks(inner)]
+
+
+def _images_in(folders: list[Path]) -> list[Path]:
+    return [image for folder in folders for image in list_image_files(folder)]
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -90,6 +90,28 @@ class TestMVTec:
         with pytest.raises(InputError, match=r"hole/1.png: no mask is known"):
             read_mask(sample, (4, 4))
 
+    @pytest.mark.parametrize(
+        ("good", "masks_of"), [("ok", "ground_truth"), ("Normal", "masks"), ("OK", "Mask")]
+    )
+    def test_other_names_of_good_and_of_masks(self, tmp_path: Path, good: str, masks_of: str) -> None:
+        # BTAD: ok and ko.
+        touch(tmp_path, f"train/{good}/0.bmp", f"test/{good}/1.bmp", "test/ko/0.bmp", f"{masks_of}/ko/0.png")
+        dataset = read_dataset(tmp_path)
+        assert dataset.layout == "mvtec_ad"
+        assert [(sample.defect, sample.label) for sample in dataset.test] == [("ko", 1), ("good", 0)]
+        assert masks(dataset) == {"test/ko/0.bmp": [f"{masks_of}/ko/0.png"]}
+        assert names(defective_images(tmp_path), tmp_path) == ["test/ko/0.bmp"]
+
+    def test_masks_beside_the_images(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/good/0.png", "test/hole/0.png", "test/hole/0_mask.png", "test/hole/1_mask.png")
+        dataset = read_dataset(tmp_path)
+        # One without the image is an image.
+        assert names([sample.image for sample in dataset.test], tmp_path) == [
+            "test/hole/0.png",
+            "test/hole/1_mask.png",
+        ]
+        assert masks(dataset) == {"test/hole/0.png": ["test/hole/0_mask.png"]}
+
     def test_masks_that_fit_no_image(self, tmp_path: Path) -> None:
         touch(tmp_path, "train/good/0.png", "test/bad/0.png", "ground_truth/bad/zero.png")
         with pytest.raises(InputError, match="none of the masks fits"):
@@ -326,6 +348,57 @@ class TestFolder:
     def test_train_and_labelled_test(self, tmp_path: Path) -> None:
         touch(tmp_path, "train/0.png", "test/good/0.png", "test/bent/0.png")
         assert [sample.defect for sample in read_dataset(tmp_path).test] == ["bent", "good"]
+
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_train_and_test_with_masks(self, tmp_path: Path, flat: bool) -> None:
+        touch(tmp_path, "train/0.png", "test/good/0.png", "test/crack/0.png", "test/1.png")
+        mask = "ground_truth/0_mask.png" if flat else "ground_truth/crack/0_mask.png"
+        touch(tmp_path, mask)
+        dataset = read_dataset(tmp_path)
+        assert dataset.layout == "folder"
+        assert [sample.label for sample in dataset.test] == [None, 1, 0]
+        assert masks(dataset) == {"test/crack/0.png": [mask]}
+
+    def test_good_defects_and_masks_side_by_side(self, tmp_path: Path) -> None:
+        # anomalib's folders.
+        touch(tmp_path, *(f"good/{n}.png" for n in range(10)), "crack/0.png", "crack/1.png", "dent/0.png")
+        touch(tmp_path, "mask/crack/0.png", "mask/dent/0.png")
+        dataset = read_dataset(tmp_path)
+        assert Counter(sample.defect for sample in dataset.test) == {"good": 2, "crack": 2, "dent": 1}
+        assert masks(dataset) == {
+            "crack/0.png": ["mask/crack/0.png"],
+            "dent/0.png": ["mask/dent/0.png"],
+        }
+
+    @pytest.mark.parametrize(
+        ("good", "defective"), [("OK", "NG"), ("normal", "abnormal"), ("Good", "Scratch")]
+    )
+    def test_defective_images_are_never_learned_from(self, tmp_path: Path, good: str, defective: str) -> None:
+        touch(tmp_path, *(f"{good}/{n}.png" for n in range(5)), f"{defective}/0.png")
+        assert {path.parent.name for path in training_images(tmp_path)} == {good}
+        assert names(defective_images(tmp_path), tmp_path) == [f"{defective}/0.png"]
+
+    @pytest.mark.parametrize(("root", "seen"), [("", ""), ("train", "train/"), ("", "line/")])
+    def test_folders_of_defects_beside_folders_of_no_name_are_refused(
+        self, tmp_path: Path, root: str, seen: str
+    ) -> None:
+        touch(tmp_path, f"{seen}monday/0.png", f"{seen}NG/0.png", *(["test/good/0.png"] if root else []))
+        with pytest.raises(InputError, match="holds folders named ng beside others; call the good images'"):
+            training_images(tmp_path)
+
+    @pytest.mark.parametrize(("changed", "moved"), [("000a.png", 1), ("005.png", 1), ("more", 20)])
+    def test_a_changed_folder_moves_few_images(self, tmp_path: Path, changed: str, moved: int) -> None:
+        touch(tmp_path, *(f"good/{n:03d}.png" for n in range(100)), "hole/0.png")
+        before = set(training_images(tmp_path))
+        if changed == "more":
+            touch(tmp_path, *(f"good/{n:03d}.png" for n in range(100, 150)))
+        elif changed == "005.png":
+            (tmp_path / "good" / changed).unlink()
+        else:
+            touch(tmp_path, f"good/{changed}")
+        tested = {sample.image for sample in read_dataset(tmp_path).test}
+        # An added image changes the share by one place; of 50 new ones a fifth is tested.
+        assert len(tested & before) <= (moved if changed != "more" else 5)
 
     def test_good_beside_defects_is_split(self, tmp_path: Path) -> None:
         touch(tmp_path, *(f"good/{n}.png" for n in range(5)), "bent/0.png", "scratch/0.png")
