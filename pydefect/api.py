@@ -239,7 +239,8 @@ def evaluate(
         A folder for all that was said about every image, for reports and later analysis: scores, decisions,
         maps, times; see :mod:`pydefect.run`. An earlier run there is replaced.
     batch_size, on_error, progress
-        See :func:`score`.
+        See :func:`score`. With ``on_error="skip"`` an image whose mask cannot be read counts for the image
+        metrics only, and a warning names it.
 
     Returns
     -------

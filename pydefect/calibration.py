@@ -180,9 +180,9 @@ class Calibration:
         """Probability that a normal image scores as high, for each of some scores.
 
         Where the held-out images have scores, it is counted: (1 + number of scores at least as high) / (n +
-        1), a conformal p-value. Over the start of the :attr:`tail` the fitted distribution takes over;
-        beyond the highest held-out score it is an extrapolation, good for an order of magnitude or two.
-        The same score always gives the same probability, whatever else is scored.
+        1), a conformal p-value. Beyond the highest of them it goes on from 1 / (n + 1) as the fitted
+        :attr:`tail` falls: an extrapolation, good for an order of magnitude or two. The same score always
+        gives the same probability, whatever else is scored.
 
         Parameters
         ----------
@@ -206,9 +206,8 @@ class Calibration:
         counted = (1 + at_least) / (len(seen) + 1)
         if self.tail is None:
             return np.asarray(counted)
-        beyond = scores > self.tail.start
-        fitted = self.tail.survival(np.where(beyond, scores, self.tail.start))
-        return np.asarray(np.maximum(np.where(beyond, fitted, counted), np.finfo(np.float64).tiny))
+        beyond = self.tail.survival(np.maximum(scores, seen[-1])) / self.tail.survival(seen[-1:])
+        return np.asarray(np.maximum(counted * beyond, np.finfo(np.float64).tiny))
 
 
 def clopper_pearson(count: int, images: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -384,10 +383,14 @@ def held_out_calibration(
     Raises
     ------
     InputError
-        See :func:`conformal_threshold`; or the confidence is not between 0 and 1.
+        See :func:`conformal_threshold`; the confidence is not between 0 and 1; or scores and maxima are not
+        of equally many images.
     """
     for values in (image_scores, map_maxima):
         _check_scores(values)
+    for name, maxima in {"map_maxima": map_maxima, **(part_maxima or {})}.items():
+        if len(maxima) != len(image_scores):
+            raise InputError(f"{name}: {len(maxima)} given for {len(image_scores)} image scores")
     false_alarm_rate, confidence = check_terms(false_alarm_rate, confidence)
     n = len(image_scores)
     k = (

@@ -94,11 +94,10 @@ def score_histogram(calibration: Calibration) -> bytes:
     # Far beyond the last held-out score the extrapolation says nothing any more.
     floor = 0.01 / (len(normal) + 1)
     trusted = p_values >= floor
-    tail = calibration.tail
-    counted = trusted if tail is None else trusted & (grid <= tail.start)
+    counted = trusted if calibration.tail is None else trusted & (grid <= max(normal))
     probability.plot(grid[counted], p_values[counted], color=_NORMAL, label="counted")
-    if tail is not None:
-        fitted = trusted & (grid > tail.start)
+    if calibration.tail is not None:
+        fitted = trusted & (grid > max(normal))
         probability.plot(
             grid[fitted], p_values[fitted], color=_LINE, linestyle="-.", label="generalised Pareto tail"
         )

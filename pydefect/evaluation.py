@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,21 +137,26 @@ class _Scored:
     skipped: list[SkippedImage] = field(default_factory=list)
 
     def add(self, sample: Sample, scored: ScoredImage) -> None:
+        """Count an image; where its masks cannot be read it is not counted, and InputError raised."""
+        if sample.label == 1 and not sample.masks:
+            self.without_mask += 1
+        else:
+            self._add_pixels(sample, scored)
         self.labels.append(sample.label == 1)
         self.scores.append(scored.image_score)
         self.defects.append(sample.defect)
         self.seconds += scored.seconds
-        if sample.label == 1 and not sample.masks:
-            self.without_mask += 1
-            return
+
+    def _add_pixels(self, sample: Sample, scored: ScoredImage) -> None:
         height, width = scored.anomaly_map.shape
         top, left, bottom, right = scored.scored_box
         inside = scored.anomaly_map[top:bottom, left:right]
-        pixels = self.pixels.setdefault(sample.defect, PixelScores())
         if self.kinds is None:
-            pixels.add(inside, read_mask(sample, (height, width))[top:bottom, left:right])
+            mask = read_mask(sample, (height, width))[top:bottom, left:right]
+            self.pixels.setdefault(sample.defect, PixelScores()).add(inside, mask)
         else:
-            pixels.add(inside, regions=read_regions(sample, (height, width), self.kinds, scored.scored_box))
+            regions = read_regions(sample, (height, width), self.kinds, scored.scored_box)
+            self.pixels.setdefault(sample.defect, PixelScores()).add(inside, regions=regions)
 
     def image_metrics(self) -> DetectionMetrics:
         return detection_metrics(self.labels, self.scores)
@@ -177,6 +184,15 @@ class _Scored:
         }
 
 
+def _labelled(dataset: Dataset) -> dict[Path, Sample]:
+    """The test images with a label; none, or one kind only, is refused before hours of scoring."""
+    samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
+    if not samples:
+        raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
+    detection_metrics([sample.label == 1 for sample in samples.values()], [0.0] * len(samples))
+    return samples
+
+
 def _score(
     detector: Detector,
     dataset: Dataset,
@@ -185,11 +201,11 @@ def _score(
     progress: bool,
     on_scored: Callable[[Sample, ScoredImage], None] | None = None,
 ) -> _Scored:
-    samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
-    if not samples:
-        raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
-    # Refuses labels of one kind now, not after hours of scoring.
-    detection_metrics([sample.label == 1 for sample in samples.values()], [0.0] * len(samples))
+    samples = _labelled(dataset)
+    if len(samples) < len(dataset.test):
+        warnings.warn(
+            f"{len(dataset.test) - len(samples)} test images without a label are left out", stacklevel=3
+        )
     gathered = _Scored(read_defects_config(dataset.root))
     for scored in detector.stream(
         list(samples),
@@ -199,9 +215,17 @@ def _score(
         skipped=gathered.skipped,
     ):
         assert scored.path is not None
-        gathered.add(samples[scored.path], scored)
+        sample = samples[scored.path]
+        try:
+            gathered.add(sample, scored)
+        except InputError as error:
+            if on_error == "raise":
+                raise
+            warnings.warn(f"{error}; its image counts for the image metrics only", stacklevel=3)
+            sample = replace(sample, masks=())
+            gathered.add(sample, scored)
         if on_scored is not None:
-            on_scored(samples[scored.path], scored)
+            on_scored(sample, scored)
     return gathered
 
 
@@ -217,7 +241,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a data set's labelled test images; see :func:`pydefect.evaluate`.
 
-    `on_scored` gets every image while its maps are there; `with_curves` fills :attr:`Evaluation.curves`.
+    `on_scored` gets every image while its maps are there, without masks where they could not be read;
+    `with_curves` fills :attr:`Evaluation.curves`.
     """
     scored = _score(detector, dataset, batch_size, on_error, progress, on_scored)
     false_alarms, misses = None, None
@@ -286,10 +311,15 @@ def calibrate(
     progress: bool = False,
 ) -> Calibration:
     """Choose thresholds on labelled images; see :func:`pydefect.calibrate`."""
+    without_masks = f"dataset: {dataset.name!r} has no masks; the pixel threshold needs at least one"
+    if not any(sample.masks for sample in _labelled(dataset).values()):
+        raise InputError(without_masks)
     scored = _score(detector, dataset, batch_size, on_error, progress)
+    for skipped in scored.skipped:
+        warnings.warn(f"{skipped.name}: {skipped.reason}; left out of the calibration", stacklevel=2)
     pixels = scored.all_pixels()
-    if pixels is None:
-        raise InputError(f"dataset: {dataset.name!r} has no masks; the pixel threshold needs at least one")
+    if pixels is None:  # all that were read are empty
+        raise InputError(without_masks)
     threshold = scored.image_metrics().f1_threshold
     normal = [score for score, defective in zip(scored.scores, scored.labels, strict=True) if not defective]
     detector.calibration = Calibration(

@@ -658,7 +658,11 @@ def _as_float32(values: ArrayLike) -> NDArray[np.float32]:
 
 
 def _labelled(labels: ArrayLike, scores: ArrayLike) -> _native.ScoreSet:
-    label_array = np.asarray(labels).ravel().astype(np.bool_, copy=False)
+    given = np.asarray(labels).ravel()
+    label_array = given.astype(np.bool_, copy=False)
+    if given.dtype != np.bool_ and not np.array_equal(given, label_array):
+        odd = given[np.asarray(given != label_array)][:1].tolist()
+        raise InputError(f"labels: {odd[0]!r} is among them; allowed are True and False, or 1 and 0")
     score_array = _as_float32(scores).ravel()
     if len(label_array) != len(score_array):
         raise InputError(f"scores: {len(score_array)} given for {len(label_array)} labels")

@@ -4,6 +4,7 @@ themselves."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,9 +15,10 @@ from torch import Tensor
 
 import pydefect
 from pydefect.calibration import Calibration
-from pydefect.data.layouts import read_dataset
+from pydefect.data.layouts import Sample, read_dataset
 from pydefect.detector import Detector
 from pydefect.errors import InputError
+from pydefect.evaluation import evaluate
 from pydefect.metrics import aupro, detection_metrics, spro
 from pydefect.preprocessing import Preprocessing
 
@@ -207,6 +209,41 @@ def test_a_defect_without_its_mask_counts_for_the_image_metrics_only(written):
     assert evaluation.without_mask == 1
     assert evaluation.image == complete.image
     assert evaluation.pixel != complete.pixel
+
+
+def test_a_damaged_mask_ends_the_evaluation_or_counts_as_unknown(written):
+    mask = written / "ground_truth" / "dim" / "001_mask.png"
+    whole = mask.read_bytes()
+    mask.unlink()
+    expected = pydefect.evaluate(Brightness(), written, progress=False)
+    mask.write_bytes(whole[:40])
+    with pytest.raises(InputError, match=r"001_mask\.png: the file is damaged"):
+        pydefect.evaluate(Brightness(), written, progress=False)
+    kept = []
+    with pytest.warns(UserWarning, match=r"001_mask\.png: .*; its image counts for the image metrics only"):
+        evaluation = evaluate(
+            Brightness(),
+            read_dataset(written),
+            on_error="skip",
+            on_scored=lambda sample, _: kept.append(sample),
+        )
+    assert replace(evaluation, seconds_per_image=0, peak_rss_mb=0) == replace(
+        expected, seconds_per_image=0, peak_rss_mb=0
+    )
+    assert len(kept) == evaluation.images
+    assert [sample.image for sample in kept if sample.label and not sample.masks] == [
+        written / "test" / "dim" / "001.png"
+    ]
+
+
+def test_what_is_left_out_is_said(written):
+    dataset = read_dataset(written)
+    unknown = Sample(dataset.train[0].image, "unknown")
+    with pytest.warns(UserWarning, match="1 test images without a label are left out"):
+        pydefect.evaluate(Brightness(), replace(dataset, test=(*dataset.test, unknown)), progress=False)
+    next(written.glob("test/good/*.png")).write_bytes(b"nothing")
+    with pytest.warns(UserWarning, match=r"good/.*: the file is no image .*; left out of the calibration"):
+        pydefect.calibrate(Brightness(), written, on_error="skip", progress=False)
 
 
 def test_without_any_mask_there_are_no_pixel_metrics(written):

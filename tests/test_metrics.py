@@ -205,6 +205,9 @@ def test_any_shape_counts_flat():
         ([0, 0], [0.1, 0.2], "labels: all 2 are normal; metrics need normal and defective ones"),
         ([1, 1, 1], [0.1, 0.2, 0.3], "labels: all 3 are defective"),
         ([], [], "labels: all 0 are normal"),
+        ([0, float("nan"), 1], [0.1, 0.2, 0.3], "labels: nan is among them; allowed are True"),
+        ([-1, 1], [0.1, 0.2], "labels: -1 is among them"),
+        (["good", "hole"], [0.1, 0.2], "labels: 'good' is among them"),
     ],
 )
 @pytest.mark.parametrize(

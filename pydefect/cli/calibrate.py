@@ -148,6 +148,6 @@ def print_calibration(calibration: Calibration, asked: float) -> None:
         typer.echo(f"probabilities: counted, 1 in {images + 1} at the lowest; too few images for a tail")
     else:
         typer.echo(
-            f"probabilities: counted up to a score of {tail.start:.4g}, by a generalised Pareto tail over it "
-            f"(shape {tail.shape:.2f}, scale {tail.scale:.3g})"
+            f"probabilities: counted up to a score of {max(calibration.image_scores):.4g}, by a generalised "
+            f"Pareto tail over it (shape {tail.shape:.2f}, scale {tail.scale:.3g})"
         )
