@@ -69,8 +69,9 @@ def fit(
         ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``;
         None: the method's own, ``"resnet18"`` unless it says otherwise. For methods on a frozen backbone.
     weights
-        ``"imagenet"`` (torchvision's published file, downloaded once), the path of a ``.pth``,
-        ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``.
+        The backbone's: ``"imagenet"`` (torchvision's published file, downloaded once), the path of a
+        ``.pth``, ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``. Of no
+        account to ``"dual_ae"`` and ``"efficientad"`` unless their ``teacher`` is a backbone.
     seed
         Same images, settings, seed, machine and number of threads: same detector, on the CPU to the bit.
     device

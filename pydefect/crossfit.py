@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from pydefect.calibration import Calibration, held_out_calibration
+from pydefect.errors import PydefectError
 from pydefect.persistence import Checkpoint
 
 __all__ = ["Fold", "cross_fit", "split_folds"]
@@ -93,6 +95,11 @@ def cross_fit(
     -------
     Calibration or None
         None without folds.
+
+    Raises
+    ------
+    PydefectError
+        A score is not finite.
     """
     if not folds:
         return None
@@ -102,6 +109,11 @@ def cross_fit(
         if fold.stage in found:
             continue
         scores, maxima = score_unseen(fold)
+        if not all(map(math.isfinite, (*scores, *maxima))):
+            raise PydefectError(
+                f"{fold.title}: scores of the held-out images are not finite; lower learning_rate, if the "
+                "method has one"
+            )
         found[fold.stage] = [list(scores), list(maxima)]
         if checkpoint is not None:
             checkpoint.save("held-out", {}, found)

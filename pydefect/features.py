@@ -281,8 +281,15 @@ class FeatureCache:
             folder = tempfile.mkdtemp(prefix="pydefect-features-", dir=self._parent)
             weakref.finalize(self, shutil.rmtree, folder, True)
             self._file = open(Path(folder) / "features.float16", "w+b")  # noqa: SIM115 - lives as long as the cache
-        self._file.seek(self._on_disk * self._image_bytes)
-        self._file.write(flat.cpu().numpy().tobytes())
+        try:
+            self._file.seek(self._on_disk * self._image_bytes)
+            self._file.write(flat.cpu().numpy().tobytes())
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror} (features over cache_memory_mb go there; TMPDIR names another place)",
+                self._file.name,
+            ) from error
         self._on_disk += 1
 
     def _flat(self, index: int) -> Tensor:

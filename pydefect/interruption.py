@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 __all__ = ["saved_between_steps"]
@@ -39,7 +39,7 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
     Raises
     ------
     KeyboardInterrupt
-        From what was yielded, after saving; from the end of the block, where it came after the last step.
+        After saving: from what was yielded, or from the end of the block where it came after the last call.
     """
     interrupted = False
     saved_at = time.monotonic()
@@ -59,16 +59,17 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
         if interrupted:
             signal.default_int_handler(number, frame)
         interrupted = True
-        if sys.stderr is not None and sys.stderr.isatty():
-            # Not print: the signal may have come in the middle of one.
-            os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
+        # Whatever stands in for a terminal, or has become of it: it is the step that counts.
+        with suppress(OSError, ValueError, AttributeError):
+            if sys.stderr.isatty():
+                # Not print: the signal may have come in the middle of one.
+                os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
 
     is_held = (
-        save is not None
-        and threading.current_thread() is threading.main_thread()
+        threading.current_thread() is threading.main_thread()
         and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     )
-    if not is_held:
+    if save is None or not is_held:
         yield between_steps
         return
     signal.signal(signal.SIGINT, hold)
@@ -77,4 +78,6 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupted:
+        # After the last step, or in what the block does around it: without an error the state is whole.
+        save()
         raise KeyboardInterrupt

@@ -57,6 +57,12 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         # mkstemp makes files for the owner only; a model is an ordinary file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        if error.errno is None:
+            raise
+        # A full disk is reported of no file, or of one that is gone.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -541,10 +541,13 @@ def _pixels_of(result: Result, images: Any) -> Iterator[NDArray[Any]]:
                 )
             yield read_image(path)
         return
-    # What could not be read was left out of the result too.
-    given: Iterable[Any] = open_images(images, on_error="skip")
+    # What could not be read was left out of the result too, and so was what could not be scored.
+    left_out = {one.name for one in result.skipped}.difference(result.names)
     count = 0
-    for count, image in enumerate(given, start=1):
+    for image in open_images(images, on_error="skip"):
+        if image.name in left_out:
+            continue
+        count += 1
         if count > len(result):
             break
         yield image.pixels

@@ -24,6 +24,7 @@ from pydefect.benchmark import (
     read_results,
     render_tables,
     run_benchmark,
+    runner,
     write_tables,
 )
 from pydefect.benchmark.plan import Pair, Weights, without_places
@@ -141,6 +142,28 @@ def test_a_pair_is_known_by_what_its_figures_follow_from(data: Path, tmp_path: P
         Weights(str(tmp_path / "nowhere.npz"))
 
 
+def test_files_and_folders_are_known_by_what_is_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    teacher, photographs = Path("teacher.safetensors"), Path("photographs")
+    teacher.write_bytes(b"one")
+    photographs.mkdir()
+    (photographs / "a.png").write_bytes(b"1")
+    settings = {"teacher": "teacher.safetensors", "penalty": "photographs", "bank": "teacher.safetensors"}
+    before = without_places(settings)
+    assert before["bank"] == "teacher.safetensors"  # not a setting that names a file
+    assert without_places({**settings, "teacher": str(tmp_path / teacher)}) == before
+    teacher.write_bytes(b"two")
+    (photographs / "b.png").write_bytes(b"2")
+    after = without_places(settings)
+    for name in ("teacher", "penalty"):
+        assert after[name]["name"] == before[name]["name"]
+        assert after[name]["sha256"] != before[name]["sha256"]
+    named = {"teacher": "shipped", "penalty": "none"}
+    assert without_places(named) == named
+
+
 # -- running
 # --------------------------------------------------------------------------------------------------
 
@@ -241,6 +264,28 @@ def test_failures_interruptions_and_repetitions(
     assert run() == again
     assert len(started) == 1
     assert not (out / "runs").exists()
+
+
+SAVES = """
+import signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(1)
+signal.signal(signal.SIGINT, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_fits_are_asked_to_save_and_then_ended(monkeypatch: pytest.MonkeyPatch, saves: bool) -> None:
+    monkeypatch.setattr(runner, "_SECONDS_TO_SAVE", 30.0 if saves else 0.2)
+    code = SAVES if saves else SAVES.replace("sys.exit(1)", "pass")
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.stdout.readline() for process in processes if process.stdout] == [b"ready\n"] * 2
+    runner._end(processes)
+    assert [process.communicate()[0] for process in processes] == [b"saved\n"] * 2
+    assert {process.returncode for process in processes} == {1 if saves else -signal.SIGTERM}
 
 
 @pytest.mark.slow

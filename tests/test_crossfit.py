@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pydefect.calibration import held_out_calibration
 from pydefect.crossfit import Fold, cross_fit, split_folds
+from pydefect.errors import PydefectError
 from pydefect.persistence import Checkpoint
 
 
@@ -35,6 +36,19 @@ def test_the_calibration_is_that_of_all_held_out_scores():
     expected = held_out_calibration(list(map(float, range(7))), [10.0 * i for i in range(7)], 0.5)
     assert calibration == expected
     assert cross_fit([], score_by_index, false_alarm_rate=0.5) is None
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("where", [0, 1])
+def test_scores_that_are_not_finite_end_it(tmp_path, kept, where):
+    def diverged(fold: Fold) -> tuple[list[float], list[float]]:
+        found = score_by_index(fold)
+        found[where][0] = float("nan")
+        return found
+
+    checkpoint = Checkpoint(tmp_path, {"run": 1}) if kept else None
+    with pytest.raises(PydefectError, match="fold 1/3: scores of the held-out images are not finite; lower"):
+        cross_fit(split_folds(9, 3, 1), diverged, false_alarm_rate=0.2, checkpoint=checkpoint)
 
 
 def test_finished_folds_are_not_fitted_again(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +130,19 @@ def test_levels_of_numpy_become_numbers_that_json_knows():
 
 # -- the cache
 # -----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_says_what_was_put_there(tmp_path, monkeypatch):
+    cache = FeatureCache(0, tmp_path)
+    cache.append(levels_of(1, 0))
+
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "_file", SimpleNamespace(seek=fail, name=cache._file.name))
+    said = r"No space left on device \(features over cache_memory_mb go there; TMPDIR names .*float16"
+    with pytest.raises(OSError, match=said):
+        cache.append(levels_of(1, 1))
 
 
 @pytest.mark.parametrize("in_memory", [0, 1, 2, 5, 9])

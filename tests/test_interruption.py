@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pty
@@ -93,14 +94,36 @@ def test_one_while_it_saves_ends_that():
     assert (save.finished, saved) == ([0, 1, 2], [])
 
 
-def test_one_after_the_last_step_is_not_lost():
+def test_one_after_the_last_step_is_saved_too():
+    saved = []
+
     def train() -> None:
-        with saved_between_steps(list, 1e9) as between_steps:
+        with saved_between_steps(lambda: saved.append(1), 1e9) as between_steps:
             between_steps()
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train()
+    assert saved == [1]
+
+
+@pytest.mark.parametrize(
+    "problem", [io.UnsupportedOperation("fileno"), OSError("hung up"), ValueError("closed")]
+)
+def test_what_stands_in_for_a_terminal_harms_nothing(monkeypatch, problem):
+    class StandIn(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            raise problem
+
+    save = Saved()
+    for error_stream in (StandIn(), None):
+        monkeypatch.setattr(sys, "stderr", error_stream)
+        with pytest.raises(KeyboardInterrupt):
+            train(5, save, 1e9, interrupt_in=[2])
+    assert save == [[0, 1, 2]] * 2
 
 
 def test_an_error_of_the_step_is_what_is_raised():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -75,6 +76,17 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, 
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_is_reported_of_the_file(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(persistence.os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*model'") as caught:
+        write_atomically(tmp_path / "model", b"new")
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_interruption_leaves_the_old_file_too(tmp_path, monkeypatch):

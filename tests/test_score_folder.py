@@ -227,6 +227,17 @@ def test_images_that_are_not_the_results_are_refused(
         write_score_folder(make_result(["a.png", "b.png"]), tmp_path, images=images)
 
 
+def test_images_that_could_not_be_scored_are_passed_over(tmp_path: Path) -> None:
+    # Their pixels can be read: the crop was larger than they are.
+    images = images_for(3)
+    images.insert(1, np.zeros((8, 8, 3), np.uint8))
+    names = ["image-00000", "image-00002", "image-00003"]
+    result = make_result(names, skipped=[SkippedImage("image-00001", "smaller than the crop")])
+    write_score_folder(result, tmp_path, images=images)
+    pictures = [read_picture(tmp_path / "contours" / f"{name}.png") for name in names]
+    assert [int(picture[30, 10, 0]) for picture in pictures] == [50, 51, 52]
+
+
 def test_one_folder_has_one_pair_of_thresholds(tmp_path: Path) -> None:
     def mix() -> None:
         with ScoreFolderWriter(tmp_path) as writer:

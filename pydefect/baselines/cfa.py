@@ -48,7 +48,7 @@ class CfaConfig(FeatureConfig):
         "batch_size": (1, math.inf),
         "learning_rate": (0, math.inf),
         "weight_decay": (0, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     levels: tuple[int, ...] = (1, 2, 3)

@@ -41,7 +41,7 @@ class PaDiMConfig(FeatureConfig):
         **FeatureConfig.RANGES,
         "channels": (1, math.inf),
         "regularisation": (1e-12, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     levels: tuple[int, ...] = (1, 2, 3)

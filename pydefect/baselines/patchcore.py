@@ -36,7 +36,7 @@ class PatchCoreConfig(FeatureConfig):
         "coreset_ratio": (1e-6, 1),
         "projection_dim": (1, math.inf),
         "neighbors": (1, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     levels: tuple[int, ...] = (2, 3)

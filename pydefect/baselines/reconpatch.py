@@ -54,7 +54,7 @@ class ReConPatchConfig(FeatureConfig):
         "coreset_ratio": (1e-6, 1),
         "coreset_projection": (1, math.inf),
         "neighbors": (1, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     levels: tuple[int, ...] = (2, 3)

@@ -39,7 +39,7 @@ class SpadeConfig(FeatureConfig):
         **FeatureConfig.RANGES,
         "image_neighbors": (1, math.inf),
         "pixel_neighbors": (1, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     levels: tuple[int, ...] = (1, 2, 3)

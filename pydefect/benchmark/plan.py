@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydefect.data.images import natural_order
+from pydefect.data.images import list_image_files, natural_order
 from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, read_dataset
 from pydefect.errors import InputError
 from pydefect.registry import detector_type
@@ -200,17 +200,29 @@ class Variant:
         return dataclasses.replace(self, settings={**self.settings, **known})
 
 
+# Settings that may be a file's or folder's bare name.
+_PLACES = ("teacher", "penalty")
+
+
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a name and a file's SHA-256 in the place of every path: it says more, and on every machine."""
+    """Write a name and a SHA-256 in the place of every path: it says more, and on every machine.
+
+    A folder's is that of its files' names and sizes.
+    """
     return {
-        name: _named(value) if isinstance(value, str) and os.sep in value and Path(value).exists() else value
+        name: _named(value)
+        if isinstance(value, str) and (os.sep in value or name in _PLACES) and Path(value).exists()
+        else value
         for name, value in settings.items()
     }
 
 
 def _named(source: str) -> dict[str, Any]:
     path = Path(source)
-    return {"name": path.name, "sha256": _sha256(path) if path.is_file() else None}
+    if path.is_file():
+        return {"name": path.name, "sha256": _sha256(path)}
+    files = [[str(file.relative_to(path)), file.stat().st_size] for file in list_image_files(path)]
+    return {"name": path.name, "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
 
 
 @dataclass(frozen=True)

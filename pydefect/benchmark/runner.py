@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ __all__ = ["run_benchmark"]
 
 RESULTS, RUNS = "results.jsonl", "runs"
 _POLL_SECONDS = 0.05
+# What a fit that is interrupted gets to end its step and save it.
+_SECONDS_TO_SAVE = 20.0
 # Not ``-m``: with it Python looks for the package in the current folder first, and in a checkout would find
 # sources without their native libraries. Settings may name files relative to that folder, so it stays.
 _WORKER = """
@@ -202,11 +205,24 @@ def run_benchmark(
                     on_row(row, done, total)
             time.sleep(_POLL_SECONDS)
     finally:
-        for running in at_work:
-            running.process.terminate()
-        for running in at_work:
-            running.process.wait()
+        _end([running.process for running in at_work])
     return [{**results.row(pair.key), "label": pair.variant.label} for pair in pairs]
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Let every fit end its step and save it; end what goes on after that, or at a second Ctrl-C."""
+    deadline = time.monotonic() + _SECONDS_TO_SAVE
+    try:
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def _reason(code: int, log: Path) -> str:

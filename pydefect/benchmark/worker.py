@@ -85,7 +85,11 @@ def run_job(job: Job) -> dict[str, Any]:
     )
     row: dict[str, Any] = {
         "started": started,
-        "configuration": without_places(detector.configuration),
+        # A detector names files without their folders: what they were when it was fitted, the job knows.
+        "configuration": {
+            **without_places(detector.configuration),
+            **{name: file for name, file in without_places(job.settings).items() if isinstance(file, dict)},
+        },
         "metrics": _metrics(evaluation),
         "epochs": detector.training.get("epochs"),
         "training_images": detector.training["images"],

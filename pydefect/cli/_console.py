@@ -199,6 +199,11 @@ def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, An
     return settings
 
 
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a file lies, or would lie, in a folder or below it."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def check_new_file(path: Path, option: str, force: bool) -> None:
     """Refuse, before any work is done, to write a file that would be lost at the end or replace another.
 

@@ -17,6 +17,7 @@ from pydefect.cli._console import (
     Quiet,
     Weights,
     check_new_file,
+    is_below,
     say,
 )
 
@@ -58,6 +59,12 @@ def evaluate(
     """
     if json_file is not None:
         check_new_file(json_file, "--json", force=True)
+        if out is not None and is_below(json_file, out):
+            raise typer.BadParameter(
+                f"{json_file} lies in {out}, which is replaced as a whole; evaluation.json in it has the "
+                "same figures",
+                param_hint="--json",
+            )
 
     import pydefect
     from pydefect.persistence import write_atomically

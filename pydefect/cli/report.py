@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pydefect.cli._console import Debug, Quiet, check_new_file
+from pydefect.cli._console import Debug, Quiet, check_new_file, is_below
 
 
 def report(
@@ -48,6 +48,11 @@ def report(
     """
     if out is not None:
         check_new_file(out, "--out", force=True)
+        if is_below(out, run) and out.name != "report.html":
+            raise typer.BadParameter(
+                f"{out} lies in the run, where the page is called report.html; name a place outside",
+                param_hint="--out",
+            )
 
     from pydefect.report import write_index, write_report
     from pydefect.run import is_run, read_run

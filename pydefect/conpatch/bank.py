@@ -101,7 +101,10 @@ def _kmeans(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 class EmaBank(MemoryBank):
-    """Exponential moving average of each centre's own patch: algorithm 1 as printed."""
+    """Exponential moving average of each centre's own patch: algorithm 1 as printed, one thing apart.
+
+    The first image, of whose patches the first centres are the means, does not move them once more.
+    """
 
     def __init__(self, centres: Tensor, momentum: float) -> None:
         self.centres = centres

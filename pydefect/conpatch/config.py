@@ -71,7 +71,7 @@ class ConPatchConfig(FeatureConfig):
         "batch_size": (1, math.inf),
         "learning_rate": (0, math.inf),
         "weight_decay": (0, math.inf),
-        "smoothing": (0, math.inf),
+        "smoothing": (0, 10_000),
     }
 
     # -- input (4.1.1) -------------------------------------------------------------------------------------

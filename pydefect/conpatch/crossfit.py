@@ -163,10 +163,6 @@ class CrossFit:
                 self._finish_epoch(trainers[fold.number], fold.number, epoch, fold.held_out)
             of_folds = [self._scores[f"{fold}/{epoch}"].separation for fold in range(len(trainers))]
             separations.append(sum(of_folds) / len(of_folds))
-            if not math.isfinite(separations[epoch]):
-                raise PydefectError(
-                    f"training: distances after epoch {epoch} are not finite; lower learning_rate"
-                )
             if separations[epoch] > separations[best]:
                 best = epoch
             elif config.early_stopping and epoch - best >= config.patience:
@@ -212,6 +208,11 @@ class CrossFit:
                 scores.append(float(image_scores[0]))
                 maxima.append(float(maps.max()))
             blend = blend_distance(network, bank, self._cache, held_out, seed=self._seed, device=self._device)
+        # A checkpoint could not hold them.
+        if not all(map(math.isfinite, (*scores, *maxima, blend))):
+            raise PydefectError(
+                f"training: distances after epoch {epoch} are not finite; lower learning_rate"
+            )
         self._scores[f"{fold}/{epoch}"] = HeldOutScores(tuple(scores), tuple(maxima), blend)
         if self._checkpoint is not None:
             self._checkpoint.save("held-out", {}, {key: vars(value) for key, value in self._scores.items()})

@@ -217,6 +217,8 @@ class Trainer:
         if not math.isfinite(contrastive + hyper):
             raise PydefectError(f"training: the loss of epoch {epoch} is not finite; lower learning_rate")
         if config.rebuild_bank == "epoch":
+            # It takes a while, and an interruption then has the epoch's steps behind it.
+            self._save()
             self.bank = self._build_bank()
         record = EpochRecord(
             epoch,

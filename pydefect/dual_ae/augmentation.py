@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,10 @@ class PenaltyImages:
 
     @property
     def identity(self) -> str:
-        """What the images are, for a checkpoint: ``"procedural"``, or the folder's files' names."""
-        return "procedural" if self._files is None else "\n".join(path.name for path in self._files)
+        """What the images are, for a checkpoint: ``"procedural"``, or a digest of the files' names."""
+        if self._files is None:
+            return "procedural"
+        return hashlib.sha256("\n".join(path.name for path in self._files).encode()).hexdigest()
 
     def __call__(self, step: int, count: int) -> Tensor:
         """Return the images of a step.

@@ -378,9 +378,7 @@ def _load_teacher(
             network.load_state_dict(state)
     else:
         # The file's name in a model file says nothing about where it is now: `weights` does.
-        moved = weights if weights is not None and not Path(config.teacher).is_file() else config.teacher
-        named = SHIPPED_TEACHER if config.teacher == SHIPPED_TEACHER else moved
-        network = load_teacher(state or named, config.size, **how)
+        network = load_teacher(state or weights or config.teacher, config.size, **how)
     return NormalisedTeacher(network.to(device), precision)
 
 

@@ -7,6 +7,8 @@ later with identical results.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import os
 import platform
@@ -40,6 +42,7 @@ from pydefect.errors import InputError, PydefectError
 from pydefect.features import resolve_precision
 from pydefect.interruption import saved_between_steps
 from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.places import check_file_writable
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pydefect.randomness import seeded
 
@@ -510,6 +513,8 @@ class Distillation:
         saved = self.checkpoint.load("teacher") if self.checkpoint else None
         if saved is None:
             self.mean, self.std = source_statistics(self.source, self.images, self.device, self.progress)
+            # Of 2,000 windows through a large source they take long.
+            self._save()
         else:
             self._restore(*saved)
 
@@ -748,7 +753,7 @@ def pretrain_teacher(
     Raises
     ------
     InputError
-        An argument is not allowed, or an image cannot be read.
+        An argument is not allowed, `out` cannot be written, or an image cannot be read.
     WeightsNotFoundError
         The weights are not there.
 
@@ -758,6 +763,9 @@ def pretrain_teacher(
     """
     if source not in ARCHITECTURES:
         raise InputError(f"source: {source!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
+    if os.path.isdir(out):
+        raise InputError(f"out: {os.fspath(out)!r} is a folder; name a file in it")
+    check_file_writable(out, "out")
     if not images:
         settings.setdefault("procedural", 1.0)
     device = torch.device(device)
@@ -802,7 +810,9 @@ def _identity(
     """What a checkpoint is of; when the rate falls may change until it does (see ``decay``)."""
     settings = {name: value for name, value in config.to_dict().items() if name not in ("steps", "decay")}
     files = [[path.name, path.stat().st_size] for path in (*images.training, *images.held_out)]
-    return {**settings, "seed": seed, "source": source, "weights": fingerprint, "images": files}
+    # A digest: the names of a million files would be a part of every checkpoint.
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return {**settings, "seed": seed, "source": source, "weights": fingerprint, "images": digest}
 
 
 def _thinned(history: Sequence[tuple[int, float]], records: int = 60) -> list[tuple[int, float]]:

@@ -211,7 +211,7 @@ class Trainer:
         steps = self.config.steps
         assert steps is not None, "DualAEDetector.fit has chosen them"
         end = steps if until is None else min(until, steps)
-        interval = max(1, steps // _RECORDS)
+        interval = math.ceil(steps / _RECORDS)
         save = self._save if self.checkpoint else None
         with (
             saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps,

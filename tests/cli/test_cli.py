@@ -317,6 +317,19 @@ def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp
     assert all(defect in output for defect in DEFECTS)
 
 
+def test_nothing_else_is_put_into_a_run(product: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "flange"
+    code, _, errors = call(
+        "evaluate", model, product, "--out", out, "--json", out / "figures.json", "--quiet"
+    )
+    assert code == 2
+    assert "which is replaced as a whole" in errors
+    assert not out.exists()
+    code, _, errors = call("report", out, "--out", out / "page.html", "--quiet")
+    assert code == 2
+    assert "lies in the run, where the page is called report.html" in errors
+
+
 def test_evaluate_keeps_a_run(product: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "flange"
     code, _, errors = call("evaluate", model, product, "--out", out, "--quiet")

@@ -188,11 +188,12 @@ def test_a_diverging_training_says_so(cache, make_config):
         train(cache, config)
 
 
-def test_weights_that_overflow_after_the_last_loss_say_so(products):
+@pytest.mark.parametrize("kept", [False, True])
+def test_weights_that_overflow_after_the_last_loss_say_so(products, tmp_path, kept):
     """No detector could be saved with what was found. An epoch of one step: its loss comes before."""
     settings = {"weights": "random", "resize": 64, "epochs": 1, "learning_rate": 1e30, "progress": False}
     with pytest.raises(PydefectError, match=r"distances after epoch 1 are not finite; lower learning_rate"):
-        pydefect.fit(products[:3], **settings, device="cpu")
+        pydefect.fit(products[:3], **settings, device="cpu", checkpoint=tmp_path if kept else None)
 
 
 # -- every setting
@@ -294,6 +295,24 @@ def test_ctrl_c_ends_the_step_and_loses_none(cache, make_config, tmp_path, step)
     assert_identical(train(cache, config, folder=tmp_path, progress=report), expected)
     # The next step, or where the epoch was at its end the next one's first.
     assert seen[5 + step] == (("epoch 1", step + 1) if step < 3 else ("epoch 2", 1))
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_while_the_bank_is_built_keeps_the_epochs_steps(cache, make_config, tmp_path):
+    config = make_config(rebuild_bank="epoch", epochs=1)
+    expected = train(cache, config)
+    seen = []
+
+    def report(description: str, done: int, total: int) -> None:
+        seen.append((description, done))
+        if len(seen) == 5 + 3 + 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cache, config, folder=tmp_path, progress=report)
+    assert seen[-1] == ("memory bank", 2)
+    assert_identical(train(cache, config, folder=tmp_path, progress=report), expected)
+    assert seen[10:] == [("memory bank", image) for image in range(1, 6)]
 
 
 def test_a_finished_training_is_not_done_again(cache, make_config, tmp_path):

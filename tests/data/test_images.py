@@ -367,6 +367,9 @@ class TestFolders:
     def test_list_of_paths_keeps_its_order_and_names(self, tmp_path: Path) -> None:
         paths = [str(write(tmp_path / name, RGB)) for name in ("10.png", "2.png")]
         assert [image.name for image in open_images(paths)] == paths
+        assert [image.name for image in open_images(np.array(paths))] == paths
+        as_paths = np.array([Path(path) for path in paths], dtype=object)
+        assert [image.path for image in open_images(as_paths)] == list(as_paths)
 
 
 class TestArrays:

@@ -112,7 +112,10 @@ def test_penalty_images_of_a_folder(tmp_path):
     grey = [(one.amax(0) - one.amin(0)).max() < 1e-5 for one in channels]
     assert 4 <= sum(grey) <= 22
     assert torch.equal(source(7, 1), images[7:8])
-    assert source.identity == "0.png\n1.png\n2.png"
+    before = source.identity
+    assert before == PenaltyImages(str(tmp_path), PREPROCESSING, (16, 16), 3, 1).identity
+    (tmp_path / "2.png").write_bytes(path.read_bytes())
+    assert before != PenaltyImages(str(tmp_path), PREPROCESSING, (32, 40), 0, 1).identity
 
 
 def test_a_damaged_penalty_image_is_named_and_another_taken(tmp_path):

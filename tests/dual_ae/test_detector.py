@@ -94,6 +94,17 @@ def test_a_saved_detector_scores_as_before(fitted, good_images, teacher_file, tm
         pydefect.load(tmp_path / "part.safetensors", weights=tmp_path / "other.safetensors")
 
 
+def test_weights_that_are_given_win_over_a_file_of_the_teachers_name(
+    fitted, teacher_file, tmp_path, monkeypatch
+):
+    fitted.save(tmp_path / "part.safetensors", include_backbone=False)
+    save_file(PDN().state_dict(), tmp_path / teacher_file.name)
+    monkeypatch.chdir(tmp_path)
+    pydefect.load("part.safetensors", weights=teacher_file)
+    with pytest.raises(ModelFileError, match="not the teacher"):
+        pydefect.load("part.safetensors", weights=teacher_file.name)
+
+
 def test_efficientad_is_the_method_without_additions(settings, good_images, tmp_path):
     detector = fit(good_images, method="efficientad", **settings, held_out_share=0.2)
     assert isinstance(detector, EfficientADDetector)

@@ -461,6 +461,34 @@ def test_an_interrupted_run_goes_on_to_the_same_teacher(
     assert [one[key] for key in same] == [other[key] for key in same]
 
 
+def test_the_sources_statistics_are_not_measured_twice(tmp_path, monkeypatch):
+    make(tmp_path / "whole.safetensors")
+    with pytest.raises(StopError):
+        make(tmp_path / "parts.safetensors", checkpoint=tmp_path / "state", progress=stop_at(1))
+    monkeypatch.setattr(distillation, "source_statistics", None)
+    make(tmp_path / "parts.safetensors", checkpoint=tmp_path / "state")
+    whole, parts = (tensors(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_the_place_of_the_teacher_is_looked_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "build_backbone", None)
+    with pytest.raises(InputError, match=r"out: '.*' is a folder; name a file in it"):
+        make(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out: "):
+        make(tmp_path / "file" / "teacher.safetensors")
+
+
+def test_a_checkpoint_does_not_name_every_file(tmp_path, folder):
+    make(tmp_path / "teacher.safetensors", images=[folder], checkpoint=tmp_path / "state")
+    (state,) = (tmp_path / "state").iterdir()
+    assert next(folder.rglob("*.png")).name.encode() not in state.read_bytes()
+    (folder / "another.png").write_bytes(next(folder.rglob("*.png")).read_bytes())
+    with pytest.raises(InputError, match=r"holds another run \(it differs in images\)"):
+        make(tmp_path / "teacher.safetensors", images=[folder], checkpoint=tmp_path / "state")
+
+
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_step_and_saves_it(tmp_path):
     def interrupt(description: str, done: int, total: int | None) -> None:
