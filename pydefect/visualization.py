@@ -9,6 +9,7 @@ paints the noise of a good product as red as the defect of a bad one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -279,11 +280,15 @@ def shrink(
     if factor >= 1:
         return picture, scores, scored_box
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    block = np.ones((int(np.ceil(1 / factor)),) * 2, dtype=np.uint8)
+    # Blocks go right and down from where they begin. That is counted in whole numbers: INTER_NEAREST rounds
+    # its factor, and a block that begins one too early may leave out the last before the next.
+    rows, columns = np.arange(size[1]) * height // size[1], np.arange(size[0]) * width // size[0]
+    block = np.ones((math.ceil(height / size[1]), math.ceil(width / size[0])), dtype=np.uint8)
+    highest = cv2.dilate(scores, block, anchor=(0, 0))[np.ix_(rows, columns)]
     top, left, bottom, right = scored_box
     return (
         _as_picture(cv2.resize(picture, size, interpolation=cv2.INTER_AREA)),
-        cv2.resize(cv2.dilate(scores, block), size, interpolation=cv2.INTER_NEAREST).astype(np.float32),
+        np.asarray(highest, dtype=np.float32),
         (
             round(top * size[1] / height),
             round(left * size[0] / width),

@@ -14,6 +14,7 @@ from pydefect.visualization import (
     heat_map,
     overlay,
     shared_scale,
+    shrink,
     to_rgb8,
 )
 
@@ -247,3 +248,28 @@ def test_parts_of_the_map_stand_over_the_heat_map():
     assert row > 30
     with pytest.raises(InputError, match="global"):
         comparison_sheet(images, maps, part_maps={"global": maps[:1]}, cell=64)
+
+
+def test_a_smaller_map_keeps_every_hot_pixel_where_it_belongs() -> None:
+    rng = np.random.default_rng(0)
+    for height, width, edge in rng.integers(1, 200, (1000, 3)).tolist():
+        anomaly_map = np.zeros((height, width), np.float32)
+        row, column = int(rng.integers(height)), int(rng.integers(width))
+        anomaly_map[row, column] = 10
+        picture, small, _ = shrink(grey(height, width), anomaly_map, (0, 0, height, width), edge)
+        assert small.dtype == np.float32
+        assert small.shape == picture.shape[:2]
+        hot = np.argwhere(small == 10)
+        assert 1 <= len(hot) <= 4
+        assert np.count_nonzero(small) == len(hot)
+        belongs = (np.array([row, column]) + 0.5) * small.shape / anomaly_map.shape
+        assert np.abs(hot + 0.5 - belongs).max() <= 1
+
+
+@pytest.mark.parametrize(("large", "small"), [(22, 18), (26, 10), (225, 25), (128, 127)])
+def test_a_smaller_map_loses_no_row_and_no_column(large: int, small: int) -> None:
+    # A factor that is rounded passes over one of 22 rows where 18 are to stay.
+    for place in range(large):
+        anomaly_map = np.zeros((large, large), np.float32)
+        anomaly_map[place, large - 1 - place] = 10
+        assert shrink(grey(large, large), anomaly_map, (0, 0, large, large), small)[1].max() == 10
