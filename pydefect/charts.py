@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,7 +173,7 @@ def curves(
     Parameters
     ----------
     named
-        At most four curves by their names; the area goes into the legend.
+        Curves by their names; the area goes into the legend. Twelve can be told apart.
     x_label, y_label
         What the axes are.
     limit
@@ -185,11 +186,12 @@ def curves(
     str
         See :func:`scores_by_label`.
     """
-    figure = _page_figure()
+    figure = _page_figure(legend=len(named) + (point is not None))
     axes = figure.subplots()
-    styles = ((_PAGE_NORMAL, "-"), (_PAGE_DEFECTIVE, "--"), (_INK, ":"), (_PAGE_NORMAL, "-."))
-    for (name, curve), (colour, dashes) in zip(named.items(), styles, strict=False):
-        axes.plot(curve.x, curve.y, dashes, color=colour, linewidth=2, label=f"{name} ({curve.area:.4f})")
+    # Three colours and four dashes meet in every pair before one comes again.
+    colours, dashes = cycle((_PAGE_NORMAL, _PAGE_DEFECTIVE, _INK)), cycle(("-", "--", ":", "-."))
+    for (name, curve), colour, dash in zip(named.items(), colours, dashes, strict=False):
+        axes.plot(curve.x, curve.y, dash, color=colour, linewidth=2, label=f"{name} ({curve.area:.4f})")
     if point is not None:
         axes.plot(
             *point,
@@ -209,10 +211,12 @@ def curves(
     return _svg(figure)
 
 
-def _page_figure() -> Figure:
+def _page_figure(legend: int = 0) -> Figure:
+    """A figure that grows with its legend, in two columns, where that would leave the axes no room."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(4.1, 3.2), layout="constrained")
+    rows = -(-legend // 2)
+    return Figure(figsize=(4.1, 3.2 + 0.21 * max(0, rows - 3)), layout="constrained")
 
 
 def _svg(figure: Figure) -> str:
