@@ -243,8 +243,8 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
     """Read the pixels of one image file.
 
     Grey becomes three equal channels, transparent pixels are shown over white, the orientation of EXIF (TIFF:
-    of the file's own tag) is applied, 16-bit values are divided by 65535. Of a file with several pages the
-    first is read.
+    of the file's own tag) is applied, 16-bit values are divided by 65535. TIFF files in which zero is white
+    are no negatives. Of a file with several pages the first is read.
 
     Parameters
     ----------
@@ -584,6 +584,9 @@ def _decode(data: bytes, path: Path) -> Pixels:
     if _is_png(data) or _is_webp(data):
         # Where alpha is kept, OpenCV applies the orientation of a TIFF, but not that of PNG and WebP.
         pixels = _oriented(np.asarray(pixels), _exif_orientation(data))
+    if _is_white_zero_tiff(data) and pixels.ndim == 2 and pixels.dtype != np.uint8:
+        # Of 1 and 8 bits libtiff has made black 0; all others come as they lie in the file.
+        pixels = _negative(np.asarray(pixels))
     return np.asarray(pixels)
 
 
@@ -638,9 +641,17 @@ def _is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*")
 
 
+_PHOTOMETRIC_INTERPRETATION = 262
+
+
 def _is_cmyk_tiff(data: bytes) -> bool:
-    photometric_interpretation, separated = 262, 5
-    return _tiff_short(data, photometric_interpretation) == separated
+    separated = 5
+    return _tiff_short(data, _PHOTOMETRIC_INTERPRETATION) == separated
+
+
+def _is_white_zero_tiff(data: bytes) -> bool:
+    white_is_zero = 0
+    return _is_tiff(data) and _tiff_short(data, _PHOTOMETRIC_INTERPRETATION) == white_is_zero
 
 
 def _has_known_signature(data: bytes) -> bool:
@@ -708,6 +719,11 @@ def _tiff_short(data: bytes, tag: int) -> int | None:
     except struct.error:
         return None
     return None
+
+
+def _negative(pixels: Pixels) -> Pixels:
+    white = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
+    return np.asarray(white - pixels)
 
 
 def _oriented(pixels: Pixels, orientation: int) -> Pixels:

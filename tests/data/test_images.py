@@ -59,20 +59,35 @@ def packed(row: np.ndarray, bits: int) -> bytes:
     return np.packbits(every.ravel()).tobytes()
 
 
+def tiff(size: tuple[int, int], tags: dict[int, int | list[int]], content: bytes) -> bytes:
+    """A TIFF file of one strip, little endian. Tags hold 16-bit numbers."""
+    height, width = size
+    start = 8 + 2 + 12 * (len(tags) + 6) + 4
+    strip = start + sum(2 * len(value) for value in tags.values() if isinstance(value, list))
+    tags |= {256: width, 257: height, 259: 1, 273: strip, 278: height, 279: len(content)}
+    directory = values = b""
+    for tag, value in sorted(tags.items()):
+        if isinstance(value, list):
+            directory += struct.pack("<HHII", tag, 3, len(value), start + len(values))
+            values += struct.pack(f"<{len(value)}H", *value)
+        else:
+            directory += struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + values + content
+
+
 def rgba_tiff(rgba: np.ndarray, extra_samples: int) -> bytes:
     """What OpenCV does not write: a TIFF file that says what its alpha is, associated (1) or not (2)."""
-    height, width, _ = rgba.shape
     formats = {"u": 1, "f": 3}[rgba.dtype.kind]
-    values = struct.pack("<4H4H", *[8 * rgba.dtype.itemsize] * 4, *[formats] * 4)
-    entries = [(256, width), (257, height), (258, None), (259, 1), (262, 2), (273, None), (277, 4)]
-    entries += [(278, height), (279, rgba.nbytes), (338, extra_samples), (339, None)]
-    start = 8 + 2 + 12 * len(entries) + 4
-    places = {258: (3, 4, start), 339: (3, 4, start + 8), 273: (4, 1, start + 16)}
-    directory = b"".join(
-        struct.pack("<HHII", tag, *places.get(tag, (4 if tag == 279 else 3, 1, value)))
-        for tag, value in entries
-    )
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + values + rgba.tobytes()
+    depths = [8 * rgba.dtype.itemsize] * 4
+    tags = {258: depths, 262: 2, 277: 4, 338: extra_samples, 339: [formats] * 4}
+    return tiff(rgba.shape[:2], tags, rgba.tobytes())
+
+
+def grey_tiff(grey: np.ndarray, bits: int, photometric: int) -> bytes:
+    """What OpenCV does not write: a grey TIFF file whose zero is white (0) or black (1)."""
+    formats = {"u": 1, "f": 3}[grey.dtype.kind]
+    content = b"".join(packed(row, bits) for row in grey) if bits < 8 else grey.tobytes()
+    return tiff(grey.shape, {258: bits, 262: photometric, 277: 1, 339: formats}, content)
 
 
 # How an upright image is stored under each EXIF orientation.
@@ -146,6 +161,23 @@ class TestFormats:
         # Of 8 bits, colours and products are cut to whole numbers.
         full, tolerance = (255, 1.5) if kind == "uint8" else (1, 1e-4)
         np.testing.assert_allclose(pixels, full * expected, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize(
+        ("kind", "bits", "full"),
+        [("uint8", 1, 1), ("uint8", 8, 255), ("uint16", 16, 65535), ("float32", 32, 1), ("float64", 64, 1)],
+    )
+    def test_a_tiff_is_the_same_picture_whether_black_or_white_is_zero(
+        self, tmp_path: Path, kind: str, bits: int, full: int
+    ) -> None:
+        grey = np.array([[0, 1, 0, 0, 1, 1, 0, 1], [0.2, 0.4, 0.6, 0.8, 1, 0, 0, 0]])[: 1 if bits == 1 else 2]
+        for photometric, values in ((0, 1 - grey), (1, grey)):
+            path = tmp_path / f"{photometric}.tif"
+            path.write_bytes(grey_tiff((values * full).round(6).astype(kind), bits, photometric))
+            pixels = read_image(path)
+            assert pixels.dtype == ("uint8" if kind == "uint8" else "float32")
+            np.testing.assert_allclose(pixels[..., 0], grey * (255 if kind == "uint8" else 1), atol=1e-6)
+            # A mask marks what is not black.
+            np.testing.assert_array_equal(read_mask_values(path) > 0, grey > 0)
 
     @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
     def test_a_transparent_grey_of_a_png_is_shown_over_white(self, tmp_path: Path, bits: int) -> None:
