@@ -25,10 +25,12 @@ __all__ = ["DataWarning", "check_dataset"]
 Kind = Literal["unreadable", "leak", "near_leak", "contradiction", "repeated", "size", "mask"]
 
 _THUMBNAIL = 32
-# Of the distance that is usual between a test image and the training image most like it. Another format, size
+# Of the distance that is usual between an image and the training image most like it. Another format, size
 # or exposure of one photograph stays below it: 0.02 to 0.25 on the four shared sets. Photographs of different
 # products that lie in the same place do not: 0.5 and more.
 _NEAR = 0.25
+# So many training images are enough to know what is usual among them.
+_MOST_COMPARED = 1000
 # Up to this share of the images, other sizes than the usual one are the exception and named one by one.
 _ODD_SIZES = 0.1
 
@@ -87,7 +89,10 @@ def check_dataset(dataset: Dataset) -> list[DataWarning]:
     -----
     Nearly equal images are found by the distance of their grey thumbnails of 32x32 pixels, brought to mean 0
     and variance 1: a test image is reported where that distance to a training image is less than a quarter of
-    the median over all test images. Shifts and crops of one photograph are not found.
+    what is usual. That is the median over the training images, each compared with the others, or over the
+    test images, whichever is larger: the first holds where most of the test part leaks, the second where the
+    training part is full of near copies itself. Where both is so (frames of a film), copies cannot be told
+    from neighbours and are not found; nor are shifts and crops of one photograph.
     """
     # OpenCV decodes outside of Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -155,13 +160,15 @@ def _unreadable(images: list[_Seen]) -> Iterable[DataWarning]:
 def _leaks(train: list[_Seen], test: list[_Seen]) -> Iterable[DataWarning]:
     train = [image for image in train if not image.problem]
     test = [image for image in test if not image.problem]
-    known = {image.digest: image.name for image in reversed(train)}
-    equal = [(image.name, known[image.digest]) for image in test if image.digest in known]
+    known: dict[bytes, _Seen] = {}
+    for image in train:
+        known.setdefault(image.digest, image)
+    equal = [(image.name, known[image.digest].name) for image in test if image.digest in known]
     if equal:
         yield DataWarning(
             "leak", f"{_count(equal, 'test image')} can be found among the training images.", tuple(equal)
         )
-    near = [pair for pair in _near_pairs(train, test) if pair[0] not in dict(equal)]
+    near = _near_pairs(list(known.values()), [image for image in test if image.digest not in known])
     if near:
         yield DataWarning(
             "near_leak",
@@ -172,19 +179,37 @@ def _leaks(train: list[_Seen], test: list[_Seen]) -> Iterable[DataWarning]:
 
 
 def _near_pairs(train: list[_Seen], test: list[_Seen]) -> list[tuple[str, str]]:
-    if len(train) < 2 or len(test) < 2:
+    """Test images, and the training image that each nearly is.
+
+    Equal pixels must have been sorted out, within the training part too: they would pass for what is usual.
+    """
+    if not train or not test:
         return []
     there, here = (np.stack([image.thumbnail for image in images]) for images in (train, test))
-    # Both have mean 0 and variance 1, so that the mean squared difference is 2 - 2 * correlation.
-    distance = np.sqrt(np.maximum(2 - 2 * (here @ there.T) / there.shape[1], 0))
+    distance = _distance(here, there)
     nearest = distance.argmin(axis=1)
     found = distance[np.arange(len(test)), nearest]
-    limit = _NEAR * float(np.median(found))
+    limit = _NEAR * max(float(np.median(found)), _usual_distance(there))
     return [
         (image.name, train[other].name)
         for image, other, its in zip(test, nearest.tolist(), found.tolist(), strict=True)
         if its < limit
     ]
+
+
+def _usual_distance(thumbnails: NDArray[np.float32]) -> float:
+    """The median distance of thumbnails [n, d] to the most like of the others; 0 where there is but one."""
+    if len(thumbnails) < 2:
+        return 0.0
+    compared = np.arange(0, len(thumbnails), -(-len(thumbnails) // _MOST_COMPARED))
+    distance = _distance(thumbnails[compared], thumbnails)
+    distance[np.arange(len(compared)), compared] = np.inf
+    return float(np.median(distance.min(axis=1)))
+
+
+def _distance(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+    # Both have mean 0 and variance 1, so that the mean squared difference is 2 - 2 * correlation.
+    return np.asarray(np.sqrt(np.maximum(2 - 2 * (one @ other.T) / one.shape[1], 0)), dtype=np.float32)
 
 
 def _contradictions(test: list[_Seen]) -> Iterable[DataWarning]:

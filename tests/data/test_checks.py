@@ -62,6 +62,66 @@ def test_the_same_photograph_in_another_form_is_found(product, change):
     assert found(product)["near_leak"].images == (("test/good/100.png", "train/good/007.png"),)
 
 
+def smaller_copy(photograph: Path, path: Path) -> None:
+    pixels = cv2.resize(cv2.imread(str(photograph)), (102, 102), interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, 80])
+
+
+def named(numbers: list[int]) -> tuple[tuple[str, str], ...]:
+    return tuple((f"test/good/{100 + number}.jpg", f"train/good/{number:03}.png") for number in numbers)
+
+
+def test_copies_are_found_where_all_good_test_images_are_copies(product):
+    for path in (product / "test/good").iterdir():
+        path.unlink()
+    for number in range(10):
+        smaller_copy(product / f"train/good/{number:03}.png", product / f"test/good/{100 + number}.jpg")
+    assert found(product)["near_leak"].images == named(list(range(10)))
+
+
+def test_one_test_image_is_enough_to_be_found(product):
+    for path in (product / "test").rglob("*.png"):
+        path.unlink()
+    smaller_copy(product / "train/good/004.png", product / "test/good/104.jpg")
+    assert found(product)["near_leak"].images == named([4])
+
+
+def test_exact_copies_do_not_hide_near_ones(product):
+    for number in range(12):
+        shutil.copy(product / f"train/good/{number:03}.png", product / f"test/good/{200 + number}.png")
+    # Nor do training images that are there twice.
+    shutil.copytree(product / "train/good", product / "train/good/again")
+    for number in range(3):
+        smaller_copy(product / f"train/good/{number:03}.png", product / f"test/good/{100 + number}.jpg")
+    warnings = found(product)
+    assert len(warnings["leak"].images) == 12
+    assert warnings["near_leak"].images == named([0, 1, 2])
+
+
+def test_frames_of_a_film_are_not_taken_for_copies(product):
+    """Training images that nearly repeat one another, and test images as near to them as these are."""
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pixels = cv2.imread(str(product / f"train/good/{number:03}.png"))
+        for frame in range(4):
+            moved = np.roll(pixels, rng.integers(-2, 3, 2), (0, 1)) * rng.uniform(0.97, 1.03)
+            moved = np.clip(moved + rng.normal(0, 2, moved.shape), 0, 255).astype(np.uint8)
+            part = "test" if frame == 0 else "train"
+            cv2.imwrite(str(product / part / f"good/frame-{number}-{frame}.png"), moved)
+    for path in (product / "test").rglob("*.png"):
+        if not path.name.startswith("frame"):
+            path.unlink()
+    assert found(product) == {}
+
+
+def test_one_training_image_is_compared_too(product):
+    for number in range(1, 12):
+        (product / f"train/good/{number:03}.png").unlink()
+    assert found(product) == {}
+    smaller_copy(product / "train/good/000.png", product / "test/good/100.jpg")
+    assert found(product)["near_leak"].images == named([0])
+
+
 def test_damaged_files_are_named_and_do_not_stop_the_check(product):
     for name in ("train/good/000.png", "test/good/001.png"):
         (product / name).write_bytes((product / name).read_bytes()[:50])
