@@ -30,10 +30,11 @@ OUTCOMES = {
 }
 """What can come of an image, the errors first."""
 
-# All pictures of a page share so many pixels: at 0.2 to 0.4 bytes each the page stays under 15 MB, whatever
-# the run. A single one has between these numbers.
+# All pictures of a page share so many pixels: at 0.2 to 0.4 bytes each the page stays under about 15 MB. A
+# single one has between these numbers: what is smaller shows nothing, so that the page grows from 3,900
+# pictures on, by 4 KB each.
 _PAGE_PIXELS = 36_000_000
-_FEWEST_PIXELS, _MOST_PIXELS = 192**2, 512**2
+_FEWEST_PIXELS, _MOST_PIXELS = 96**2, 512**2
 _QUALITY = 80
 # In pixels of the pictures: what an outline may leave out.
 _OUTLINE_TOLERANCE = 0.6

@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import pydefect
 from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
 from pydefect.errors import InputError
-from pydefect.report import write_index, write_report
+from pydefect.report import gallery, write_index, write_report
 from pydefect.report.gallery import OUTCOMES, Thresholds, cards
 from pydefect.run import Run, read_run
 
@@ -136,6 +137,19 @@ def test_fewer_pictures_leave_out_the_unremarkable_ones(run, tmp_path):
     assert len(shown) == 3
     assert {card["data-outcome"] for card in shown} <= {"miss", "false_alarm"}
     assert f"{len(run.images) - 3} images" in page.words
+
+
+@pytest.mark.parametrize("count", [1, 36, 400, 970, 5000])
+def test_the_pictures_of_a_page_share_its_pixels(run, monkeypatch, count):
+    """Of so many cards as they would be drawn: a photograph, the heat map, the local and the global map."""
+    asked = []
+    monkeypatch.setattr(gallery, "_card", lambda run, index, thresholds, scale, pixels: asked.append(pixels))
+    large = SimpleNamespace(images=run.images[:1] * count, map_names=run.map_names)
+    cards(large, Thresholds.of(run), count, lambda done, total: None)
+    assert len(asked) == count
+    assert min(asked) >= 96**2
+    # Where even the smallest are too many, they are the smallest.
+    assert round(4 * sum(asked)) <= max(36_000_000, 4 * count * 96**2)
 
 
 def test_warnings_about_data_and_model_are_shown(colours, tmp_path):
