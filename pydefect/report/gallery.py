@@ -32,7 +32,7 @@ OUTCOMES = {
 
 # All pictures of a page share so many pixels: at 0.2 to 0.4 bytes each the page stays under about 15 MB. A
 # single one has between these numbers: what is smaller shows nothing, so that the page grows from 3,900
-# pictures on, by 4 KB each.
+# pictures on.
 _PAGE_PIXELS = 36_000_000
 _FEWEST_PIXELS, _MOST_PIXELS = 96**2, 512**2
 _QUALITY = 80
