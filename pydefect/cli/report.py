@@ -48,15 +48,15 @@ def report(
     """
     if out is not None:
         check_new_file(out, "--out", force=True)
-        if is_below(out, run) and out.name != "report.html":
-            raise typer.BadParameter(
-                f"{out} lies in the run, where the page is called report.html; name a place outside",
-                param_hint="--out",
-            )
 
     from pydefect.report import write_index, write_report
     from pydefect.run import is_run, read_run
 
+    if out is not None and is_run(run) and is_below(out, run) and out.name != "report.html":
+        raise typer.BadParameter(
+            f"{out} lies in the run, where the page is called report.html; name a place outside",
+            param_hint="--out",
+        )
     if is_run(run) or not run.is_dir():
         page = write_report(read_run(run, data=data), out, images=images, progress=not quiet)
     elif out is not None or data is not None:

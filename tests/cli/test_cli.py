@@ -325,15 +325,15 @@ def test_nothing_else_is_put_into_a_run(product: Path, model: Path, tmp_path: Pa
     assert code == 2
     assert "which is replaced as a whole" in errors
     assert not out.exists()
-    code, _, errors = call("report", out, "--out", out / "page.html", "--quiet")
-    assert code == 2
-    assert "lies in the run, where the page is called report.html" in errors
 
 
 def test_evaluate_keeps_a_run(product: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "flange"
     code, _, errors = call("evaluate", model, product, "--out", out, "--quiet")
     assert code == 0, errors
+    code, _, errors = call("report", out, "--out", out / "page.html", "--quiet")
+    assert code == 2
+    assert "lies in the run, where the page is called report.html" in errors
     run = read_run(out)
     assert run.facts["method"] == "conpatch"
     assert run.map_names == ("anomaly",)
