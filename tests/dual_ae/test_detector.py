@@ -145,6 +145,7 @@ def test_a_fit_goes_on_where_it_stopped(settings, good_images, tmp_path, monkeyp
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_step_and_saves_it(settings, good_images, tmp_path, monkeypatch):
+    settings = {**settings, "additions": "none"}
     whole = fit(good_images, **settings)
     steps = []
 

@@ -406,6 +406,12 @@ def saving_every_step(monkeypatch):
     monkeypatch.setattr(distillation, "_CHECKPOINT_INTERVAL", -1.0)
 
 
+@pytest.fixture
+def without_measuring(monkeypatch):
+    """What takes most of the time, where it is the teacher that counts."""
+    monkeypatch.setattr(distillation.Distillation, "measure", lambda _: {})
+
+
 def tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -422,6 +428,7 @@ def make(out: Path, **how: Any) -> dict[str, Any]:
     return pretrain_teacher(out, source="resnet18", weights="random", **settings)
 
 
+@pytest.mark.usefixtures("without_measuring")
 @pytest.mark.parametrize("context", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_the_callers_context_changes_no_teacher(tmp_path, context):
     make(tmp_path / "plain.safetensors")
@@ -461,6 +468,7 @@ def test_an_interrupted_run_goes_on_to_the_same_teacher(
     assert [one[key] for key in same] == [other[key] for key in same]
 
 
+@pytest.mark.usefixtures("without_measuring")
 def test_the_sources_statistics_are_not_measured_twice(tmp_path, monkeypatch):
     make(tmp_path / "whole.safetensors")
     with pytest.raises(StopError):
@@ -480,6 +488,7 @@ def test_the_place_of_the_teacher_is_looked_at_first(tmp_path, monkeypatch):
         make(tmp_path / "file" / "teacher.safetensors")
 
 
+@pytest.mark.usefixtures("without_measuring")
 def test_a_checkpoint_does_not_name_every_file(tmp_path, folder):
     make(tmp_path / "teacher.safetensors", images=[folder], checkpoint=tmp_path / "state")
     (state,) = (tmp_path / "state").iterdir()
@@ -489,7 +498,7 @@ def test_a_checkpoint_does_not_name_every_file(tmp_path, folder):
         make(tmp_path / "teacher.safetensors", images=[folder], checkpoint=tmp_path / "state")
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "without_measuring")
 def test_ctrl_c_ends_the_step_and_saves_it(tmp_path):
     def interrupt(description: str, done: int, total: int | None) -> None:
         if description == "distillation" and done == 2:
