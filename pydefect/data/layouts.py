@@ -214,7 +214,8 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     ------
     InputError
         If there is nothing at `path`, no training images are found, or the folder holds a ``test`` or
-        ``ground_truth`` folder but no training part that could be told from it.
+        ``ground_truth`` folder but no training part that could be told from it, or a folder of defective
+        images (``NG``, ``bad``, ...) beside folders of which nothing is known.
 
     Examples
     --------
@@ -643,7 +644,7 @@ def _read_folder(root: Path, seed: int) -> _Split:
 
 def _refuse_held_out(root: Path, images: list[Path]) -> None:
     """No image of a data set's test part, and no mask, may pass for a plain folder's image."""
-    places = [tuple(part.lower() for part in image.relative_to(root).parent.parts) for image in images]
+    places = _folders_of(root, images)
     for part in ("test", *sorted(_MASK_NAMES)):
         if any(part in place for place in places):
             raise InputError(
@@ -658,7 +659,7 @@ def _refuse_held_out(root: Path, images: list[Path]) -> None:
 
 def _refuse_defective(root: Path, images: list[Path]) -> None:
     """Nor may an image in a folder of defective ones pass for a good one of the folders beside it."""
-    places = [tuple(part.lower() for part in image.relative_to(root).parent.parts) for image in images]
+    places = _folders_of(root, images)
     defective = {part for place in places for part in place if part in _DEFECTIVE_NAMES}
     below_defective = sum(not _DEFECTIVE_NAMES.isdisjoint(place) for place in places)
     if 0 < below_defective < len(places):
@@ -666,6 +667,11 @@ def _refuse_defective(root: Path, images: list[Path]) -> None:
             f"root: {root} holds folders named {', '.join(sorted(defective))} beside others; call the good "
             "images' folder good, or choose one folder"
         )
+
+
+def _folders_of(root: Path, images: list[Path]) -> list[tuple[str, ...]]:
+    """The names of the folders between `root` and each image, in small letters."""
+    return [tuple(part.lower() for part in image.relative_to(root).parent.parts) for image in images]
 
 
 def _good(images: Iterable[Path]) -> list[Sample]:
