@@ -1,15 +1,16 @@
-"""The public face: fit, score, evaluate, calibrate, load."""
+"""The public face: fit, score, evaluate, calibrate, load, export_onnx."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pydefect import evaluation, run
+from pydefect import evaluation, onnx_export, run
 from pydefect.calibration import Calibration
 from pydefect.contexts import for_training
 from pydefect.data.layouts import (
@@ -28,7 +29,7 @@ from pydefect.places import check_writable
 from pydefect.registry import METHODS, detector_type
 from pydefect.scoring import Result
 
-__all__ = ["calibrate", "evaluate", "fit", "load", "score"]
+__all__ = ["calibrate", "evaluate", "export_onnx", "fit", "load", "score"]
 
 
 def fit(
@@ -401,3 +402,48 @@ def load(
             f"model: {os.fspath(path)!r} is damaged or of another version of pydefect "
             f"({metadata.get('version')}): {error}"
         ) from error
+
+
+def export_onnx(
+    detector: Detector | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    image_size: int | Sequence[int] | None = None,
+    batch_size: int = 1,
+) -> None:
+    """Write a fitted detector as an ONNX file, for programs without Python and PyTorch; see ``docs/onnx.md``.
+
+    The graph takes ``images``, [batch_size, H, W, 3] uint8 RGB, and gives ``image_scores`` [batch_size] and
+    ``anomaly_maps`` [batch_size, h, w] float32 at the network input's size; the dual autoencoder's also
+    ``local_maps`` and ``global_maps``. The file's metadata hold ``method``, ``preprocessing`` (JSON),
+    ``image_threshold``, ``pixel_threshold``, and for the parts ``local_threshold`` and ``global_threshold``.
+
+    Parameters
+    ----------
+    detector
+        A fitted detector on the CPU, or the path of a saved one.
+    path
+        The file to write, atomically; an existing one is replaced.
+    image_size
+        (height, width) of the images, or one number for a square; None: any, which the graph resizes as the
+        detector does. At the detector's own size the graph has no resize in it, which some runtimes lack.
+    batch_size
+        Images at a time, fixed.
+
+    Raises
+    ------
+    InputError
+        An argument is not allowed; a package that writes ONNX is missing (the extra ``onnx`` names them);
+        the detector resizes nothing and no size is given, or is larger than an ONNX file can be.
+    ModelFileError
+        ``detector`` is a path and no model file.
+    PydefectError
+        The file, run by ONNX Runtime on an image of noise, does not agree with the detector; then nothing is
+        written.
+
+    Notes
+    -----
+    The graph computes in float32. Scores of a detector that was fitted in bfloat16 differ by what that rounds
+    (see ``docs/conpatch.md``), those of a float32 one by the order of sums.
+    """
+    onnx_export.export_onnx(_detector(detector), path, image_size=image_size, batch_size=batch_size)

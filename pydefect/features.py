@@ -97,7 +97,7 @@ class PatchFeatureExtractor(nn.Module):
     ----------
     backbone
         As given, for saving. Images go through a copy of it in the form that runs fastest, made when the
-        first one comes.
+        first one comes; only what is exported is the backbone itself, in float32.
 
     References
     ----------
@@ -138,6 +138,8 @@ class PatchFeatureExtractor(nn.Module):
             One [B, C_level, H_level, W_level] a level at its native resolution, channels last in memory;
             borders count as zeros in the average (``count_include_pad``), as in CFA's code.
         """
+        if torch.compiler.is_exporting():
+            return [self._averaged(level) for level in self.backbone(images, self.levels)]
         if self._folded is None or self._folded.device != images.device:
             self._folded = FoldedResNet(self.backbone, _DTYPES[self.precision])
         # As many images at a time as there are threads: that is what keeps all of them busy, and the maps in

@@ -128,27 +128,53 @@ class Preprocessing:
                 f"pixels are {pixels.dtype} of shape {list(pixels.shape)}; they must be uint8 or float32 "
                 "[H, W, 3]"
             )
-        height, width, _ = pixels.shape
+        # Pixels that may not be written to are copied: PyTorch, which knows no such memory, would warn.
+        return self.apply(torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None])[0]
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """Resize, crop and normalise images of one size.
+
+        Parameters
+        ----------
+        images
+            [B, H, W, 3] RGB; uint8 in 0..255 or float32 in 0..1, contiguous.
+
+        Returns
+        -------
+        torch.Tensor
+            [B, 3, h, w] float32, as a call of this object makes of each.
+
+        Raises
+        ------
+        InputError
+            If the images are smaller than the crop.
+        """
+        height, width = images.shape[1:3]
         self.output_size((height, width))
-        # Channels stay last, as the pixels come and as the backbone reads. Pixels that may not be written to
-        # are copied: PyTorch, which knows no such memory, would warn.
-        image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)
-        if image.dtype == torch.uint8:
-            image = image.float().div_(255)
-        if self.resize is not None and self.resize != (height, width):
-            image = torch.nn.functional.interpolate(
-                image[None], self.resize, mode="bilinear", antialias=True, align_corners=False
-            )[0]
+        # Channels stay last, as the pixels come and as the backbone reads.
+        images = images.permute(0, 3, 1, 2)
+        if images.dtype == torch.uint8:
+            images = images.float().div_(255)
+        # A size that an exported graph leaves open is no int, and may be any.
+        if self.resize is not None and not (isinstance(height, int) and self.resize == (height, width)):
+            if torch.compiler.is_exporting():
+                rows, columns = _resize_matrix(self.resize[0], height), _resize_matrix(self.resize[1], width)
+                images = rows @ images @ columns.T
+            else:
+                images = torch.nn.functional.interpolate(
+                    images, self.resize, mode="bilinear", antialias=True, align_corners=False
+                )
         if self.crop is not None:
             top, left = self._crop_offset((height, width))
-            image = image[:, top : top + self.crop[0], left : left + self.crop[1]]
+            images = images[:, :, top : top + self.crop[0], left : left + self.crop[1]]
         # Whole rows with a mean for each of their numbers: an inner loop over three would be slow.
-        rows = image.permute(1, 2, 0).reshape(image.shape[1], -1)
+        rows = images.permute(0, 2, 3, 1).flatten(2)
         mean, std = (
-            torch.tensor(values, dtype=torch.float32).repeat(image.shape[2])
+            torch.tensor(values, dtype=torch.float32).repeat(images.shape[3])
             for values in (self.mean, self.std)
         )
-        return rows.sub(mean).div_(std).reshape(image.shape[1], -1, 3).permute(2, 0, 1)
+        normalised: torch.Tensor = rows.sub(mean).div_(std).unflatten(2, (-1, 3))
+        return normalised.permute(0, 3, 1, 2)
 
     def output_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """Size of the network input for an image.
@@ -306,6 +332,19 @@ class Preprocessing:
         height, width = self._resized(original_size)
         crop_height, crop_width = self.output_size(original_size)
         return (height - crop_height) // 2, (width - crop_width) // 2
+
+
+def _resize_matrix(size: int, length: int) -> torch.Tensor:
+    """What PyTorch's antialiased interpolation does along one axis, as a [size, length] matrix.
+
+    For exported graphs: there are runtimes that have a resize but take no notice of its antialiasing.
+    """
+    pixels = torch.arange(length, dtype=torch.float32) + 0.5
+    # Of the pixels, for a graph's open length is no number to compare with another.
+    scale = (pixels[-1] + 0.5) / size
+    centres = (torch.arange(size, dtype=torch.float32) + 0.5) * scale
+    weights = (1 - (centres[:, None] - pixels).abs() / scale.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _first_centre(border: int, resized: int, original: int) -> int:

@@ -26,7 +26,7 @@ FLOORS = [
     ["detector"],
     ["feature_detector"],
     ["baselines", "conpatch", "dual_ae", "evaluation"],
-    ["registry", "run"],
+    ["onnx_export", "registry", "run"],
     ["api"],
     ["benchmark"],
     ["visualization", "charts"],

@@ -253,3 +253,24 @@ def test_json_round_trip(sizes: dict[str, object]) -> None:
 def test_dictionary_with_other_keys() -> None:
     with pytest.raises(InputError, match="keys"):
         Preprocessing.from_dict({"resize": 256})
+
+
+class _Applied(torch.nn.Module):
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.preprocessing.apply(images)
+
+
+@pytest.mark.parametrize("size", [(90, 50), (17, 23), (40, 61), (1, 200)])
+def test_an_exported_graph_resizes_alike(size: tuple[int, int]) -> None:
+    """Exported graphs resize by matrix products, for not every runtime has PyTorch's antialiasing."""
+    preprocessing = Preprocessing.create((40, 36), (30, 36))
+    images = torch.randint(
+        0, 256, (2, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    got = torch.export.export(_Applied(preprocessing), (images,)).module()(images)
+    # Weights and sums of a few numbers in 0..1 in float32, divided by 0.22.
+    torch.testing.assert_close(got, preprocessing.apply(images), rtol=0, atol=1e-5)

@@ -17,6 +17,7 @@ from pydefect.cli.benchmark import benchmark
 from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
+from pydefect.cli.export import export
 from pydefect.cli.fit import fit
 from pydefect.cli.info import info
 from pydefect.cli.pretrain_teacher import pretrain_teacher
@@ -43,6 +44,7 @@ app.command()(benchmark)
 app.command()(info)
 app.command()(demo)
 app.command()(pretrain_teacher)
+app.command()(export)
 
 
 def _print_version(value: bool) -> None:
@@ -67,6 +69,7 @@ def _pydefect(
     pydefect report RUN                              show what `evaluate --out RUN` found, as a page
     pydefect benchmark --data DATASETS --out TABLE   compare methods over data sets
     pydefect calibrate MODEL --normal GOOD_IMAGES    set how often good images may raise an alarm
+    pydefect export MODEL --out FILE.onnx            for programs without Python
 
     Exit codes: 0; 2 for a wrong call or bad input; 1 for any other failure; 130 when interrupted.
     """

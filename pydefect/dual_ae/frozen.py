@@ -103,4 +103,6 @@ class NormalisedTeacher:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map [B, 3, H, W] to the normalised T, [B, 384, h, w] in float32 or the teacher's precision."""
+        if torch.compiler.is_exporting():
+            return self.normalise(self.network(images))
         return self.normalise(self.describe(images)) if self._normalised is None else self._normalised(images)

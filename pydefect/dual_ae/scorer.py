@@ -58,12 +58,14 @@ class Scorer:
     Parameters
     ----------
     network
-        Its weights are copied: later changes to them are not seen.
+        Its weights are copied: later changes to them are not seen. Only what is exported is the network
+        itself, in float32.
     teacher
         Normalised; student and autoencoders compute with its precision.
     """
 
     def __init__(self, network: DualNetwork, teacher: NormalisedTeacher) -> None:
+        self._network = network
         self._teacher = teacher
         dtype = DTYPES[teacher.precision]
         self._student = FoldedSequence(network.student, dtype)
@@ -97,13 +99,18 @@ class Scorer:
         return tuple(torch.cat(maps) for maps in zip(*parts, strict=True))
 
     def _differences(self, images: Tensor) -> tuple[Tensor, ...]:
-        first, second = self._student(images).split(PDN_CHANNELS, dim=1)
+        if torch.compiler.is_exporting():
+            described: Tensor = self._network.student(images)
+            _, fused = self._network.reconstruct(images)
+        else:
+            described = self._student(images)
+            outputs = [
+                reunion(autoencoder(images))
+                for autoencoder, reunion in zip(self._autoencoders, self._reunions, strict=True)
+            ]
+            fused = outputs if self._fusion is None else self._fusion(*outputs)
+        first, second = described.split(PDN_CHANNELS, dim=1)
         local = _mean_square(self._teacher(images), first)
-        outputs = [
-            reunion(autoencoder(images))
-            for autoencoder, reunion in zip(self._autoencoders, self._reunions, strict=True)
-        ]
-        fused = outputs if self._fusion is None else self._fusion(*outputs)
         second = second.to(fused[0].dtype)
         return local, *(_mean_square(one, second) for one in fused)
 

@@ -50,8 +50,11 @@ def load_cuda_library() -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Tell whether this build has native kernels for tensors on `device`."""
-    return device.type in _with_kernels
+    """Tell whether this build has native kernels for tensors on `device`, and may use them.
+
+    What is being exported shall run where there are none of ours.
+    """
+    return device.type in _with_kernels and not torch.compiler.is_exporting()
 
 
 def require_kernels(device: torch.device) -> None:

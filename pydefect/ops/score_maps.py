@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
@@ -73,19 +73,21 @@ def score_maps(
         return scores, maps
     check_arguments(distances, size, sigma)
     scores = patch_scores(distances, certainty)
-    rows = _upsample_and_smooth(scores.shape[1], size[0], sigma).to(scores)
-    columns = _upsample_and_smooth(scores.shape[2], size[1], sigma).to(scores)
+    rows, columns = (
+        torch.from_numpy(_upsample_and_smooth(length, pixels, sigma)).to(scores)
+        for length, pixels in zip(scores.shape[1:], size, strict=True)
+    )
     return scores, rows @ scores @ columns.T
 
 
 @lru_cache(maxsize=64)
-def _upsample_and_smooth(length: int, size: int, sigma: float) -> Tensor:
-    """Both steps along one axis as a [size, length] matrix, float64."""
-    identity = torch.eye(length, dtype=torch.float64)
-    matrix = F.interpolate(identity.unsqueeze(0), size=size, mode="linear", align_corners=False)[0].T.numpy()
+def _upsample_and_smooth(length: int, size: int, sigma: float) -> NDArray[np.float64]:
+    """Both steps along one axis as a [size, length] matrix."""
+    places = ((np.arange(size) + 0.5) * (length / size) - 0.5).clip(0, length - 1)
+    matrix = np.maximum(0.0, 1 - np.abs(places[:, None] - np.arange(length)))
     if sigma > 0:
         matrix = gaussian_filter1d(matrix, sigma, axis=0, mode="reflect", truncate=4.0)
-    return torch.from_numpy(np.ascontiguousarray(matrix))
+    return np.ascontiguousarray(matrix)
 
 
 @torch.library.register_fake("pydefect::score_maps")

@@ -1,0 +1,228 @@
+"""Detectors as ONNX files: what ONNX Runtime makes of the file against what the detector says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pydefect
+from pydefect import onnx_export
+from pydefect.data.images import open_images
+from pydefect.detector import Detector
+from pydefect.errors import InputError, ModelFileError, PydefectError
+from pydefect.ops import knn, score_maps
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+# Both sides compute in float32 but sum in another order, thousands of products a value; roots of distances
+# and quotients of scores multiply that by a small number. A wrong layout, border or interpolation is off by a
+# hundredth and more.
+_TOLERANCE = 1e-3
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "conpatch": {},
+    "patchcore": {},
+    "padim": {},
+    "spade": {"image_neighbors": 3, "pixel_neighbors": 3},
+    "cfa": {"epochs": 1},
+    "reconpatch": {"epochs": 1},
+    "dual_ae": {"steps": 3, "precision": "float32"},
+    "efficientad": {"steps": 3, "precision": "float32"},
+}
+
+
+def run(path: Path | bytes, images: np.ndarray) -> list[np.ndarray]:
+    content = path.read_bytes() if isinstance(path, Path) else path
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(None, {"images": images})
+    return found
+
+
+def assert_agrees(path: Path, detector: Detector, images: Sequence[np.ndarray], tolerance: float) -> None:
+    for image in images:
+        scores, maps = detector.predict_maps(detector.preprocessing(image)[None])
+        found = run(path, image[None])
+        for expected, got in zip([scores, *maps.values()], found, strict=True):
+            assert got.shape == expected.shape
+            np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * float(expected.max()))
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+@pytest.mark.parametrize("method", _SMALL)
+def test_the_file_says_what_the_detector_says(
+    method: str, products: list[np.ndarray], defective: list[np.ndarray], tmp_path: Path
+) -> None:
+    settings = {"resize": (64, 72), **_SMALL[method]}
+    if method not in ("dual_ae", "efficientad"):
+        settings |= {"backbone_precision": "float32", "calibration_folds": 2}
+    detector = pydefect.fit(products, method=method, weights="random", progress=False, **settings)
+    path = tmp_path / "model.onnx"
+    pydefect.export_onnx(detector, path)
+    # Larger and smaller than what the network sees, and another shape: the graph resizes as the package does.
+    larger = [np.kron(image, np.ones((2, 3, 1), dtype=np.uint8)) for image in defective[:1]]
+    assert_agrees(path, detector, [products[0], *defective, *larger, defective[0][:37, :41]], _TOLERANCE)
+
+
+def test_a_real_product(bottle: Path, resnet18_weights: Path, tmp_path: Path) -> None:
+    """As people fit it: at 256 x 256, and in bfloat16 where the processor has that."""
+    train = [image.pixels for image in open_images(bottle / "train" / "good")][:24]
+    detector = pydefect.fit(train, weights=str(resnet18_weights), calibration_folds=0, progress=False)
+    path = tmp_path / "bottle.onnx"
+    pydefect.export_onnx(detector, path, image_size=256)
+    test = [image.pixels for image in open_images(bottle / "test")][::20]
+    # bfloat16 keeps 8 bits, and its errors average out over the hundreds of channels of a distance.
+    assert_agrees(path, detector, test, 2e-2)
+
+
+def test_the_face_of_the_file(colours: type[Detector], tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / "colours.onnx"
+    pydefect.export_onnx(colours(), path, batch_size=2)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} <= {""}
+    session = onnxruntime.InferenceSession(path)
+    (images,) = session.get_inputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", [2, "height", "width", 3])
+    names = ["image_scores", "anomaly_maps", "local_maps", "global_maps"]
+    assert [output.name for output in session.get_outputs()] == names
+    assert [output.shape for output in session.get_outputs()] == [[2], *[[2, 40, 40]] * 3]
+    kept = session.get_modelmeta().custom_metadata_map
+    assert kept["method"] == "colours"
+    assert float(kept["image_threshold"]) == 0.75
+    assert float(kept["pixel_threshold"]) == 0.5
+    assert json.loads(kept["preprocessing"])["resize"] == [40, 40]
+    # What a user of the file writes, and what the package says of the same images.
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 90, 50, 3), dtype=np.uint8)
+    pixels[0, :, :, 0] //= 2
+    scores = run(path, pixels)[0]
+    result = pydefect.score(colours(), pixels, progress=False)
+    assert list(scores > float(kept["image_threshold"])) == list(result.is_defective) == [False, True]
+
+
+def test_parts_have_their_thresholds(colours: type[Detector], tmp_path: Path) -> None:
+    detector = colours()
+    images = list(np.random.default_rng(0).integers(0, 256, (9, 40, 40, 3), dtype=np.uint8))
+    pydefect.calibrate(detector, normal=images, false_alarm_rate=0.1, progress=False)
+    path = tmp_path / "colours.onnx"
+    pydefect.export_onnx(detector, path)
+    kept = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert detector.calibration is not None
+    for part, threshold in detector.calibration.part_thresholds.items():
+        assert float(kept[f"{part}_threshold"]) == threshold
+
+
+def test_a_crop_is_in_the_graph(colours: type[Detector], tmp_path: Path) -> None:
+    detector = colours(crop=(20, 30))
+    path = tmp_path / "colours.onnx"
+    pydefect.export_onnx(detector, path)
+    assert_agrees(
+        path, detector, [np.random.default_rng(0).integers(0, 256, (55, 66, 3), dtype=np.uint8)], 1e-5
+    )
+
+
+def test_the_networks_own_size_needs_no_resize(colours: type[Detector], tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / "colours.onnx"
+    for size, resizes in ((40, False), ((40, 41), True)):
+        pydefect.export_onnx(colours(), path, image_size=size)
+        assert ("MatMul" in {node.op_type for node in onnx.load(path).graph.node}) is resizes
+
+
+def test_a_saved_detector(products: list[np.ndarray], tmp_path: Path) -> None:
+    model, path = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    settings = {"resize": 32, "backbone_precision": "float32", "calibration_folds": 0}
+    detector = pydefect.fit(products, weights="random", progress=False, **settings)
+    detector.save(model)
+    pydefect.export_onnx(model, path, image_size=32, batch_size=3)
+    images = np.stack([image[:32, :32] for image in products[:3]])
+    expected, _ = detector.predict(detector.preprocessing.apply(torch.from_numpy(images)))
+    np.testing.assert_allclose(run(path, images)[0], expected, rtol=_TOLERANCE)
+    # Tracing left nothing behind: the detector scores as before.
+    assert torch.equal(detector.predict(detector.preprocessing.apply(torch.from_numpy(images)))[0], expected)
+    with pytest.raises(ModelFileError, match="no file"):
+        pydefect.export_onnx(tmp_path / "none.safetensors", path)
+
+
+class _Searched(torch.nn.Module):
+    def __init__(self, bank: torch.Tensor, k: int) -> None:
+        super().__init__()
+        self.bank, self.k = bank, k
+
+    def forward(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return knn(queries, self.bank, self.k)
+
+
+def test_the_search_by_products_survives_a_common_offset() -> None:
+    """Distances of 1 among vectors of length 2000: products alone would lose them."""
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(50, 8, generator=generator) + 700
+    queries = torch.randn(30, 8, generator=generator) + 700
+    distances, indices = torch.export.export(_Searched(bank, 3), (queries,)).module()(queries)
+    expected, nearest = knn(queries, bank, 3)
+    assert torch.equal(indices, nearest)
+    torch.testing.assert_close(distances, expected)
+
+
+class _Mapped(torch.nn.Module):
+    def forward(self, distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return score_maps(distances, (33, 47), 4.0)
+
+
+def test_exported_maps_are_the_kernels() -> None:
+    distances = torch.rand(2, 7, 5, 3, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(_Mapped(), (distances,))
+    assert "pydefect" not in str(program.graph)
+    for got, expected in zip(program.module()(distances), score_maps(distances, (33, 47), 4.0), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("size", [0, (1,), (1, 2, 3), (4.0, 4.0), "256", True, (40, -1)])
+def test_sizes_that_are_none(size: Any, colours: type[Detector], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"image_size: .* given; allowed are"):
+        pydefect.export_onnx(colours(), tmp_path / "x.onnx", image_size=size)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_batches_that_are_none(batch_size: Any, colours: type[Detector], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"batch_size: .* given; allowed are"):
+        pydefect.export_onnx(colours(), tmp_path / "x.onnx", batch_size=batch_size)
+
+
+def test_without_a_resize_a_size_is_needed(colours: type[Detector], tmp_path: Path) -> None:
+    detector = colours()
+    detector.preprocessing = detector.preprocessing.create(None)
+    with pytest.raises(InputError, match="image_size: not given"):
+        pydefect.export_onnx(detector, tmp_path / "x.onnx")
+    pydefect.export_onnx(detector, tmp_path / "x.onnx", image_size=(12, 14))
+    assert run(tmp_path / "x.onnx", np.zeros((1, 12, 14, 3), np.uint8))[1].shape == (1, 12, 14)
+
+
+def test_a_missing_package_is_named(
+    colours: type[Detector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"onnxscript and onnxruntime: not there.*pip install onnxscript"):
+        pydefect.export_onnx(colours(), tmp_path / "x.onnx")
+
+
+def test_a_file_that_a_runtime_misunderstands_is_not_written(
+    colours: type[Detector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"the one of yesterday")
+    monkeypatch.setattr(onnx_export, "_TOLERANCE", -1.0)
+    with pytest.raises(PydefectError, match="image_scores differ by"):
+        pydefect.export_onnx(colours(), path)
+    assert path.read_bytes() == b"the one of yesterday"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.onnx"]
