@@ -73,7 +73,8 @@ def batches(
 ) -> Iterator[tuple[list[Image], Tensor]]:
     """Group consecutive images of one network size.
 
-    An image smaller than the crop is refused as one that cannot be read.
+    A full batch does not wait for the image after it, which a camera may take much later. An image smaller
+    than the crop is refused as one that cannot be read.
 
     Yields
     ------
@@ -88,11 +89,14 @@ def batches(
         except InputError as error:
             images.refuse(image.name, str(error))
             continue
-        if tensors and (len(tensors) == batch_size or tensor.shape != tensors[0].shape):
+        if tensors and tensor.shape != tensors[0].shape:
             yield pending, _stack(tensors)
             pending, tensors = [], []
         pending.append(image)
         tensors.append(tensor)
+        if len(tensors) == batch_size:
+            yield pending, _stack(tensors)
+            pending, tensors = [], []
     if tensors:
         yield pending, _stack(tensors)
 
