@@ -20,6 +20,8 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_BAND_PIXELS = 1 << 18  # 3 MB as float32, which stay in the processor's cache
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -153,17 +155,10 @@ class Preprocessing:
         self.output_size((height, width))
         # Channels stay last, as the pixels come and as the backbone reads.
         images = images.permute(0, 3, 1, 2)
-        if images.dtype == torch.uint8:
-            images = images.float().div_(255)
         # A size that an exported graph leaves open is no int, and may be any.
         if self.resize is not None and not (isinstance(height, int) and self.resize == (height, width)):
-            if torch.compiler.is_exporting():
-                rows, columns = _resize_matrix(self.resize[0], height), _resize_matrix(self.resize[1], width)
-                images = rows @ images @ columns.T
-            else:
-                images = torch.nn.functional.interpolate(
-                    images, self.resize, mode="bilinear", antialias=True, align_corners=False
-                )
+            images = _resized(images, self.resize)
+        images = _as_float(images)
         if self.crop is not None:
             top, left = self._crop_offset((height, width))
             images = images[:, :, top : top + self.crop[0], left : left + self.crop[1]]
@@ -334,11 +329,35 @@ class Preprocessing:
         return (height - crop_height) // 2, (width - crop_width) // 2
 
 
-def _resize_matrix(size: int, length: int) -> torch.Tensor:
-    """What PyTorch's antialiased interpolation does along one axis, as a [size, length] matrix.
+def _as_float(images: torch.Tensor) -> torch.Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
-    For exported graphs: there are runtimes that have a resize but take no notice of its antialiasing.
+
+def _resized(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[B, 3, H, W] to [B, 3, h, w] float32.
+
+    PyTorch makes rows shorter first and columns then, so bands of rows give the same numbers, and no float32
+    copy of a photograph of many pixels goes through memory.
     """
+    height, width = images.shape[2:]
+    if torch.compiler.is_exporting():
+        # There are runtimes that have a resize but take no notice of its antialiasing.
+        return _resize_matrix(size[0], height) @ _as_float(images) @ _resize_matrix(size[1], width).T
+    if height * width <= _BAND_PIXELS:
+        return _interpolated(_as_float(images), size)
+    rows = max(1, _BAND_PIXELS // width)
+    narrow = torch.empty(*images.shape[:2], height, size[1], dtype=torch.float32, device="cpu")
+    for band, part in zip(images.split(rows, 2), narrow.split(rows, 2), strict=True):
+        part.copy_(_interpolated(_as_float(band), (band.shape[2], size[1])))
+    return _interpolated(narrow, size)
+
+
+def _interpolated(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _resize_matrix(size: int, length: int) -> torch.Tensor:
+    """What :func:`_interpolated` does along one axis, as a [size, length] matrix."""
     pixels = torch.arange(length, dtype=torch.float32) + 0.5
     # Of the pixels, for a graph's open length is no number to compare with another.
     scale = (pixels[-1] + 0.5) / size

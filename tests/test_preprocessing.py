@@ -72,6 +72,15 @@ class TestForward:
         output = raw(resize=16)(np.repeat(board[..., None], 3, axis=2).astype(np.float32))
         assert (output - 0.5).abs().max() < 0.02
 
+    @pytest.mark.parametrize("size", [(600, 700), (5000, 60), (1, 300_000)])
+    @pytest.mark.parametrize("resize", [(256, 256), (700, 20), (20, 900)])
+    def test_photographs_are_resized_as_in_one_piece(self, size, resize) -> None:
+        """In bands, to the bit what one call of PyTorch's gives."""
+        pixels = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+        whole = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        expected = torch.nn.functional.interpolate(whole, resize, mode="bilinear", antialias=True)[0]
+        assert torch.equal(raw(resize=resize)(pixels), expected)
+
     def test_rectangles_from_rectangles(self) -> None:
         assert Preprocessing.create(resize=(30, 40), crop=(24, 36))(
             np.zeros((50, 20, 3), np.uint8)
