@@ -466,6 +466,33 @@ class Detector(ABC):
         }
         return replace(scored, part_maps=parts)
 
+    def update(
+        self, images: Any, *, on_error: OnError = "raise", progress: bool = False
+    ) -> list[SkippedImage]:
+        """Go on learning from new normal images, for methods that can; the thresholds stay as they are.
+
+        Parameters
+        ----------
+        images
+            Whatever :func:`pydefect.fit` takes.
+        on_error, progress
+            See :func:`pydefect.fit`.
+
+        Returns
+        -------
+        list of SkippedImage
+            Files left out with ``on_error="skip"``.
+
+        Raises
+        ------
+        InputError
+            The method cannot; a file cannot be read, there are no images, or one does not fit. The detector
+            is then as it was before.
+        """
+        raise InputError(
+            f"update: {self.method} cannot go on learning; fit again with the old and the new images"
+        )
+
     def calibrate(
         self,
         normal: Any,

@@ -174,6 +174,13 @@ def test_streaming_scores_one_after_the_other(good, detector):
         stream.close()
 
 
+def test_a_method_that_cannot_go_on_learning_says_so(good):
+    settings = {"weights": "random", "resize": 32, "crop": None, "channels": 4, "calibration_folds": 0}
+    detector = pydefect.fit(good, method="padim", **settings, progress=False)
+    with pytest.raises(InputError, match="update: padim cannot go on learning; fit again"):
+        detector.update(good)
+
+
 # -- refusals
 # ------------------------------------------------------------------------------------------------------
 
