@@ -54,7 +54,8 @@ def fit(
     images
         A folder of good images (recursive; of a data set's category folder the training part), a file, a list
         of paths, a uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes,
-        torch tensors, or any iterable of these; see ``docs/data.md``.
+        torch tensors, or any iterable of these; see ``docs/data.md``. Colours are RGB: pass OpenCV's frames
+        as ``frame[..., ::-1]``.
     method
         ``"conpatch"`` (``docs/conpatch.md``); ``"dual_ae"``, the spatial-channel dual autoencoder, or
         ``"efficientad"`` (``docs/dual_ae.md``); or one to compare with: ``"patchcore"``, ``"padim"``,

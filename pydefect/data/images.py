@@ -186,13 +186,14 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
           images [N, H, W],
         - a torch tensor: [H, W], [C, H, W] or [N, C, H, W]; [H, W, C] and [N, H, W, C] only where the
           channel-first reading is impossible; every other 3-D shape is N grey images,
-        - a PIL image,
+        - a PIL image, or an :class:`Image`,
         - a list, tuple, generator, 1-D array or other iterable of paths, arrays, tensors, PIL images or
           :class:`Image` objects, their sizes free to differ. It is streamed: one item at a time is asked
           for. Items of several images (batches) are taken apart.
 
         Arrays and tensors are uint8 in 0..255, uint16 in 0..65535, bool, or floating point in 0..1. One
-        channel is grey, three are RGB, four RGBA; transparent pixels are shown over white.
+        channel is grey, three are RGB, four RGBA; transparent pixels are shown over white. OpenCV's frames
+        are BGR: pass ``frame[..., ::-1]``.
     on_error
         ``"raise"`` stops at the first image that cannot be read; ``"skip"`` passes over it and lists it in
         :attr:`ImageCollection.skipped`.
@@ -223,6 +224,8 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         return source
     if isinstance(source, str | os.PathLike):
         return _open_path(source, on_error)
+    if isinstance(source, Image):
+        source = [source]
     source = _as_array_if_pil(source, "source")
     if isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype.kind in "UO":
         source = source.tolist()  # of paths

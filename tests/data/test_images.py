@@ -481,9 +481,10 @@ class TestArrays:
 
     def test_images_pass_through(self) -> None:
         given = Image(RGB, "a", None)
-        (image,) = open_images([given])
-        assert (image.name, image.path) == ("a", None)
-        assert image.pixels is RGB
+        for source in (given, [given]):
+            (image,) = open_images(source)
+            assert (image.name, image.path) == ("a", None)
+            assert image.pixels is RGB
         collection = open_images([given])
         assert open_images(collection) is collection
 
