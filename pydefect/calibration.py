@@ -142,12 +142,13 @@ class Calibration:
     source: Literal["held_out", "labelled"]
     images: int
     false_alarm_rate: float
-    image_scores: tuple[float, ...] = ()
-    map_maxima: tuple[float, ...] = ()
+    # Hundreds of numbers, which would bury the others where a calibration is printed.
+    image_scores: tuple[float, ...] = field(default=(), repr=False)
+    map_maxima: tuple[float, ...] = field(default=(), repr=False)
     confidence: float = 0.95
     interval: tuple[float, float] | None = None
-    defective_scores: tuple[float, ...] = ()
-    part_maxima: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    defective_scores: tuple[float, ...] = field(default=(), repr=False)
+    part_maxima: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

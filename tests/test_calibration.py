@@ -123,6 +123,15 @@ def test_json_round_trip():
     assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
 
 
+def test_printed_without_every_score():
+    calibration = held_out_calibration(
+        [1.0, 2.0, 3.5], [4.0, 5.0, 6.5], 0.5, part_maxima={"local": [7.0, 8.0, 9.5]}
+    )
+    assert "image_threshold=2.0" in repr(calibration)
+    for inner in ("3.5", "6.5", "9.5"):
+        assert inner not in repr(calibration)
+
+
 def test_files_from_before_there_were_intervals():
     old = {
         "image_threshold": 1.5,
