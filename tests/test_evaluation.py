@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pydefect
 from pydefect.calibration import Calibration
-from pydefect.data.layouts import Sample, read_dataset
+from pydefect.data.layouts import Dataset, Sample, read_dataset
 from pydefect.detector import Detector
 from pydefect.errors import InputError
 from pydefect.evaluation import evaluate
@@ -118,6 +118,14 @@ def maps_and_masks(root: Path):
     """Of every test image, and its kind; read without pydefect."""
     _, _, pixel_labels, pixel_scores, kinds = truth(root)
     return pixel_scores.reshape(-1, *SIZE), pixel_labels.reshape(-1, *SIZE), kinds
+
+
+def test_a_data_set_of_ones_own_may_name_its_files_as_text(written):
+    read = read_dataset(written)
+    test = tuple(Sample(str(one.image), one.defect, [str(mask) for mask in one.masks]) for one in read.test)
+    own = Dataset("spots", "folder", str(written), (), (), test)
+    expected = evaluate(Brightness(), read)
+    assert evaluate(Brightness(), own).pixel == expected.pixel
 
 
 @pytest.mark.parametrize(("crop", "box"), [(None, (0, 0, *SIZE)), ((12, 16), BOX)])

@@ -74,6 +74,11 @@ class Sample:
     defect: str
     masks: tuple[Path, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Take paths as text too: splits of one's own come from lists of names."""
+        object.__setattr__(self, "image", Path(self.image))
+        object.__setattr__(self, "masks", tuple(map(Path, self.masks)))
+
     @property
     def label(self) -> int | None:
         """0 for a good image, 1 for a defective one, None where it is not known."""
@@ -104,6 +109,10 @@ class Dataset:
     train: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        """Take the root as text too."""
+        object.__setattr__(self, "root", Path(self.root))
 
 
 @dataclass(frozen=True)
