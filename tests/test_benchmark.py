@@ -92,6 +92,20 @@ def test_what_cannot_be_measured_is_no_category(data: Path, tmp_path: Path) -> N
         find_categories([data], ["cable"])
 
 
+def test_a_category_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> None:
+    # Its folder test holds good and defective images: read by itself, it would be a data set to learn from.
+    whole = shutil.copytree(data / "first" / "flange", tmp_path / "sets" / "flange")
+    (whole / "ground_truth").rename(whole / "ground_truth_of_before")
+    (whole / "ground_truth" / "dent").mkdir(parents=True)
+    shutil.copy(next(whole.rglob("*_mask.png")), whole / "ground_truth" / "dent" / "other.png")
+    with pytest.raises(InputError, match="fits an image"):
+        find_categories([tmp_path])
+    shutil.rmtree(whole / "ground_truth")
+    shutil.rmtree(whole / "train" / "good")
+    with pytest.raises(InputError, match="holds no data set"):
+        find_categories([tmp_path])
+
+
 def test_the_fingerprint_is_that_of_the_content(data: Path, tmp_path: Path) -> None:
     (original,) = find_categories([data / "first"])
     copy = tmp_path / "flange"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pydefect.data.images import list_image_files, natural_order
-from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, read_dataset
+from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, is_category, read_dataset
 from pydefect.errors import InputError
 from pydefect.registry import detector_type
 
@@ -85,7 +85,7 @@ def find_categories(
     Raises
     ------
     InputError
-        A root is missing or holds no category, or a name is none of theirs.
+        A root is missing or holds no category, a category cannot be read, or a name is none of theirs.
     """
     found: list[tuple[str, Dataset]] = []
     for root in map(Path, roots):
@@ -122,13 +122,15 @@ def _search(folder: Path, root: Path, depth: int, searched: dict[str, int]) -> I
     try:
         dataset = read_dataset(folder)
     except InputError:
-        pass  # several data sets in one folder, or none: the folders inside will say
+        if is_category(folder):
+            raise  # its folders inside would be read as data sets of their own, the test images learned from
+        # several data sets in one folder, or none: the folders inside will say
     else:
         if dataset.train and {0, 1} <= {sample.label for sample in dataset.test}:
             searched[real] = _DEPTH
             yield folder.relative_to(root).as_posix() if folder != root else dataset.name, dataset
             return
-    if depth:
+    if depth and not is_category(folder):
         for inside in natural_order(path for path in folder.iterdir() if path.is_dir()):
             if not inside.name.startswith("."):
                 yield from _search(inside, root, depth - 1, searched)

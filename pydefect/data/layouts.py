@@ -25,6 +25,7 @@ __all__ = [
     "Sample",
     "defective_images",
     "held_out_images",
+    "is_category",
     "read_dataset",
     "read_defects_config",
     "read_mask",
@@ -487,7 +488,7 @@ def _detect(root: Path) -> str:
         return "mvtec_loco" if _has_loco_parts(root) else "mvtec_ad"
     if (root / _MAGNETIC_TILE_GOOD / "Imgs").is_dir():
         return "magnetic_tile"
-    categories = [folder.name for folder in _subfolders(root) if _is_category(folder)]
+    categories = [folder.name for folder in _subfolders(root) if is_category(folder)]
     if categories:
         raise InputError(
             f"root: {root} holds several data sets; choose one of its folders: {', '.join(categories)}"
@@ -495,7 +496,8 @@ def _detect(root: Path) -> str:
     return "folder"
 
 
-def _is_category(folder: Path) -> bool:
+def is_category(folder: Path) -> bool:
+    """Whether a folder says by its name or its parts that it is one data set, whole or not."""
     has_parts = (folder / "train").is_dir() and (folder / "test").is_dir()
     return has_parts or bool(_visa_rows(folder.parent, folder.name))
 
