@@ -530,7 +530,22 @@ def _labelled(root: Path, folders: list[Path]) -> list[Sample]:
             # One kind of defect needs no folder of masks for itself.
             masks += [masks for masks in _mask_folders(root) if not _subfolders(masks)]
         samples += _with_masks(folder, next((place for place in masks if place.is_dir()), None))
+    if any(sample.label for sample in samples) and not any(sample.masks for sample in samples):
+        _refuse_unused_masks(root, defective)
     return samples
+
+
+def _refuse_unused_masks(root: Path, defective: list[Path]) -> None:
+    """Masks of no defect's folder are not passed over: there would be no figures over pixels."""
+    for masks in _mask_folders(root):
+        files = list_image_files(masks)
+        for file, folders in zip(files, _folders_of(masks, files), strict=True):
+            # Some data sets have masks of good images too, all black.
+            if _GOOD_NAMES.isdisjoint(folders):
+                raise InputError(
+                    f"{file}: no mask in {masks} fits an image; masks lie in folders named as those of the "
+                    f"images: {', '.join(folder.name for folder in defective)}"
+                )
 
 
 def _with_masks(folder: Path, masks: Path | None) -> list[Sample]:

@@ -117,6 +117,16 @@ class TestMVTec:
         with pytest.raises(InputError, match="none of the masks fits"):
             read_dataset(tmp_path)
 
+    @pytest.mark.parametrize("mask", ["ground_truth/Bad/0_mask.png", "ground_truth/0_mask.png"])
+    def test_masks_of_no_defect(self, tmp_path: Path, mask: str) -> None:
+        touch(tmp_path, "train/good/0.png", "test/bad/0.png", "test/cut/0.png", mask)
+        with pytest.raises(InputError, match=r"0_mask.png: no mask in .* fits an image; .*: bad, cut"):
+            read_dataset(tmp_path)
+
+    def test_masks_of_good_images_only(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/good/0.png", "test/bad/0.png", "test/good/0.png", "ground_truth/good/0.png")
+        assert not any(sample.masks for sample in read_dataset(tmp_path).test)
+
     @pytest.mark.parametrize(
         ("missing", "made"), [("train/good", "test/a/0.png"), ("test", "train/good/0.png")]
     )
