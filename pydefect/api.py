@@ -137,7 +137,7 @@ def fit(
         if validation is None and detector.takes_validation:
             validation = validation_images(images) or None
     if isinstance(validation, str | os.PathLike):
-        validation = held_out_images(validation)
+        validation = held_out_images(validation, "validation")
     chosen = resolve_device(device)
     with for_training(chosen):
         return detector.fit(

@@ -259,7 +259,7 @@ def validation_images(path: str | os.PathLike[str]) -> list[Path]:
     return [sample.image for sample in read_dataset(path).validation]
 
 
-def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
+def held_out_images(path: str | os.PathLike[str], argument: str = "normal") -> list[Path]:
     """The normal images in a folder by which a fitted detector may be calibrated.
 
     Parameters
@@ -267,6 +267,8 @@ def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
     path
         A plain folder of good images (all images in it, recursively), a category's folder with a validation
         part (MVTec LOCO AD; that part is taken), or one image file.
+    argument
+        Whose value this is, for the message.
 
     Returns
     -------
@@ -287,8 +289,8 @@ def held_out_images(path: str | os.PathLike[str]) -> list[Path]:
         return [sample.image for sample in dataset.validation]
     if dataset.test:
         raise InputError(
-            f"normal: {path} is a data set ({dataset.layout}) without a validation part; name a folder of "
-            "good images that the fit did not see"
+            f"{argument}: {path} is a data set ({dataset.layout}) without a validation part; name a folder "
+            "of good images that the fit did not see"
         )
     return [sample.image for sample in dataset.train]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -185,6 +186,9 @@ def test_a_data_sets_validation_part_is_taken(settings, good_images, tmp_path):
     settings = {**settings, "steps": 1, "additions": "none", "penalty": "none"}
     detector = fit(tmp_path / "set", **settings)
     assert (detector.training["images"], detector.training["held_out"]) == (3, 2)
+    shutil.rmtree(tmp_path / "set" / "validation")
+    with pytest.raises(InputError, match=r"validation: .* without a validation part"):
+        fit(good_images[:3], validation=tmp_path / "set", **settings)
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.1), (3, 0.0)])
