@@ -61,8 +61,8 @@ def fit(
         ``"efficientad"`` (``docs/dual_ae.md``); or one to compare with: ``"patchcore"``, ``"padim"``,
         ``"spade"``, ``"cfa"``, ``"reconpatch"`` (``docs/baselines.md``).
     preset
-        ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``, where the method
-        has it: the printed method to the letter.
+        ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``: the paper's. What
+        a paper leaves open, and where the code differs from it, is on the method's page.
     validation
         Normal images to calibrate on, of any kind that `images` may have, for methods that hold images out
         instead of training several times (``"dual_ae"``, ``"efficientad"``). None: of a data set's folder its
@@ -93,7 +93,8 @@ def fit(
     Returns
     -------
     Detector
-        With thresholds from held-out normal images, unless ``calibration_folds=0`` or there is but one image.
+        With thresholds from held-out normal images, unless ``calibration_folds=0`` (as in ConPatch's preset
+        ``"paper"``), ``held_out_share=0``, or there is but one image.
 
     Raises
     ------

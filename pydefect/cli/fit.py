@@ -51,7 +51,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model file to write.")],
     method: Annotated[str, typer.Option(help=f"The detector, one of {', '.join(METHODS)}.")] = "conpatch",
     preset: Annotated[
-        str, typer.Option(help="default, or paper: the published method to the letter.")
+        str, typer.Option(help="default, or paper: the published method's settings.")
     ] = "default",
     backbone: Annotated[
         str | None,

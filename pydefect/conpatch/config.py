@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "image_score": "max_patch",
         "smoothing": 4.0,
-        # The paper's threshold maximises F1 over labelled images: Detector.calibrate.
+        # The paper's threshold maximises F1 over labelled images: pydefect.calibrate(detector, dataset).
         "calibration_folds": 0,
     },
 }
