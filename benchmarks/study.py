@@ -1,13 +1,13 @@
 """The accuracy study behind the default preset: one command a table.
 
-    python benchmarks/study.py run --weights resnet18.npz --data bottle=mvtec_ad/bottle --data ... --out
-    study.jsonl python benchmarks/study.py render study.jsonl --out docs
+    python benchmarks/study.py run --weights resnet18.npz --data bottle=mvtec_ad/bottle --out study.jsonl
+    python benchmarks/study.py render study.jsonl --out docs
 
 Every run fits on all training images, without a threshold, and measures the test images after every epoch; no
 test image takes part in fitting or stopping. Pixels are compared at the network's input size, inside the
-crop. ``run`` leaves out what the output file holds already, so that it can be interrupted; with
-``--checkpoints`` it also goes on in the middle of a run. A seed other than 0 also shuffles the training
-images: a streaming bank depends on their order. ``render`` needs matplotlib.
+crop. ``--data`` may be repeated. ``run`` leaves out what the output file holds already, so that it can be
+interrupted; with ``--checkpoints`` it also goes on in the middle of a run. A seed other than 0 also shuffles
+the training images: a streaming bank depends on their order. ``render`` needs matplotlib.
 """
 
 from __future__ import annotations

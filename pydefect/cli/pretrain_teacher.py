@@ -46,7 +46,9 @@ def pretrain_teacher(
     image_size: Annotated[
         int, typer.Option(help="Edge of a window in pixels; the source sees it at twice this size.")
     ] = 256,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam.")] = 1e-4,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="Of the optimiser: Adam, or what --set optimiser names.")
+    ] = 1e-4,
     procedural: Annotated[
         float | None,
         typer.Option(
