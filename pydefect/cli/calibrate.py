@@ -119,7 +119,7 @@ def print_calibration(calibration: Calibration, asked: float) -> None:
     assert calibration.interval is not None
     low, high = calibration.interval
     typer.echo(
-        f"defective from an image score of {calibration.image_threshold:.4g} and a pixel score of "
+        f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
         f"{calibration.pixel_threshold:.4g}"
     )
     typer.echo(

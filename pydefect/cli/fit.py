@@ -141,6 +141,6 @@ def print_fit(detector: Detector, seconds: float) -> None:
         typer.echo("no thresholds: images will be scored, but not called good or defective")
         return
     typer.echo(
-        f"defective from an image score of {calibration.image_threshold:.4g} and a pixel score of "
+        f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
         f"{calibration.pixel_threshold:.4g} (false-alarm rate {calibration.false_alarm_rate:.2%})"
     )
