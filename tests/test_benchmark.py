@@ -98,12 +98,14 @@ def test_a_category_that_cannot_be_read_is_named(data: Path, tmp_path: Path) -> 
     (whole / "ground_truth").rename(whole / "ground_truth_of_before")
     (whole / "ground_truth" / "dent").mkdir(parents=True)
     shutil.copy(next(whole.rglob("*_mask.png")), whole / "ground_truth" / "dent" / "other.png")
+    shutil.copytree(data / "second" / "disc", tmp_path / "sets" / "disc")
     with pytest.raises(InputError, match="fits an image"):
         find_categories([tmp_path])
+    assert [one.name for one in find_categories([tmp_path], ["disc"])] == ["disc"]
     shutil.rmtree(whole / "ground_truth")
     shutil.rmtree(whole / "train" / "good")
     with pytest.raises(InputError, match="holds no data set"):
-        find_categories([tmp_path])
+        find_categories([whole])
 
 
 def test_the_fingerprint_is_that_of_the_content(data: Path, tmp_path: Path) -> None:

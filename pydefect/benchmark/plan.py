@@ -85,13 +85,14 @@ def find_categories(
     Raises
     ------
     InputError
-        A root is missing or holds no category, a category cannot be read, or a name is none of theirs.
+        A root is missing or holds no category, a category to take cannot be read, or a name is none of
+        theirs.
     """
     found: list[tuple[str, Dataset]] = []
     for root in map(Path, roots):
         if not root.is_dir():
             raise InputError(f"data: {str(root)!r} is no folder")
-        inside = list(_search(root, root, _DEPTH, {}))
+        inside = list(_search(root, root, _DEPTH, names, {}))
         if not inside:
             raise InputError(
                 f"data: {str(root)!r} holds no data set with training images and labelled test images"
@@ -113,7 +114,9 @@ def find_categories(
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _search(folder: Path, root: Path, depth: int, searched: dict[str, int]) -> Iterable[tuple[str, Dataset]]:
+def _search(
+    folder: Path, root: Path, depth: int, names: Sequence[str] | None, searched: dict[str, int]
+) -> Iterable[tuple[str, Dataset]]:
     # Links may lead to a folder more than once, and back; again only if it has not been searched as deep.
     real = os.path.realpath(folder)
     if searched.get(real, -1) >= depth:
@@ -122,18 +125,19 @@ def _search(folder: Path, root: Path, depth: int, searched: dict[str, int]) -> I
     try:
         dataset = read_dataset(folder)
     except InputError:
-        if is_category(folder):
-            raise  # its folders inside would be read as data sets of their own, the test images learned from
-        # several data sets in one folder, or none: the folders inside will say
+        # Otherwise there are several data sets in one folder, or none: the folders inside will say.
+        if is_category(folder) and (names is None or folder.name in names):
+            raise
     else:
         if dataset.train and {0, 1} <= {sample.label for sample in dataset.test}:
             searched[real] = _DEPTH
             yield folder.relative_to(root).as_posix() if folder != root else dataset.name, dataset
             return
+    # Inside a category the folder test could pass for a data set, and be learned from.
     if depth and not is_category(folder):
         for inside in natural_order(path for path in folder.iterdir() if path.is_dir()):
             if not inside.name.startswith("."):
-                yield from _search(inside, root, depth - 1, searched)
+                yield from _search(inside, root, depth - 1, names, searched)
 
 
 @dataclass(frozen=True)
