@@ -147,8 +147,8 @@ def write_dataset(
     Raises
     ------
     InputError
-        If a count is negative, there is no training image, or `root` holds something already or is the
-        current folder.
+        If a count is negative, there is no training image, the size is too small, there is no such scene, or
+        `root` holds something already or is the current folder.
     """
     root = Path(root)
     counts = {"n_train": n_train, "n_test_good": n_test_good, "n_per_defect": n_per_defect}
@@ -156,6 +156,8 @@ def write_dataset(
         least = 1 if name == "n_train" else 0
         if count < least:
             raise InputError(f"{name} is {count}; it must be at least {least}")
+    if scene not in ("flange", "tray"):
+        raise InputError(f"scene is {scene!r}; allowed are 'flange', 'tray'")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError(f"root: {root} exists and is not empty; choose a new folder")
     check_not_current(root, "root")

@@ -96,6 +96,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         draw(0, "rust")
     with pytest.raises(InputError, match="size is 32 x 200"):
         draw(0, size=(32, 200))
+    with pytest.raises(InputError, match="scene is 'plate'; allowed are 'flange', 'tray'"):
+        write_dataset(tmp_path / "a", scene="plate")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="n_train is 0; it must be at least 1"):
         write_dataset(tmp_path / "a", n_train=0)
     with pytest.raises(InputError, match="n_per_defect is -1"):
