@@ -53,8 +53,6 @@ _COLUMNS = (
 _SHEET_EDGE = 1024
 # What the arrays of a map's parts are called where they wait.
 _PART = "part-"
-# What is written into the folder, beside the lists.
-_WRITTEN = ("overlays", "contours", "parts", "masks", "maps", "sheet.png")
 # In bytes, of one part of a path: most file systems allow 255, and endings come on top.
 _LONGEST_NAME = 180
 
@@ -120,7 +118,8 @@ def write_score_folder(
     Raises
     ------
     InputError
-        The folder is a file, an image cannot be had any more, or `images` are not those of the result.
+        The folder is a file or holds the images themselves, an image cannot be had any more, or `images` are
+        not those of the result.
 
     See Also
     --------
@@ -162,7 +161,9 @@ def write_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> N
 
 
 def check_inputs(out: Path, images: Iterable[Path]) -> None:
-    """Refuse images that the pictures in a folder of scores could replace.
+    """Refuse a folder of scores that holds the images themselves.
+
+    Its pictures could replace them or files beside them, and ``masks`` there is a data set's ground truth.
 
     Parameters
     ----------
@@ -174,13 +175,15 @@ def check_inputs(out: Path, images: Iterable[Path]) -> None:
     Raises
     ------
     InputError
-        One of them lies where pictures of ``out`` are written.
+        One of them lies in ``out`` or below it.
     """
-    taken = [(out / name).resolve() for name in _WRITTEN]
+    folder = out.resolve()
     for path in images:
-        where = path.resolve()
-        if any(where.is_relative_to(place) for place in taken):
-            raise InputError(f"out: {out} would replace the images at {path} by its pictures; name another")
+        if any(place.is_relative_to(folder) for place in (path.resolve(), path.parent.resolve() / path.name)):
+            raise InputError(
+                f"out: {out} holds the images at {path}; its pictures could replace files there, or pass for "
+                "ground truth: name a folder of its own"
+            )
 
 
 class ScoreFolderWriter:
@@ -276,8 +279,7 @@ class ScoreFolderWriter:
         Raises
         ------
         InputError
-            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result, or an
-            image lies where a picture of this folder would replace it.
+            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result.
         """
         thresholds = (result.image_threshold, result.pixel_threshold)
         if self._thresholds not in (None, thresholds):

@@ -311,20 +311,22 @@ def test_parts_of_the_map_and_the_kind_of_defect_are_shown(tmp_path: Path, thres
     assert [row["kind"] for row in read_rows(tmp_path)] == ["structural" if threshold else ""] * 2
 
 
-@pytest.mark.parametrize("place", ["parts", "masks/deep"])
-def test_pictures_never_replace_the_images_that_were_scored(tmp_path, place):
+@pytest.mark.parametrize("place", ["", "test", "masks/deep"])
+def test_scores_are_not_written_round_the_images(tmp_path, place):
+    """There pictures would replace images and ground truth, and masks pass for ground truth."""
     folder = tmp_path / place
-    folder.mkdir(parents=True)
-    photograph = folder / "a.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    photograph, link = folder / "a.png", folder / "link.png"
     cv2.imwrite(str(photograph), np.zeros((8, 9, 3), np.uint8))
-    before = photograph.read_bytes()
-    for images in ([photograph], [folder]):
-        with pytest.raises(InputError, match=r"out: .* would replace the images at"):
+    elsewhere = tmp_path.with_name(tmp_path.name + "-elsewhere.png")
+    link.symlink_to(elsewhere)
+    for images in ([photograph], [folder], [link]):
+        with pytest.raises(InputError, match=r"out: .* holds the images at"):
             check_inputs(tmp_path, images)
-    check_inputs(tmp_path / "scores", [photograph, folder, tmp_path / "sheet.png"])
-    with pytest.raises(InputError, match="would replace the images at"):
-        check_inputs(tmp_path, [tmp_path / "sheet.png"])
-    assert photograph.read_bytes() == before
+    check_inputs(tmp_path / "scores", [photograph, folder, link, elsewhere])
+    with pytest.raises(InputError, match="holds the images at"):
+        write_score_folder(make_result(["a.png"], paths=[photograph]), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.png", "link.png"]
 
 
 def test_any_name_can_be_read_back(tmp_path):
