@@ -31,7 +31,7 @@ __all__ = [
 _METADATA_KEY = "pydefect"
 
 
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
     """Write a file so that readers see the old content or the new one, never a part.
 
     Parameters
@@ -41,6 +41,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         file, such as a device or a pipe, is written into as it is; so is this program's own output.
     content
         The whole file.
+    durable
+        Wait until it is on the disk, so that a power cut leaves it whole as well. For a small file that takes
+        longer than all else.
     """
     if is_written_into(path):
         with open(path, "ab") as file:
@@ -52,8 +55,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         # mkstemp makes files for the owner only; a model is an ordinary file.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

@@ -157,7 +157,9 @@ def write_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8]) -> N
     picture
         [H, W, 3] RGB or [H, W], uint8.
     """
-    write_atomically(path, _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1]))
+    content = _encoded_image(".png", picture if picture.ndim == 2 else picture[..., ::-1])
+    # Thousands come one after the other, and can be had again.
+    write_atomically(path, content, durable=False)
 
 
 def check_inputs(out: Path, images: Iterable[Path]) -> None:
@@ -435,7 +437,7 @@ class ScoreFolderWriter:
     def _write_map(self, picture_name: str, anomaly_map: NDArray[np.float32]) -> None:
         values = np.asarray(anomaly_map, dtype=np.float32)
         path = self.out / "maps" / f"{picture_name.removesuffix('.png')}.tiff"
-        write_atomically(path, _encoded_image(".tiff", values))
+        write_atomically(path, _encoded_image(".tiff", values), durable=False)
 
 
 class _Lines(list[str]):

@@ -311,6 +311,14 @@ def test_parts_of_the_map_and_the_kind_of_defect_are_shown(tmp_path: Path, thres
     assert [row["kind"] for row in read_rows(tmp_path)] == ["structural" if threshold else ""] * 2
 
 
+def test_only_the_lists_wait_for_the_disk(tmp_path, monkeypatch):
+    """Of many small images that took most of the time."""
+    waits = []
+    monkeypatch.setattr(os, "fsync", waits.append)
+    write_score_folder(make_result(["a.png", "b.png"]), tmp_path, images=images_for(2), maps=True)
+    assert len(waits) == 2
+
+
 @pytest.mark.parametrize("place", ["", "test", "masks/deep"])
 def test_scores_are_not_written_round_the_images(tmp_path, place):
     """There pictures would replace images and ground truth, and masks pass for ground truth."""
