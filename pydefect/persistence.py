@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -98,7 +99,13 @@ def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     ) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
-        yield new
+        try:
+            yield new
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # It is reported of no file, or of one that is gone.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if path.exists():
             path.rename(old)
         try:

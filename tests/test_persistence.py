@@ -103,6 +103,17 @@ def test_an_interruption_leaves_the_old_file_too(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("named", [(), ("hidden/new/file",)])
+def test_a_full_disk_is_reported_of_the_folder(tmp_path, named):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/run'$") as caught,
+        folder_written_atomically(tmp_path / "run"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *named)
+    assert caught.value.errno == errno.ENOSPC
+    assert not os.listdir(tmp_path)
+
+
 def test_a_link_stays_and_its_file_is_written(tmp_path):
     (tmp_path / "models").mkdir()
     link, file = tmp_path / "current", tmp_path / "models" / "3"
