@@ -20,7 +20,7 @@ from pydefect.errors import InputError
 from pydefect.run import Run, RunImage
 from pydefect.visualization import Picture, fade_unscored, outlines, overlay, shared_scale, shrink, to_rgb8
 
-__all__ = ["OUTCOMES", "Card", "Layer", "Thresholds", "cards", "outcome"]
+__all__ = ["OUTCOMES", "Card", "ColourScale", "Layer", "Thresholds", "cards", "outcome"]
 
 OUTCOMES = {
     "miss": "Missed defect",
@@ -102,6 +102,30 @@ class Card:
     note: str
 
 
+@dataclass(frozen=True)
+class ColourScale:
+    """The scores of the first and the last colour of all heat maps, parts of maps included.
+
+    Parts are in the terms of the map itself.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, run: Run, thresholds: Thresholds) -> ColourScale:
+        """The scale round the pixel threshold, or else that of all maps."""
+        if thresholds.pixel is not None and thresholds.pixel > 0:
+            return cls(*shared_scale([], pixel_threshold=thresholds.pixel))
+        return cls(*shared_scale([run.network_map(index) for index in range(len(run.images))]))
+
+    @property
+    def address(self) -> str:
+        """A bar of the colours as they lie over mid-grey, as the address of a picture."""
+        ramp = np.linspace(self.low, self.high, 160, dtype=np.float32)[np.newaxis].repeat(16, axis=0)
+        return _address(overlay(np.full((*ramp.shape, 3), 128, np.uint8), ramp, self.low, self.high))
+
+
 def outcome(image: RunImage, threshold: float) -> str:
     """Compare the decision at a threshold with the label; a key of :data:`OUTCOMES`."""
     called = image.image_score > threshold
@@ -111,7 +135,11 @@ def outcome(image: RunImage, threshold: float) -> str:
 
 
 def cards(
-    run: Run, thresholds: Thresholds, count: int, on_progress: Callable[[int, int], None]
+    run: Run,
+    thresholds: Thresholds,
+    scale: ColourScale,
+    count: int,
+    on_progress: Callable[[int, int], None],
 ) -> list[Card]:
     """Draw the gallery, errors first and each kind by falling score.
 
@@ -121,6 +149,8 @@ def cards(
         With its data set's images still there.
     thresholds
         Of the decisions and outlines.
+    scale
+        Of the heat maps.
     count
         At most so many cards; what comes last is left out.
     on_progress
@@ -132,7 +162,6 @@ def cards(
     """
     order = sorted(range(len(run.images)), key=lambda index: _attention(run.images[index], thresholds))
     order = order[:count]
-    scale = _scale(run, thresholds)
     pixels = _PAGE_PIXELS / max(1, len(order) * (1 + len(run.map_names)))
     pixels = min(max(pixels, _FEWEST_PIXELS), _MOST_PIXELS)
     drawn: list[Card] = []
@@ -150,14 +179,7 @@ def _attention(image: RunImage, thresholds: Thresholds) -> tuple[bool, float]:
     return not wrong, -image.image_score
 
 
-def _scale(run: Run, thresholds: Thresholds) -> tuple[float, float]:
-    """The scale of all pictures, parts of maps included: these are in the terms of the map itself."""
-    if thresholds.pixel is not None and thresholds.pixel > 0:
-        return shared_scale([], pixel_threshold=thresholds.pixel)
-    return shared_scale([run.network_map(index) for index in range(len(run.images))])
-
-
-def _card(run: Run, index: int, thresholds: Thresholds, scale: tuple[float, float], pixels: float) -> Card:
+def _card(run: Run, index: int, thresholds: Thresholds, scale: ColourScale, pixels: float) -> Card:
     image = run.images[index]
     edge = round(max(image.size) * math.sqrt(pixels / (image.size[0] * image.size[1])))
     anomaly_map = run.map(index)
@@ -168,7 +190,8 @@ def _card(run: Run, index: int, thresholds: Thresholds, scale: tuple[float, floa
         scores = anomaly_map if name == "anomaly" else run.map(index, name)
         small, small_map, box = shrink(backdrop, scores, image.scored_box, edge)
         title = "Heat map" if name == "anomaly" else f"{name.replace('_', ' ').capitalize()} map"
-        layers.append(Layer(title, _address(overlay(small, small_map, *scale, scored_box=box))))
+        heat = overlay(small, small_map, scale.low, scale.high, scored_box=box)
+        layers.append(Layer(title, _address(heat)))
         if photograph is None and picture is not None:
             photograph = _address(fade_unscored(small, box))
     tolerance = _OUTLINE_TOLERANCE * max(1.0, max(image.size) / edge)

@@ -19,7 +19,7 @@ from pydefect.metrics import Curve, precision_recall_curve, roc_curve
 from pydefect.persistence import write_atomically
 from pydefect.places import check_file_writable
 from pydefect.progress import ProgressBars
-from pydefect.report.gallery import OUTCOMES, Card, Thresholds, cards, outcome
+from pydefect.report.gallery import OUTCOMES, Card, ColourScale, Thresholds, cards, outcome
 from pydefect.run import Run
 from pydefect.version import VERSION
 
@@ -140,9 +140,10 @@ def render(template: str, **content: Any) -> str:
 
 def _page(run: Run, images: int, progress: bool) -> str:
     thresholds = Thresholds.of(run)
+    scale = ColourScale.of(run, thresholds)
     bars = ProgressBars(progress)
     try:
-        gallery = cards(run, thresholds, images, lambda done, total: bars("gallery", done, total))
+        gallery = cards(run, thresholds, scale, images, lambda done, total: bars("gallery", done, total))
     finally:
         bars.close()
     counts = _counts(run, thresholds)
@@ -154,6 +155,7 @@ def _page(run: Run, images: int, progress: bool) -> str:
         tiles=_tiles(run, counts, thresholds),
         notices=[*_run_notices(run, thresholds), *_data_notices(run)],
         thresholds=thresholds,
+        scale=scale,
         counts=counts,
         metrics=_metric_rows(run.evaluation),
         defects=_defects(run, thresholds),

@@ -18,8 +18,9 @@ from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
 from pydefect.errors import InputError
 from pydefect.report import gallery, write_index, write_report
-from pydefect.report.gallery import OUTCOMES, Thresholds, cards
+from pydefect.report.gallery import OUTCOMES, ColourScale, Thresholds, cards
 from pydefect.run import Run, read_run
+from pydefect.visualization import shared_scale
 
 
 class Page(HTMLParser):
@@ -91,8 +92,8 @@ def test_what_it_was_measured_with_is_there(run, page):
 
 def test_every_picture_says_what_it_shows(run, page):
     pictures = page.all("img") + page.all("svg", role="img")
-    # A photograph, the heat map, the local and the global map.
-    assert len(pictures) == 4 * len(run.images)
+    # A photograph, the heat map, the local and the global map; and once their colours.
+    assert len(pictures) == 4 * len(run.images) + 1
     for picture in pictures:
         assert (picture.get("alt") or picture.get("aria-label") or "").strip()
     assert all(svg.get("aria-hidden") == "true" or svg.get("role") == "img" for svg in page.all("svg"))
@@ -118,7 +119,7 @@ def test_the_drawn_outlines_hold_the_mask(run):
     index = next(index for index, image in enumerate(run.images) if image.label)
     card = next(
         card
-        for card in cards(run, Thresholds.of(run), 400, lambda done, total: None)
+        for card in cards(run, Thresholds.of(run), ColourScale(0.0, 1.0), 400, lambda done, total: None)
         if card.image is run.images[index]
     )
     curves = [
@@ -129,6 +130,12 @@ def test_the_drawn_outlines_hold_the_mask(run):
     cv2.fillPoly(filled, curves, 1)
     mask = read_mask(run.sample(index), card.image.size)
     assert np.logical_xor(filled, mask).sum() <= 0.1 * mask.sum() + 8
+
+
+def test_the_colours_of_the_heat_maps_are_explained(run, page):
+    low, high = shared_scale([], pixel_threshold=run.calibration.pixel_threshold)
+    assert f"heat map from {low:#.4g}" in page.words
+    assert f"to {high:#.4g}" in page.words
 
 
 def test_fewer_pictures_leave_out_the_unremarkable_ones(run, tmp_path):
@@ -145,7 +152,7 @@ def test_the_pictures_of_a_page_share_its_pixels(run, monkeypatch, count):
     asked = []
     monkeypatch.setattr(gallery, "_card", lambda run, index, thresholds, scale, pixels: asked.append(pixels))
     large = SimpleNamespace(images=run.images[:1] * count, map_names=run.map_names)
-    cards(large, Thresholds.of(run), count, lambda done, total: None)
+    cards(large, Thresholds.of(run), ColourScale(0.0, 1.0), count, lambda done, total: None)
     assert len(asked) == count
     assert min(asked) >= 96**2
     # Where even the smallest are too many, they are the smallest.
