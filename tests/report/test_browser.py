@@ -186,7 +186,7 @@ def test_text_has_contrast(opened, scheme):
           }
         };
         return [...document.querySelectorAll("p, h1, h2, h3, td, th, dt, dd, small, label, a, summary, "
-          + "button, select, input, output, caption, legend, figcaption, li")]
+          + "button, select, input, output, caption, legend, figcaption, li, .glyph")]
           .filter((element) => element.offsetParent && element.textContent.trim())
           .map((element) => [element.tagName + "." + element.className, getComputedStyle(element).color,
             background(element)]);
