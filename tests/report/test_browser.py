@@ -12,8 +12,9 @@ from pathlib import Path
 import cv2
 import pytest
 
+import pydefect
 from pydefect.report import write_report
-from pydefect.run import Run
+from pydefect.run import Run, read_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium here: pip install selenium")
 
@@ -217,6 +218,36 @@ def test_the_page_fits_its_screen(opened, size, tmp_path):
     assert pixels.std() > 5
     for control in opened.find_elements("css selector", "#controls select, #controls input, .enlarge"):
         assert control.size["width"] + control.location["x"] <= size[0]
+
+
+@pytest.fixture(scope="module")
+def awkward(product: Path, colours, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a rod, a strip, and a defect with a name of many words."""
+    folder = tmp_path_factory.mktemp("awkward")
+    long = folder / "data/test" / " ".join(["scratch"] * 20)
+    for place in (folder / "data/train/good", folder / "data/test/good", long):
+        place.mkdir(parents=True)
+    image = cv2.imread(str(product / "test/good/000.png"))
+    cv2.imwrite(str(folder / "data/train/good/0.png"), image)
+    cv2.imwrite(str(folder / "data/test/good/rod.png"), cv2.resize(image, (40, 400)))
+    cv2.imwrite(str(folder / "data/test/good/strip.png"), cv2.resize(image, (400, 40)))
+    cv2.imwrite(str(long / "0.png"), image)
+    pydefect.evaluate(colours(), folder / "data", out=folder / "run", progress=False)
+    return write_report(read_run(folder / "run"), progress=False)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_rods_strips_and_long_names_fit_too(browser, awkward, size):
+    resize(browser, size)
+    browser.get(awkward.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == size[0]
+    photo = {
+        card.get_attribute("data-name"): card.find_element("class name", "photo").size
+        for card in browser.find_elements("css selector", "#cards > li")
+    }
+    assert photo["test/good/rod.png"]["height"] < 0.6 * size[1]
+    card = browser.find_element("css selector", "#cards > li").size
+    assert photo["test/good/strip.png"]["width"] > 0.9 * card["width"]
 
 
 def test_no_chart_is_cut_off(opened):
