@@ -571,7 +571,8 @@ def _check_sizes(shown: _Shown) -> None:
 
 def _caption(row: Mapping[str, Any]) -> str:
     verdict = {None: "", True: f"  {row['kind'] or 'defective'}", False: "  good"}[row["defective"]]
-    return f"{row['name']}\nscore {row['score']:.3g}{verdict}"
+    name = " ".join(row["name"].splitlines())
+    return f"{name}\nscore {row['score']:.3g}{verdict}"
 
 
 def _encoded(text: str) -> bytes:

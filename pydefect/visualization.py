@@ -323,6 +323,8 @@ def fade_unscored(image: NDArray[Any], scored_box: Box) -> Picture:
 _INK: Colour = (40, 40, 40)
 _FAINT: Colour = (110, 110, 110)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
+# Before OpenCV 5 its fonts know no others.
+_LETTERS = "utf-8" if int(cv2.__version__.partition(".")[0]) >= 5 else "ascii"
 
 
 def comparison_sheet(
@@ -354,7 +356,8 @@ def comparison_sheet(
     ground_truth
         n of [H, W], what was to be found, drawn white on black; None leaves out the row.
     captions
-        n texts over the columns, of one or more lines; cut in the middle where they are too long.
+        n texts over the columns, of one or more lines; cut in the middle where they are too long. A narrow
+        column is made wide enough for all lines but the first, up to `cell`.
     scale
         (low, high) of the colours; None for :func:`shared_scale` of these maps.
     pixel_threshold
@@ -432,9 +435,20 @@ def _typeset(
     size = max(cell / 224 * 0.45, 0.3)
     line = round(size * 40)
     gap = max(4, cell // 28)
-    widths = [max(max(picture.shape[1] for picture in column), cell // 2) for column in columns]
     heights = [max(column[row].shape[0] for column in columns) for row in range(len(titles))]
-    lines = [[] if captions is None else caption.split("\n") for caption in (captions or [""] * len(columns))]
+    lines = [
+        [] if captions is None else caption.encode(_LETTERS, "replace").decode().split("\n")
+        for caption in (captions or [""] * len(columns))
+    ]
+    widths = [
+        max(
+            cell // 2,
+            *(picture.shape[1] for picture in column),
+            # A name that is cut can still be told, a score cannot.
+            *(min(cell, _text_width(text, size)) for text in caption[1:]),
+        )
+        for column, caption in zip(columns, lines, strict=True)
+    ]
     left = max(_text_width(title, size) for title in titles) + 2 * gap
     top = gap + max(len(caption) for caption in lines) * line + (gap if captions is not None else 0)
     bar = max(8, cell // 16)
@@ -515,7 +529,6 @@ def _text_width(text: str, size: float) -> int:
 
 def _shortened(text: str, width: int, size: float) -> str:
     """Cut out the middle of a text until it fits: the ends of a path tell more than its beginning alone."""
-    text = text.encode("ascii", "replace").decode()  # OpenCV's vector fonts know no other letters
     kept = len(text)
     shown = text
     while kept > 4 and _text_width(shown, size) > width:

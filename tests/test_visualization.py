@@ -266,6 +266,27 @@ def test_a_smaller_map_keeps_every_hot_pixel_where_it_belongs() -> None:
         assert np.abs(hot + 0.5 - belongs).max() <= 1
 
 
+def test_a_narrow_column_keeps_its_score():
+    image = np.zeros((400, 40, 3), dtype=np.uint8)
+    sheets = [
+        comparison_sheet([image], [image[..., 0]], captions=[caption])
+        for caption in ("a very long name", "a very long name\nscore 0.304  defective")
+    ]
+    # Half a cell is too narrow for it.
+    assert sheets[1].shape[1] > sheets[0].shape[1]
+
+
+@pytest.mark.skipif(int(cv2.__version__[0]) < 5, reason="OpenCV 4 draws ASCII only")
+def test_captions_keep_their_letters():
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    for caption in ("Pr\u00fcfling", "\u65e5\u672c", "bad \udcff"):
+        drawn, lost = (
+            comparison_sheet([image], [image[..., 0]], captions=[text])
+            for text in (caption, caption.encode("ascii", "replace").decode())
+        )
+        assert (drawn.shape == lost.shape and (drawn == lost).all()) == ("\udcff" in caption)
+
+
 @pytest.mark.parametrize(("large", "small"), [(22, 18), (26, 10), (225, 25), (128, 127)])
 def test_a_smaller_map_loses_no_row_and_no_column(large: int, small: int) -> None:
     # A factor that is rounded passes over one of 22 rows where 18 are to stay.
