@@ -55,6 +55,7 @@ def score_histogram(calibration: Calibration) -> bytes:
         The calibration keeps no scores.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     normal = np.asarray(calibration.image_scores)
     if not len(normal):
@@ -80,14 +81,16 @@ def score_histogram(calibration: Calibration) -> bytes:
         )
     # A single image must show beside hundreds.
     counts.set_yscale("log")
-    counts.set_ylim(bottom=0.5)
+    counts.set_ylim(bottom=0.6)
+    counts.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    counts.yaxis.set_major_formatter("{x:g}")
+    counts.yaxis.set_minor_locator(NullLocator())
     counts.set_ylabel("images")
     line = f"threshold {calibration.image_threshold:.4g}"
     if calibration.interval is not None:
         lowest, highest = calibration.interval
         line += f"\nfalse alarms {lowest:.2%} to {highest:.2%} ({calibration.confidence:.0%} confidence)"
     counts.axvline(calibration.image_threshold, color=_LINE, linestyle="--", label=line)
-    counts.legend(frameon=False)
 
     grid = np.linspace(edges[0], edges[-1], 1000)
     p_values = calibration.p_values(grid)
@@ -106,9 +109,10 @@ def score_histogram(calibration: Calibration) -> bytes:
     probability.set_yscale("log")
     probability.set_xlabel("image score")
     probability.set_ylabel("P(normal scores as high)")
-    probability.legend(frameon=False, loc="upper right")
     for axes in (counts, probability):
         axes.spines[["top", "right"]].set_visible(False)
+        # Over the axes: bars and curves may be anywhere in them.
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

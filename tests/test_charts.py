@@ -1,4 +1,4 @@
-"""What is in the drawings of curves, read from their SVG elements."""
+"""What is in the drawings of curves, read from their SVG elements, and where the histogram's legends are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from pydefect.charts import curves
+from pydefect.calibration import Calibration
+from pydefect.charts import curves, score_histogram
 from pydefect.metrics import Curve
 
 
@@ -37,3 +39,22 @@ def test_twelve_curves_differ_in_colour_or_dashes() -> None:
         for style in lines(curves(rising(12), "x", "y"))
     }
     assert len(looks) == 12
+
+
+@pytest.mark.parametrize("defective", [(), tuple(np.linspace(0.5, 3, 40))])
+def test_the_histograms_legends_hide_no_bars(monkeypatch, defective) -> None:
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    scores = tuple(np.random.default_rng(0).gamma(4, 0.3, 300))
+    score_histogram(
+        Calibration(2.5, 2.5, "held_out", 300, 0.01, image_scores=scores, defective_scores=defective)
+    )
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    whole = figure.bbox
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y0 >= axes.bbox.y1
+        assert legend.x0 >= whole.x0
+        assert legend.x1 <= whole.x1
+        assert legend.y1 <= whole.y1
