@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,22 @@ Debug = Annotated[
         is_eager=True,
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+def _is_quiet(value: bool) -> bool:
+    # In a log every update of a bar would stay.
+    return value or sys.stderr is None or not sys.stderr.isatty()
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="No progress bars. There are none either where standard error is no terminal.",
+        callback=_is_quiet,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that go through the network at a time.")]
 OnErrorOption = Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pydefect.cli._console import BatchSize, Debug, Device, Quiet, duration, parse_settings, say
+from pydefect.cli._console import BatchSize, Debug, Device, duration, parse_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,9 @@ def benchmark(
     ] = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
-    quiet: Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No line for every pair that is measured.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fit and measure methods on data sets, and write the table of it.

@@ -289,9 +289,9 @@ def test_names_that_the_terminal_cannot_show_are_no_failure(
     for name in (b"\xd0\xb6.png", b"\xff.png"):
         (images / os.fsdecode(name)).write_bytes(picture)
     (images / os.fsdecode(b"\xfe.png")).write_bytes(b"no image")
-    quietly = ("--no-pictures", "--quiet", "--on-error", "skip")
+    options = ("--no-pictures", "--on-error", "skip")
     done = subprocess.run(
-        [sys.executable, "-m", "pydefect", "score", model, images, "--out", tmp_path / "out", *quietly],
+        [sys.executable, "-m", "pydefect", "score", model, images, "--out", tmp_path / "out", *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONIOENCODING": encoding},
         capture_output=True,
@@ -301,6 +301,8 @@ def test_names_that_the_terminal_cannot_show_are_no_failure(
     assert b"\\udcff.png" in done.stdout
     assert "ж.png".encode(encoding, "backslashreplace") in done.stdout
     assert b"skipped: \\udcfe.png" in done.stderr
+    # A log is no place for bars.
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp_path: Path) -> None:
