@@ -97,8 +97,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
         if level == "pixels" and evaluation.pixel_aupro is not None:
             figures.append(evaluation.pixel_aupro)
         typer.echo(f"{level:<8}" + "".join(f"{100 * figure:8.2f}" for figure in figures))
+    width = max([22, *map(len, evaluation.image_auroc_by_defect)])
     for defect, auroc in evaluation.image_auroc_by_defect.items():
-        line = f"  {defect:<24}image AUROC {100 * auroc:6.2f}"
+        line = f"  {defect:<{width}}  image AUROC {100 * auroc:6.2f}"
         if defect in evaluation.pixel_aupro_by_defect:
             line += f"  pixel AUPRO {100 * evaluation.pixel_aupro_by_defect[defect]:6.2f}"
         if defect in evaluation.pixel_spro_by_defect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,21 @@ def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp
     assert figures["configuration"]["representation_dim"] == 64
     assert f"{100 * figures['image_auroc']:8.2f}" in output
     assert all(defect in output for defect in DEFECTS)
+
+
+def test_long_names_of_defects_stand_apart_from_their_figures(
+    product: Path, model: Path, tmp_path: Path
+) -> None:
+    for kind in ("scratch", "dent"):
+        name = f"{kind} of the inner ring, left side" if kind == "scratch" else kind
+        shutil.copytree(product / "test" / kind, tmp_path / "product/test" / name)
+    for part in ("train", "test/good"):
+        shutil.copytree(product / part, tmp_path / "product" / part)
+    code, output, errors = call("evaluate", model, tmp_path / "product")
+    assert code == 0, errors
+    rows = [line for line in output.splitlines() if "image AUROC" in line]
+    assert len({row.index("  image AUROC") for row in rows}) == 1
+    assert len(rows) == 2
 
 
 def test_nothing_else_is_put_into_a_run(product: Path, model: Path, tmp_path: Path) -> None:
