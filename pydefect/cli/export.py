@@ -53,7 +53,7 @@ def export(
     calibration = detector.calibration
     if calibration is not None:
         typer.echo(
-            f"defective from an image score of {calibration.image_threshold:.4g} and a pixel score of "
+            f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
             f"{calibration.pixel_threshold:.4g}"
         )
     typer.echo(f"model: {out}")
