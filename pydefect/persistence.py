@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, uint8
 
 from pydefect.errors import InputError, ModelFileError
 from pydefect.places import check_writable, is_written_into
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _METADATA_KEY = "pydefect"
+_DIGEST_KEY = "sha256"
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
@@ -134,10 +135,22 @@ def save_tensors(
     tensors
         Any device; tensors that share memory are written apart.
     metadata
-        JSON values, under the key ``pydefect`` of the file's own metadata.
+        JSON values, under the key ``pydefect`` of the file's own metadata; a SHA-256 of everything is added.
     """
     plain = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, serialise(plain, metadata={_METADATA_KEY: json.dumps(metadata, allow_nan=False)}))
+    # In the JSON: safetensors writes several keys of its own metadata in an order that changes.
+    text = json.dumps({**metadata, _DIGEST_KEY: _digest(metadata, plain)}, allow_nan=False)
+    write_atomically(path, serialise(plain, metadata={_METADATA_KEY: text}))
+
+
+def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Digest all that a file holds: one wrong bit gives other scores, and nothing else would tell."""
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -151,7 +164,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises
     ------
     ModelFileError
-        No such file, damaged, or not written by pydefect.
+        No such file, damaged, changed since, or not written by pydefect.
     """
     if not Path(path).is_file():
         raise ModelFileError(f"model: no file {os.fspath(path)!r}")
@@ -163,11 +176,16 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             metadata = json.loads(header[_METADATA_KEY])
             if not isinstance(metadata, dict):
                 raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ModelFileError(
             f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}"
         ) from error
+    # Files from before there were digests have none.
+    digest = metadata.pop(_DIGEST_KEY, None)
+    if digest is not None and digest != _digest(metadata, tensors):
+        raise ModelFileError(f"model: {os.fspath(path)!r} is damaged: it does not hold what was written")
+    return tensors, metadata
 
 
 def replace_metadata(

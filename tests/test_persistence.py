@@ -209,6 +209,30 @@ def test_damaged_files(tmp_path, damage):
         load_tensors(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: content[:-1] + bytes([content[-1] ^ 1]), id="a bit of a tensor"),
+        pytest.param(lambda content: content.replace(b'\\"format\\": 1', b'\\"format\\": 3'), id="a digit"),
+        pytest.param(lambda content: content.replace(b'"I64"', b'"F64"'), id="a type"),
+        pytest.param(lambda content: content.replace(b"[2,3]", b"[3,2]"), id="a shape"),
+        pytest.param(lambda content: content.replace(b'"half"', b'"calf"'), id="a name"),
+    ],
+)
+def test_what_is_not_what_was_written(tmp_path, damage):
+    """Such files have a form that can be read, and would score otherwise without a word."""
+    content = damage(written(tmp_path))
+    assert content != written(tmp_path)
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"model: '.*model' is damaged: it does not hold what was"):
+        load_tensors(tmp_path / "model")
+
+
+def test_files_from_before_there_were_digests(tmp_path):
+    save_file(TENSORS, tmp_path / "model", metadata={"pydefect": '{"format": 1}'})
+    assert load_tensors(tmp_path / "model")[1] == {"format": 1}
+
+
 @pytest.mark.parametrize("metadata", [None, {"other": "1"}, {"pydefect": "[1, 2]"}])
 def test_files_of_others(tmp_path, metadata):
     save_file(TENSORS, tmp_path / "model", metadata=metadata)
@@ -286,4 +310,4 @@ def test_the_header_is_readable_by_anyone(tmp_path):
     """Eight bytes of length, then JSON: what the safetensors format promises to other programs."""
     content = written(tmp_path)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert json.loads(header["__metadata__"]["pydefect"]) == {"format": 1}
+    assert json.loads(header["__metadata__"]["pydefect"])["format"] == 1

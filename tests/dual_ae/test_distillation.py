@@ -31,7 +31,7 @@ from pydefect.dual_ae.distillation import (
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.teacher import BackboneTeacher, load_teacher
 from pydefect.errors import InputError
-from pydefect.persistence import Checkpoint
+from pydefect.persistence import Checkpoint, load_tensors
 from pydefect.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
@@ -418,9 +418,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 def metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        about: dict[str, Any] = json.loads(file.metadata()["pydefect"])
-        return about
+    return load_tensors(path)[1]
 
 
 def make(out: Path, **how: Any) -> dict[str, Any]:
