@@ -388,22 +388,25 @@ def load(
     if weights is not None:
         _check_path("weights", weights)
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != 1 or metadata.get("method") not in METHODS:
+    if metadata.get("format") != 1 or metadata.get("method") not in tuple(METHODS):
         raise ModelFileError(
             f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method "
             f"{metadata.get('method')!r}; "
             f"this version of pydefect reads format 1 of {', '.join(METHODS)}"
         )
-    try:
-        with for_training(chosen):
+    with for_training(chosen):
+        try:
             return detector_type(metadata["method"]).from_file(
                 tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
             )
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ModelFileError(
-            f"model: {os.fspath(path)!r} is damaged or of another version of pydefect "
-            f"({metadata.get('version')}): {error}"
-        ) from error
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            # What is wrong with weights that were given is said of them.
+            if isinstance(error, ModelFileError) or (isinstance(error, InputError) and weights is not None):
+                raise
+            raise ModelFileError(
+                f"model: {os.fspath(path)!r} is damaged or of another version of pydefect "
+                f"({metadata.get('version')}): {error}"
+            ) from error
 
 
 def export_onnx(
@@ -428,7 +431,7 @@ def export_onnx(
         The file to write, atomically; an existing one is replaced.
     image_size
         (height, width) of the images, or one number for a square; None: any, which the graph resizes as the
-        detector does. At the detector's own size the graph has no resize in it, which some runtimes lack.
+        detector does. At the detector's own size there is no resize in it.
     batch_size
         Images at a time, fixed.
 

@@ -260,7 +260,7 @@ class Detector(ABC):
         ------
         ModelFileError
             The weights are missing or not those of the fit.
-        KeyError, TypeError, RuntimeError
+        AttributeError, LookupError, TypeError, ValueError, RuntimeError
             The content is not what it should be; :func:`pydefect.load` makes a ModelFileError of them.
         """
 

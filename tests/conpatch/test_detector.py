@@ -561,14 +561,36 @@ def rewrite(path, change) -> None:
             id="misshapen",
         ),
         pytest.param(lambda tensors, metadata: metadata["config"].update(levels=[1, 2]), id="fewer levels"),
+        pytest.param(lambda tensors, metadata: metadata["config"].update(bank="newer"), id="unknown choice"),
+        pytest.param(lambda tensors, metadata: metadata["config"].update(resize=0), id="no size"),
+        pytest.param(lambda tensors, metadata: tensors.pop("backbone.conv1.weight"), id="no convolution"),
+        pytest.param(
+            lambda tensors, metadata: tensors.update({"network.projection.weight": torch.zeros(())}),
+            id="no matrix",
+        ),
+        pytest.param(
+            lambda tensors, metadata: tensors.update({"network.representation.weight": torch.zeros(3)}),
+            id="a vector",
+        ),
+        pytest.param(
+            lambda tensors, metadata: metadata["calibration"].update(part_maxima=None), id="no maxima"
+        ),
+        pytest.param(lambda tensors, metadata: metadata.update(method=["conpatch"]), id="methods"),
     ],
 )
 def test_newer_and_inconsistent_files(detector, tmp_path, change):
     detector.save(tmp_path / "model")
     rewrite(tmp_path / "model", change)
-    # Fewer levels than level weights are an InputError of the settings; ModelFileError is one too.
-    with pytest.raises(InputError, match=r"model|level_weights"):
+    with pytest.raises(ModelFileError, match=r"model: '.*model'|F has"):
         pydefect.load(tmp_path / "model")
+
+
+def test_what_is_wrong_with_given_weights_is_said_of_them(detector, tmp_path):
+    detector.save(tmp_path / "model", include_backbone=False)
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(InputError, match=r"weights.*not a resnet18") as caught:
+        pydefect.load(tmp_path / "model", weights=tmp_path / "weights.safetensors")
+    assert not isinstance(caught.value, ModelFileError)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x00" * 100])
