@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -14,20 +14,23 @@ __all__ = ["for_inference", "for_training"]
 
 @contextmanager
 def for_inference(device: torch.device) -> Iterator[None]:
-    """Compute with the types that networks and images have, whatever the caller's autocast.
+    """Compute where the networks are, in the types they have, whatever autocast and default device are set.
 
     Parameters
     ----------
     device
         Where the networks compute.
     """
-    with torch.autocast(device.type, enabled=False):
+    # Every call in such a block costs something, and of most callers nothing is to be undone.
+    placed = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.autocast(device.type, enabled=False), placed:
         yield
 
 
 @contextmanager
 def for_training(device: torch.device) -> Iterator[None]:
-    """Build networks, and differentiate them, also where the caller has gradients off or autocast on.
+    """Build networks, and differentiate them, also where the caller has gradients off, autocast on or
+    another default device.
 
     Parameters
     ----------

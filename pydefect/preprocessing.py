@@ -165,7 +165,7 @@ class Preprocessing:
         # Whole rows with a mean for each of their numbers: an inner loop over three would be slow.
         rows = images.permute(0, 2, 3, 1).flatten(2)
         mean, std = (
-            torch.tensor(values, dtype=torch.float32).repeat(images.shape[3])
+            torch.tensor(values, dtype=torch.float32, device="cpu").repeat(images.shape[3])
             for values in (self.mean, self.std)
         )
         normalised: torch.Tensor = rows.sub(mean).div_(std).unflatten(2, (-1, 3))
@@ -358,10 +358,10 @@ def _interpolated(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _resize_matrix(size: int, length: int) -> torch.Tensor:
     """What :func:`_interpolated` does along one axis, as a [size, length] matrix."""
-    pixels = torch.arange(length, dtype=torch.float32) + 0.5
+    pixels = torch.arange(length, dtype=torch.float32, device="cpu") + 0.5
     # Of the pixels, for a graph's open length is no number to compare with another.
     scale = (pixels[-1] + 0.5) / size
-    centres = (torch.arange(size, dtype=torch.float32) + 0.5) * scale
+    centres = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) * scale
     weights = (1 - (centres[:, None] - pixels).abs() / scale.clamp(min=1)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 

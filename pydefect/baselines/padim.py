@@ -122,12 +122,12 @@ class PaDiM(PatchModel):
 
     def state(self) -> dict[str, Tensor]:
         """Return the channels, the means, the triangles of the whitening matrices and the grid."""
-        rows, columns = torch.tril_indices(len(self.channels), len(self.channels)).unbind()
+        rows, columns = torch.tril_indices(len(self.channels), len(self.channels), device="cpu").unbind()
         return {
             "channels": self.channels,
             "mean": self.mean,
             "whitening": self.whitening[:, rows, columns],
-            "grid": torch.tensor(self.grid),
+            "grid": torch.tensor(self.grid, device="cpu"),
         }
 
     @classmethod
