@@ -393,6 +393,10 @@ def held_out_calibration(
         if len(maxima) != len(image_scores):
             raise InputError(f"{name}: {len(maxima)} given for {len(image_scores)} image scores")
     false_alarm_rate, confidence = check_terms(false_alarm_rate, confidence)
+    # Python's numbers, whatever was given: NumPy's cannot be written into a model file.
+    image_scores, map_maxima, defective_scores = (
+        sorted(map(float, values)) for values in (image_scores, map_maxima, defective_scores)
+    )
     n = len(image_scores)
     k = (
         _rank_guaranteed(n, false_alarm_rate, confidence)
@@ -402,17 +406,17 @@ def held_out_calibration(
     implied = (n + 1 - k) / (n + 1)
     _warn_of_few(n, false_alarm_rate, confidence if guaranteed else None)
     return Calibration(
-        image_threshold=sorted(image_scores)[k - 1],
-        pixel_threshold=sorted(map_maxima)[k - 1],
+        image_threshold=image_scores[k - 1],
+        pixel_threshold=map_maxima[k - 1],
         source="held_out",
         images=n,
         false_alarm_rate=implied,
-        image_scores=tuple(sorted(image_scores)),
-        map_maxima=tuple(sorted(map_maxima)),
+        image_scores=tuple(image_scores),
+        map_maxima=tuple(map_maxima),
         confidence=confidence,
         interval=clopper_pearson(n - k, n, confidence),
-        defective_scores=tuple(sorted(defective_scores)),
-        part_maxima={name: tuple(sorted(maxima)) for name, maxima in (part_maxima or {}).items()},
+        defective_scores=tuple(defective_scores),
+        part_maxima={name: tuple(sorted(map(float, maxima))) for name, maxima in (part_maxima or {}).items()},
     )
 
 

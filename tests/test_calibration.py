@@ -132,6 +132,22 @@ def test_printed_without_every_score():
         assert inner not in repr(calibration)
 
 
+def test_numpys_scores_can_be_written_into_a_model_file():
+    """A Result's scores are float32: a detector that was calibrated by them could not be saved."""
+    scores = np.arange(1, 31, dtype=np.float32) / 7
+    calibration = held_out_calibration(
+        scores, scores, 0.1, defective_scores=scores[:2], part_maxima={"local": scores}
+    )
+    assert json.loads(json.dumps(calibration.to_dict()))["image_scores"] == scores.tolist()
+    assert calibration == held_out_calibration(
+        scores.tolist(),
+        scores.tolist(),
+        0.1,
+        defective_scores=scores[:2].tolist(),
+        part_maxima={"local": scores.tolist()},
+    )
+
+
 def test_files_from_before_there_were_intervals():
     old = {
         "image_threshold": 1.5,
