@@ -69,7 +69,7 @@ def to_rgb8(image: NDArray[Any]) -> Picture:
     pixels = pixels[..., :3]
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * 255
-    elif pixels.dtype == np.uint16:
+    elif pixels.dtype.newbyteorder("=") == np.uint16:
         pixels = np.rint(pixels * (255 / 65535)).astype(np.uint8)
     elif np.issubdtype(pixels.dtype, np.floating):
         pixels = np.rint(np.clip(np.nan_to_num(pixels, nan=0.0), 0, 1) * 255).astype(np.uint8)
@@ -113,9 +113,11 @@ def shared_scale(
     """
     if pixel_threshold is not None and pixel_threshold > 0:
         return 0.5 * float(pixel_threshold), 1.5 * float(pixel_threshold)
-    if not anomaly_maps:
+    if not len(anomaly_maps):
         raise InputError("a scale of colours needs at least one anomaly map or a pixel threshold")
-    boxes = scored_boxes or [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]
+    boxes = scored_boxes
+    if boxes is None:
+        boxes = [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]
     inside = [
         np.asarray(anomaly_map)[top:bottom, left:right].ravel()
         for anomaly_map, (top, left, bottom, right) in zip(anomaly_maps, boxes, strict=True)
@@ -394,9 +396,9 @@ def comparison_sheet(
     ):
         if values is not None and len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} images")
-    low, high = scale or shared_scale(
-        anomaly_maps, pixel_threshold=pixel_threshold, scored_boxes=scored_boxes
-    )
+    if scale is None:
+        scale = shared_scale(anomaly_maps, pixel_threshold=pixel_threshold, scored_boxes=scored_boxes)
+    low, high = scale
 
     titles = ["input"]
     titles += ["ground truth"] if ground_truth is not None else []

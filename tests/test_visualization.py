@@ -57,6 +57,11 @@ def test_channels_keep_their_order_and_the_input_stays_untouched() -> None:
     assert tuple(image[0, 0]) == (0, 0, 200)
 
 
+def test_either_order_of_bytes_is_shown_alike() -> None:
+    image = np.array([[0, 257, 65535]], np.uint16)
+    assert np.array_equal(to_rgb8(image.astype(">u2")), to_rgb8(image))
+
+
 @pytest.mark.parametrize(
     "image", [np.zeros((2, 3, 2), np.uint8), np.zeros(5), np.zeros((0, 3)), np.zeros((2, 3), np.int32)]
 )
@@ -210,6 +215,21 @@ def test_the_sheet_has_a_column_an_image_and_a_row_a_kind() -> None:
         assert np.any(np.all(full == 60 + 20 * index, axis=2))
     assert np.sum(np.all(with_masks == RED, axis=2)) > 3 * 30
     assert not np.any(np.all(small == RED, axis=2))
+
+
+def test_lists_may_be_arrays() -> None:
+    images, maps = sheet_parts(3)
+    maps = [anomaly_map[:48, :48] for anomaly_map in maps]
+    images = [image[:48, :48] for image in images]
+    boxes = [(0, 0, 48, 40)] * 3
+    assert shared_scale(np.stack(maps), scored_boxes=np.array(boxes)) == shared_scale(
+        maps, scored_boxes=boxes
+    )
+    assert np.array_equal(
+        comparison_sheet(np.stack(images), np.stack(maps), scale=np.array([0.0, 2.0])),
+        comparison_sheet(images, maps, scale=(0.0, 2.0)),
+    )
+    assert np.array_equal(comparison_sheet(images, np.stack(maps)), comparison_sheet(images, maps))
 
 
 @pytest.mark.parametrize("size", [(20, 200), (200, 20), (1, 1), (500, 700)])
