@@ -471,7 +471,10 @@ def _split_array(array: _Array, what: str) -> list[_Array]:
 def _array_to_rgb(array: _Array, name: str) -> Pixels:
     if isinstance(array, torch.Tensor):
         # NumPy has no bfloat16.
-        array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
+        try:
+            array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
+        except (TypeError, NotImplementedError) as error:  # sparse, quantised, without data
+            raise InputError(f"{name}: the tensor cannot be read as an array: {error}") from None
     return _to_rgb(array, name)
 
 

@@ -465,6 +465,19 @@ class TestArrays:
         (image,) = open_images(torch.ones(3, 4, 5).to(dtype))
         assert image.pixels.dtype == (np.uint8 if dtype in (torch.uint8, torch.bool) else np.float32)
 
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.ones(3, 4, 5).to_sparse(),
+            torch.ones(3, 4, 5, device="meta"),
+            torch.ones(3, 4, 5).to(torch.float8_e5m2),
+        ],
+        ids=["sparse", "meta", "float8"],
+    )
+    def test_tensors_that_numpy_does_not_know(self, tensor: torch.Tensor) -> None:
+        with pytest.raises(InputError, match="image-00000: the tensor cannot be read as an array"):
+            list(open_images(tensor))
+
     def test_tensor_values_keep_their_channels(self) -> None:
         tensor = torch.from_numpy(RGB).permute(2, 0, 1)
         (image,) = open_images(tensor)
