@@ -659,9 +659,9 @@ def _as_float32(values: ArrayLike) -> NDArray[np.float32]:
 
 def _labelled(labels: ArrayLike, scores: ArrayLike) -> _native.ScoreSet:
     given = np.asarray(labels).ravel()
-    label_array = given.astype(np.bool_, copy=False)
-    if given.dtype != np.bool_ and not np.array_equal(given, label_array):
-        odd = given[np.asarray(given != label_array)][:1].tolist()
+    label_array = np.asarray(given == 1)  # compared, not converted: NumPy 1 converts no words
+    odd = given[~label_array & np.asarray(given != 0)][:1].tolist()
+    if odd:
         raise InputError(f"labels: {odd[0]!r} is among them; allowed are True and False, or 1 and 0")
     score_array = _as_float32(scores).ravel()
     if len(label_array) != len(score_array):
