@@ -68,6 +68,18 @@ def test_the_source_folder_says_that_it_is_not_compiled(tmp_path):
     assert "run Python in another one" in result.stderr
 
 
+def test_the_source_folder_says_that_nothing_is_installed(tmp_path):
+    shutil.copytree(
+        Path(__file__).parents[1] / "pydefect", tmp_path / "pydefect", ignore=shutil.ignore_patterns("*.so")
+    )
+    # As in an environment of its own: only the standard library beside the folder.
+    code = "import sys; sys.path[:] = ['', *(p for p in sys.path if 'python3' in p and '-packages' not in p)]"
+    result = run_python(
+        f"{code}; sys.meta_path = sys.meta_path[-3:]; import pydefect", tmp_path, PYTHONPATH=""
+    )
+    assert "ImportError: pydefect is not installed for this Python: install it" in result.stderr
+
+
 def test_cuda_library_is_there_where_nvcc_was():
     library = resources.files("pydefect") / "libpydefect_cuda.so"
     assert library.is_file() == (build_info().nvcc is not None)
@@ -96,6 +108,15 @@ def test_missing_library_says_how_to_build(monkeypatch):
     with pytest.raises(ImportError, match=r"libmissing\.so is missing.*pip install"):
         _library.load_cpu_library()
     _library.load_cpu_library.cache_clear()
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "libbroken.so").write_bytes(b"no library")
+    monkeypatch.setattr(_library.resources, "files", lambda _: tmp_path)
+    with pytest.raises(
+        ImportError, match=r"libbroken\.so does not load: .*too short.*needs 2\.11 or later; this is"
+    ):
+        _library._load("libbroken.so")
 
 
 def test_missing_cuda_kernels_say_what_to_do(monkeypatch):

@@ -7,6 +7,8 @@ from importlib import resources
 
 import torch
 
+from pydefect import _native
+
 _CPU_LIBRARY = "libpydefect_cpu.so"
 _CUDA_LIBRARY = "libpydefect_cuda.so"
 # Types of devices; filled when the libraries are loaded. A plain global: torch.compile reads it where it
@@ -19,7 +21,16 @@ def _load(name: str) -> bool:
     if not library.is_file():
         return False
     with resources.as_file(library) as path:
-        torch.ops.load_library(path)
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            # PyTorch's own message leaves out what the loader said.
+            facts = _native.build_info()
+            raise ImportError(
+                f"{name} does not load: {error.__cause__ or error}. It was built with PyTorch "
+                f"{facts['torch_built_against']} and needs {facts['torch_oldest']} or later; this is "
+                f"{torch.__version__}. Install pydefect again from its source folder: `pip install .`"
+            ) from error
     return True
 
 
@@ -30,7 +41,7 @@ def load_cpu_library() -> None:
     Raises
     ------
     ImportError
-        If the library is missing, that is, if the package was copied instead of installed.
+        If the library is missing, that is, if the package was copied instead of installed, or does not load.
     """
     if not _load(_CPU_LIBRARY):
         raise ImportError(
