@@ -281,11 +281,19 @@ class FeatureDetector(Detector):
         }
         return detector
 
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Compute the patch features of network inputs, rounded as the cache rounds those of a fit.
+
+        An image then scores as its copy among the held-out ones did: unrounded, it would lie beside the
+        threshold that copies set.
+        """
+        return [level.half().float() for level in self.extractor(images)]
+
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
         check_network_inputs(images, self.preprocessing.crop or self.preprocessing.resize, self.device)
-        return self.score_features(self.extractor(images), (images.shape[2], images.shape[3]))
+        return self.score_features(self.features(images), (images.shape[2], images.shape[3]))
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
         """Write the model file; see :meth:`pydefect.detector.Detector.save`."""

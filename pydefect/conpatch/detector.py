@@ -154,7 +154,7 @@ class ConPatchDetector(FeatureDetector):
         try:
             for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):
                 with for_inference(self.device):
-                    for patches in self.network.representation(self.extractor(tensors.to(self.device))):
+                    for patches in self.network.representation(self.features(tensors.to(self.device))):
                         bank.update(patches)
                 done += len(group)
                 bars("memory bank", done, total)

@@ -91,7 +91,7 @@ def test_scores_follow_section_3_5(fit, products, defective, score, image_score)
     images = torch.stack([detector.preprocessing(image) for image in defective])
     scores, maps = detector.predict(images)
     with torch.inference_mode():
-        patches = detector.network.representation(detector.extractor(images)).flatten(0, 1)
+        patches = detector.network.representation(detector.features(images)).flatten(0, 1)
         # In float64 from here on; the float32 steps of the detector differ by a few ulps of their inputs.
         distances = torch.cdist(patches.double(), detector.bank.centres.double()).sort(1).values[:, :3]
         patch_scores, expected = reference.score_maps(
@@ -243,8 +243,8 @@ def test_held_out_images_score_as_unseen_ones(fit, products):
         others = [image for index, image in enumerate(products[:3]) if index != held_out]
         unseen = fit(others, bank="kcenter", gamma=1.0, losses="none", smoothing=0.0, calibration_folds=0)
         singles.append(float(unseen.score([products[held_out]]).image_scores[0]))
-    # The cache keeps training features as float16; scoring computes them anew.
-    np.testing.assert_allclose(detector.calibration.image_scores, sorted(singles), rtol=0.02)
+    # To the bit, although the cache keeps training features as float16 and scoring computes them anew.
+    assert list(detector.calibration.image_scores) == sorted(singles)
 
 
 def test_the_threshold_is_the_conformal_quantile_of_the_held_out_scores(detector):
@@ -321,7 +321,11 @@ def test_identical_images(fit, products):
     """Nothing varies, so with a centre for every patch unseen images score 0: no noise to divide by."""
     detector = fit([products[0]] * 4, bank="position_mean", gamma=1.0, epochs=1, early_stopping=True)
     assert np.isfinite(detector.training["separation"]).all()
-    assert np.isfinite(detector.score(products).image_scores).all()
+    result = detector.score(products)
+    assert np.isfinite(result.image_scores).all()
+    # The one that it was fitted on is no defect.
+    assert not result.is_defective[0]
+    assert result.p_values[0] == 1
 
 
 def test_without_early_stopping_all_epochs_are_trained(fit, products):
@@ -378,7 +382,7 @@ def test_update_continues_the_bank(fit, products, bank):
     detector = fit(products[:4], bank=bank, epochs=0)
     with torch.inference_mode():
         images = torch.stack([detector.preprocessing(image) for image in products[4:]])
-        patches = detector.network.representation(detector.extractor(images))
+        patches = detector.network.representation(detector.features(images))
     expected = type(detector.bank).from_state(detector.bank.state(), momentum=0.1)
     for image in patches:
         expected.update(image)

@@ -202,6 +202,15 @@ def test_without_held_out_images_there_are_no_thresholds(count, share, settings,
     assert result.image_scores[0] > 0
 
 
+def test_a_held_out_image_scores_as_it_did_in_the_fit(fitted, good_images):
+    """To the bit, although the cache keeps images as float16: a copy must not pass over the threshold."""
+    held_out = _split(len(good_images), 0.5, 0)[1]
+    result = pydefect.score(fitted, [good_images[index] for index in held_out], progress=False)
+    assert sorted(result.image_scores.tolist()) == list(fitted.calibration.image_scores)
+    for name, scores in result.part_scores.items():
+        assert sorted(scores.tolist()) == list(fitted.calibration.part_maxima[name])
+
+
 def test_calibrating_anew_moves_the_parts_thresholds_too(fitted, good_images):
     before = fitted.calibration
     try:
