@@ -284,6 +284,18 @@ class FeatureDetector(Detector):
     def features(self, images: Tensor) -> list[Tensor]:
         """Compute the patch features of network inputs, rounded as the cache rounds those of a fit.
 
+        Parameters
+        ----------
+        images
+            [B, 3, h, w] float32, normalised.
+
+        Returns
+        -------
+        list of Tensor
+            See :class:`~pydefect.features.PatchFeatureExtractor`.
+
+        Notes
+        -----
         An image then scores as its copy among the held-out ones did: unrounded, it would lie beside the
         threshold that copies set.
         """
