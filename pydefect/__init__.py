@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pydefect.detector import Detector
     from pydefect.errors import InputError, ModelFileError, PydefectError, WeightsNotFoundError
     from pydefect.evaluation import Evaluation
-    from pydefect.scoring import Result
+    from pydefect.scoring import Region, Result
 
 __version__ = _version.VERSION
 
@@ -30,6 +30,7 @@ _ROOMS = {
     "InputError": "pydefect.errors",
     "ModelFileError": "pydefect.errors",
     "PydefectError": "pydefect.errors",
+    "Region": "pydefect.scoring",
     "Result": "pydefect.scoring",
     "WeightsNotFoundError": "pydefect.errors",
     "calibrate": "pydefect.api",
@@ -47,6 +48,7 @@ __all__ = [
     "InputError",
     "ModelFileError",
     "PydefectError",
+    "Region",
     "Result",
     "WeightsNotFoundError",
     "__version__",

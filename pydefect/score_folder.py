@@ -22,7 +22,7 @@ from pydefect.data.images import SkippedImage, open_images, read_image
 from pydefect.errors import InputError
 from pydefect.persistence import write_atomically
 from pydefect.places import check_writable
-from pydefect.scoring import Result
+from pydefect.scoring import Region, Result
 from pydefect.version import VERSION
 from pydefect.visualization import (
     Box,
@@ -48,6 +48,20 @@ _COLUMNS = (
     "peak_row",
     "peak_column",
     "picture",
+    "regions",
+)
+# What scores.json says about each region.
+_REGION = (
+    "top",
+    "left",
+    "bottom",
+    "right",
+    "area",
+    "centroid_row",
+    "centroid_column",
+    "peak_row",
+    "peak_column",
+    "score",
 )
 # What waits for the sheet is made no larger than this: a few large photographs would fill the memory.
 _SHEET_EDGE = 1024
@@ -73,7 +87,7 @@ def write_score_folder(
     ::
 
         out/scores.csv             name, path, score, image_threshold, defective, kind, p_value,
-                                   peak_row, peak_column, picture
+                                   peak_row, peak_column, picture, regions
         out/scores.json            the same, with thresholds, skipped files, version and configuration
         out/overlays/<picture>     the heat map over the image
         out/contours/<picture>     a red curve round every defective region (with a pixel threshold)
@@ -86,6 +100,10 @@ def write_score_folder(
     ``picture`` is the image's name with ``.png`` appended where it has another ending, so that ``a.png`` and
     ``a.jpg`` stay apart; subfolders stay. Parts of a name that lead out of the folder (``..``, a leading
     ``/``) are left out. (peak_row, peak_column) is the pixel with the highest score.
+
+    ``regions`` is the number of defective regions, and in ``scores.json`` the list of them (with a pixel
+    threshold): :attr:`pydefect.Result.regions`, as ``top``, ``left``, ``bottom``, ``right``, ``area``,
+    ``centroid_row``, ``centroid_column``, ``peak_row``, ``peak_column`` and ``score``.
 
     Every file is complete or absent, even if the program is killed. Files of the same names are replaced, all
     others in the folder stay; ``scores.csv`` lists the pictures of the latest call and is written last.
@@ -297,7 +315,7 @@ class ScoreFolderWriter:
         self.add_skipped(result.skipped)
 
         defective, threshold = result.is_defective, result.image_threshold
-        kinds = result.kind
+        kinds, regions = result.kind, result.regions
         every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
         # The pixels come first: only so is it seen that there are more of them than of results.
         for pixels, index in zip(every_pixels, range(len(result)), strict=False):
@@ -318,6 +336,7 @@ class ScoreFolderWriter:
                 "peak_row": int(peak_row),
                 "peak_column": int(peak_column),
                 "picture": picture_name if self._pictures else None,
+                "regions": None if regions is None else [_listed(region) for region in regions[index]],
             }
             self.rows.append(row)
             if self._maps:
@@ -422,7 +441,12 @@ class ScoreFolderWriter:
             "images": self.rows,
             "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in self._skipped],
         }
-        return _encoded(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        # json.dumps would hold each of very many numbers as a text of its own.
+        encoded = bytearray()
+        for text in json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(content):
+            encoded += _encoded(text)
+        encoded += b"\n"
+        return bytes(encoded)
 
     def _as_csv(self) -> bytes:
         lines = _Lines()
@@ -430,14 +454,26 @@ class ScoreFolderWriter:
         rows = csv.DictWriter(lines, _COLUMNS, lineterminator="\r\n")
         rows.writeheader()
         for row in self.rows:
-            defective = row["defective"]
-            rows.writerow({**row, "defective": "" if defective is None else str(defective).lower()})
+            defective, regions = row["defective"], row["regions"]
+            rows.writerow(
+                {
+                    **row,
+                    "defective": "" if defective is None else str(defective).lower(),
+                    "regions": None if regions is None else len(regions),
+                }
+            )
         return _encoded("".join(line.removesuffix("\r\n") + "\n" for line in lines))
 
     def _write_map(self, picture_name: str, anomaly_map: NDArray[np.float32]) -> None:
         values = np.asarray(anomaly_map, dtype=np.float32)
         path = self.out / "maps" / f"{picture_name.removesuffix('.png')}.tiff"
         write_atomically(path, _encoded_image(".tiff", values), durable=False)
+
+
+def _listed(region: Region) -> dict[str, float]:
+    """One number a name, as an image's own peak has them: rows of a table."""
+    numbers = (*region.box, region.area, *region.centroid, *region.peak, region.score)
+    return dict(zip(_REGION, numbers, strict=True))
 
 
 class _Lines(list[str]):

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from pydefect.calibration import Calibration
 from pydefect.data.images import SkippedImage
 
-__all__ = ["Kind", "Result", "ScoredImage"]
+__all__ = ["Kind", "Region", "Result", "ScoredImage"]
 
 Kind = Literal["structural", "logical", "both"]
 
@@ -23,6 +24,58 @@ def _kind(local: float, whole: float) -> Kind:
     if local > 1 and whole > 1:
         return "both"
     return "structural" if local >= whole else "logical"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A defective region: pixels over the pixel threshold that touch, by edges or corners.
+
+    All positions are in pixels of the original image, whose pixel i covers [i, i + 1).
+
+    Attributes
+    ----------
+    box
+        (top, left, bottom, right), half open: the smallest that holds the region.
+    area
+        Number of pixels.
+    centroid
+        (row, column), the mean of the pixels' centres: of one pixel alone, its index + 0.5.
+    peak
+        (row, column) of the pixel with the highest score; of equal ones the first, row by row.
+    score
+        The anomaly map's value there: over the pixel threshold.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    centroid: tuple[float, float]
+    peak: tuple[int, int]
+    score: float
+
+
+def _regions(anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> list[Region]:
+    if not mask.any():
+        return []  # most images of most lines
+    count, labels, boxes, centroids = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    inside = np.flatnonzero(mask)
+    owners, scores = labels.ravel()[inside].astype(np.intp), anomaly_map.ravel()[inside]
+    highest = np.full(count, -np.inf, dtype=scores.dtype)
+    np.maximum.at(highest, owners, scores)
+    at_peak = scores == highest[owners]
+    peaks = np.full(count, mask.size)
+    np.minimum.at(peaks, owners[at_peak], inside[at_peak])
+    # Peaks differ, so that equal scores have an order too. The last is label 0: what is not defective.
+    order = np.lexsort((peaks, -highest))[:-1]
+    return [
+        Region((top, left, top + height, left + width), area, (row + 0.5, column + 0.5), peak, score)
+        for (left, top, width, height, area), (column, row), peak, score in zip(
+            boxes[order].tolist(),
+            centroids[order].tolist(),
+            zip(*(index.tolist() for index in np.unravel_index(peaks[order], mask.shape)), strict=True),
+            highest[order].tolist(),
+            strict=True,
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,6 +216,17 @@ class Result:
         if self.pixel_threshold is None:
             return None
         return [anomaly_map > self.pixel_threshold for anomaly_map in self.anomaly_maps]
+
+    @property
+    def regions(self) -> list[list[Region]] | None:
+        """Per image the connected regions of its mask, highest score first; None without a threshold.
+
+        Equal scores are ordered by their peaks, row by row.
+        """
+        masks = self.masks
+        if masks is None:
+            return None
+        return [_regions(*pair) for pair in zip(self.anomaly_maps, masks, strict=True)]
 
     def calibrated(self, calibration: Calibration) -> Result:
         """Return the same scores with a calibration's thresholds and probabilities."""

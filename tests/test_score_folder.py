@@ -86,6 +86,48 @@ def test_scores_are_the_results_own(tmp_path: Path) -> None:
     assert [row["score"] for row in content["images"]] == [float(first["score"]), float(second["score"])]
 
 
+def test_defective_regions_are_listed(tmp_path: Path) -> None:
+    result = make_result(["two.png", "none.png"], [4.0, 0.5])
+    result.anomaly_maps[0][30:32, 5:8] = 1.5
+    result.anomaly_maps[0][31, 6] = np.float32(1.7)
+    write_score_folder(result, tmp_path, pictures=False)
+    header = (tmp_path / "scores.csv").read_text().splitlines()[0]
+    assert header.endswith(",peak_row,peak_column,picture,regions")
+    assert [row["regions"] for row in read_rows(tmp_path)] == ["2", "0"]
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    two, none = json.loads((tmp_path / "scores.json").read_text(), parse_constant=refuse)["images"]
+    assert none["regions"] == []
+    assert two["regions"] == [
+        {
+            "top": 10,
+            "left": 30,
+            "bottom": 20,
+            "right": 45,
+            "area": 150,
+            "centroid_row": 15.0,
+            "centroid_column": 37.5,
+            "peak_row": two["peak_row"],
+            "peak_column": two["peak_column"],
+            "score": 4.0,
+        },
+        {
+            "top": 30,
+            "left": 5,
+            "bottom": 32,
+            "right": 8,
+            "area": 6,
+            "centroid_row": 31.0,
+            "centroid_column": 6.5,
+            "peak_row": 31,
+            "peak_column": 6,
+            "score": float(np.float32(1.7)),
+        },
+    ]
+
+
 def test_pictures_show_the_image_the_map_and_the_mask(tmp_path: Path) -> None:
     result = make_result(["a.png"], [3.0])
     write_score_folder(result, tmp_path, images=images_for(1), maps=True)
@@ -114,7 +156,9 @@ def test_without_a_threshold_there_are_neither_masks_nor_verdicts(tmp_path: Path
     write_score_folder(make_result(["a.png"], threshold=None), tmp_path, images=images_for(1))
     assert files_below(tmp_path) == {"scores.csv", "scores.json", "sheet.png", "overlays/a.png"}
     assert read_rows(tmp_path)[0]["defective"] == ""
-    assert json.loads((tmp_path / "scores.json").read_text())["images"][0]["defective"] is None
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["images"]
+    assert row["defective"] is row["regions"] is None
+    assert read_rows(tmp_path)[0]["regions"] == ""
 
 
 def test_scores_only(tmp_path: Path) -> None:
@@ -342,7 +386,7 @@ def test_any_name_can_be_read_back(tmp_path):
     write_score_folder(make_result(names), tmp_path, pictures=False)
     assert [row["name"] for row in read_rows(tmp_path)] == names
     # Nothing else is quoted, and every line ends as before.
-    assert (tmp_path / "scores.csv").read_bytes().endswith(b"\nplain.png,,8.0,1.0,true,,,12,33,\n")
+    assert (tmp_path / "scores.csv").read_bytes().endswith(b"\nplain.png,,8.0,1.0,true,,,12,33,,1\n")
 
 
 @pytest.mark.parametrize("threshold", [0.1, float(np.float32(0.1)), np.nextafter(float(np.float32(0.1)), 0)])

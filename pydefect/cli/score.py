@@ -43,7 +43,8 @@ def score(
     """Score images; write scores.csv, scores.json and pictures.
 
     DIR then holds overlays (the heat map over the image), contours (a red curve round every defect), masks
-    and sheet.png with the highest scores. Files of the same names are replaced, others stay.
+    and sheet.png with the highest scores. Files of the same names are replaced, others stay. scores.json
+    lists every defective region: box, area, centroid, peak and score, in pixels of the image.
 
     \b
     pydefect score bottle.safetensors bottle/test --out bottle-scores
