@@ -99,5 +99,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         name_contenders(benchmarks)
         found = measurements({"machine_info": {"limits": machine.limits()}, "benchmarks": benchmarks})
         terminalreporter.section("against rivals and the machine's limits")
-        terminalreporter.write_line(limits_line(machine.limits()))
+        terminalreporter.write_line(limits_line([machine.limits()]))
         terminalreporter.write_line(as_text(result_rows(found)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +110,21 @@ def test_runs_of_one_machine_and_day_share_a_line_with_the_range_of_their_limits
         "- 2026-01-01: another, 2 cores; a 1, b3 2. Limits: 2 threads: 500 GFLOP/s float32, "
         "no bf16, 30 GB/s copy. Other processes kept at most 0.3 cores busy.",
     ]
+
+
+@pytest.mark.slow
+def test_a_benchmark_runs_and_ends_with_its_table():
+    """The documented command on the smallest of them: the table is printed after the last measurement."""
+    benchmark = SOURCE.parent / "bench_hypersphere.py"
+    command = [sys.executable, "-m", "pytest", str(benchmark), "-k", "cpu-6272 and not reference"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=SOURCE.parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 thread: " in done.stdout
+    assert "cdist+topk+gather" in done.stdout.rpartition("against rivals")[2]

@@ -91,7 +91,7 @@ def _by_products(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]
     # Products of long vectors cancel: only what differs among the rows is multiplied.
     offset = bank.mean(0)
     rows = bank - offset
-    estimates = rows.square().sum(1) - 2 * (queries - offset) @ rows.T
+    estimates = torch.addmm(rows.square().sum(1), queries - offset, rows.T, alpha=-2)
     _, chosen = estimates.topk(k, dim=1, largest=False)
     distances = (queries[:, None] - bank[chosen]).square().sum(-1)
     distances, order = distances.sort(dim=1)
