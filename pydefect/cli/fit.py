@@ -138,7 +138,9 @@ def print_fit(detector: Detector, seconds: float) -> None:
     typer.echo(f"learned from {training['images']} images in {duration(seconds)}")
     calibration = detector.calibration
     if calibration is None:
-        typer.echo("no thresholds: images will be scored, but not called good or defective")
+        typer.echo("no thresholds: images will be scored, but not decided about; `pydefect calibrate` sets them")
+            "no thresholds: images will be scored, but not called good or defective; see `pydefect calibrate`"
+        )
         return
     typer.echo(
         f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pydefect.data.images import read_image, read_mask_values
-from pydefect.data.layouts import Dataset, Sample, read_mask
+from pydefect.data.layouts import Dataset, Sample, read_dataset, read_mask
 from pydefect.errors import InputError
 
 __all__ = ["DataWarning", "check_dataset"]
@@ -72,18 +72,23 @@ class _Seen:
     mask_problem: str = ""
 
 
-def check_dataset(dataset: Dataset) -> list[DataWarning]:
+def check_dataset(dataset: Dataset | str | os.PathLike[str]) -> list[DataWarning]:
     """Look at every image of a data set and report what may spoil its figures.
 
     Parameters
     ----------
     dataset
-        From :func:`pydefect.data.layouts.read_dataset`.
+        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it.
 
     Returns
     -------
     list of DataWarning
         The most serious first; empty where nothing was found.
+
+    Raises
+    ------
+    InputError
+        The folder is no data set.
 
     Notes
     -----
@@ -94,6 +99,8 @@ def check_dataset(dataset: Dataset) -> list[DataWarning]:
     training part is full of near copies itself. Where both is so (frames of a film), copies cannot be told
     from neighbours and are not found; nor are shifts and crops of one photograph.
     """
+    if isinstance(dataset, str | os.PathLike):
+        dataset = read_dataset(dataset)
     # OpenCV decodes outside of Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 

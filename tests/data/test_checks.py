@@ -12,6 +12,7 @@ import pytest
 from pydefect.data.checks import DataWarning, check_dataset
 from pydefect.data.layouts import read_dataset
 from pydefect.data.procedural import write_dataset
+from pydefect.errors import InputError
 
 
 @pytest.fixture
@@ -200,3 +201,10 @@ def test_images_of_one_colour_are_no_trouble(tmp_path):
             value = 20 * number + len(part)
             cv2.imwrite(str(tmp_path / part / f"{number}.png"), np.full((8, 8), value, np.uint8))
     assert found(tmp_path) == {}
+
+
+def test_a_folder_is_read(tmp_path):
+    dataset = write_dataset(tmp_path / "flange", 2, 1, 1, 64)
+    assert check_dataset(dataset) == check_dataset(read_dataset(dataset))
+    with pytest.raises(InputError):
+        check_dataset(tmp_path / "none")
