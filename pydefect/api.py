@@ -95,6 +95,8 @@ def fit(
     Detector
         With thresholds from held-out normal images, unless ``calibration_folds=0`` (as in ConPatch's preset
         ``"paper"``), ``held_out_share=0``, or there is but one image.
+        ``detector.training["held_out_scores"]`` ranks these images, by name; a warning names those that score
+        so far above the rest that they look defective.
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from pydefect.calibration import Calibration, held_out_calibration
 from pydefect.errors import PydefectError
 from pydefect.persistence import Checkpoint
 
-__all__ = ["Fold", "cross_fit", "split_folds"]
+__all__ = ["Fold", "cross_fit", "in_order", "split_folds"]
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,23 @@ def split_folds(images: int, folds: int, seed: int) -> list[Fold]:
     ]
 
 
+def in_order(folds: Sequence[Fold], values: Iterable[Sequence[float]]) -> list[float]:
+    """Put the values of every fold's held-out images in the order of the images."""
+    found = {
+        index: value
+        for fold, of_fold in zip(folds, values, strict=True)
+        for index, value in zip(fold.held_out, of_fold, strict=True)
+    }
+    return [found[index] for index in range(len(found))]
+
+
 def cross_fit(
     folds: Sequence[Fold],
     score_unseen: Callable[[Fold], tuple[Sequence[float], Sequence[float]]],
     *,
     false_alarm_rate: float,
     checkpoint: Checkpoint | None = None,
-) -> Calibration | None:
+) -> tuple[Calibration | None, list[float]]:
     """Calibrate a method: each fold is scored by a detector fitted on the others.
 
     Parameters
@@ -93,8 +103,10 @@ def cross_fit(
 
     Returns
     -------
-    Calibration or None
+    calibration
         None without folds.
+    image_scores
+        Of every image when it was held out, in the order of the images; empty without folds.
 
     Raises
     ------
@@ -102,7 +114,7 @@ def cross_fit(
         A score is not finite.
     """
     if not folds:
-        return None
+        return None, []
     saved = checkpoint.load("held-out") if checkpoint is not None else None
     found: dict[str, list[list[float]]] = dict(saved[1]) if saved is not None else {}
     for fold in folds:
@@ -117,8 +129,5 @@ def cross_fit(
         found[fold.stage] = [list(scores), list(maxima)]
         if checkpoint is not None:
             checkpoint.save("held-out", {}, found)
-    return held_out_calibration(
-        [score for fold in folds for score in found[fold.stage][0]],
-        [maximum for fold in folds for maximum in found[fold.stage][1]],
-        false_alarm_rate,
-    )
+    image_scores, maxima = (in_order(folds, [found[fold.stage][which] for fold in folds]) for which in (0, 1))
+    return held_out_calibration(image_scores, maxima, false_alarm_rate), image_scores

@@ -174,8 +174,10 @@ class Detector(ABC):
     device
         Where it computes.
     training
-        What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names), and what the
-        method adds.
+        What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names),
+        ``held_out_scores`` ([name, score] of the images that scored highest when a detector scored them that
+        had not seen them, at most 20, the highest first; see ``docs/calibration.md``), and what the method
+        adds. Models of earlier versions lack the scores.
     """
 
     method: ClassVar[str]

@@ -80,6 +80,8 @@ class TrainingFeatures:
         (height, width) of the network's input.
     digest
         SHA-256 of their pixels, in order.
+    names
+        Theirs, in order; a file's without its folder.
     skipped
         Files left out.
     """
@@ -87,6 +89,7 @@ class TrainingFeatures:
     cache: FeatureCache
     size: tuple[int, int]
     digest: str
+    names: list[str]
     skipped: list[SkippedImage]
 
     @classmethod
@@ -110,17 +113,19 @@ class TrainingFeatures:
         """
         collection = open_images(images, on_error=on_error)
         cache, digest, size = FeatureCache(memory_budget), hashlib.sha256(), (0, 0)
+        names: list[str] = []
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, EXTRACTION_BATCH):
             size = (tensors.shape[2], tensors.shape[3])
             cache.append(extractor(tensors.to(device)))
             for image in group:
                 digest.update(str(image.pixels.shape).encode() + image.pixels.tobytes())
+                names.append(Path(image.name).name)
             bars("backbone features", len(cache), total)
         bars.close()
         if not len(cache):
             raise InputError("images: none could be read; at least one normal image is needed")
-        return cls(cache, size, digest.hexdigest(), list(collection.skipped))
+        return cls(cache, size, digest.hexdigest(), names, list(collection.skipped))
 
 
 class FeatureDetector(Detector):

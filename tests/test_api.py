@@ -123,6 +123,28 @@ def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
     assert [skipped.name for skipped in result.skipped] == ["2.png"]
 
 
+def test_defective_images_in_the_training_folder_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    base = render_product(rng, 64)[0].astype(int)
+    for number in range(18):
+        image = np.clip(base + rng.integers(-9, 10, base.shape), 0, 255).astype(np.uint8)
+        if number in (3, 11):
+            image[number : number + 24, 20:44] = (255, 0, 255) if number == 3 else (0, 255, 0)
+        path = tmp_path / "good" / str(number % 2) / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), image[:, :, ::-1])
+    with pytest.warns(UserWarning, match=r"held-out images .* \(2 of 18\): (03|11)\.png, (03|11)\.png; look"):
+        detector = pydefect.fit(tmp_path / "good", **SMALL)
+    found = copy.deepcopy(detector.training["held_out_scores"])
+    assert {name for name, _ in found[:2]} == {"03.png", "11.png"}
+    assert [score for _, score in found] == sorted(detector.calibration.image_scores, reverse=True)
+    # What the fit found stays, whatever the thresholds stand on later, and goes into the model file.
+    pydefect.calibrate(detector, normal=tmp_path / "good" / "0", false_alarm_rate=0.4, progress=False)
+    assert detector.training["held_out_scores"] == found
+    detector.save(tmp_path / "model")
+    assert pydefect.load(tmp_path / "model").training == detector.training
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_image_smaller_than_the_crop_is_named_and_can_be_left_out(good, tmp_path, batch_size):
     for index, image in enumerate(good):

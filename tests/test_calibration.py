@@ -19,6 +19,7 @@ from pydefect.calibration import (
     clopper_pearson,
     conformal_threshold,
     held_out_calibration,
+    highest_held_out,
     images_needed,
     promised_confidence,
 )
@@ -414,6 +415,69 @@ def test_without_held_out_scores_there_are_no_probabilities():
     assert calibration.p_values([1.0]) is None
     with pytest.raises(InputError, match="it keeps no scores"):
         score_histogram(calibration)
+
+
+# -- images that look defective among the good ones
+# --------------------------------------------------------------------------------------------------
+
+
+def gumbel(n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.exp(-2 + 0.1 * rng.gumbel(size=n))
+
+
+def names_of(scores: np.ndarray) -> list[str]:
+    return [f"{index:03d}.png" for index in range(len(scores))]
+
+
+def test_the_highest_held_out_scores_are_kept_by_name():
+    assert highest_held_out(["a", "b", "c"], [1.0, 3.0, 2.0]) == [["b", 3.0], ["c", 2.0], ["a", 1.0]]
+    scores = gumbel(50, np.random.default_rng(0))
+    kept = highest_held_out(names_of(scores), scores.tolist())
+    assert kept == [[f"{index:03d}.png", scores[index]] for index in np.argsort(-scores)[:20]]
+    assert highest_held_out(["a"], []) == []
+
+
+def test_defective_images_among_the_good_ones_are_named():
+    scores = gumbel(100, np.random.default_rng(0))
+    scores[[7, 3, 50]] = np.array([3.5, 3.0, 3.2]) * np.median(scores)
+    message = r"score far above the rest \(3 of 100\): 007.png, 050.png, 003.png; look at them"
+    with pytest.warns(UserWarning, match=message):
+        highest_held_out(names_of(scores), scores)
+    scores[20:23] = 4 * np.median(scores)
+    with pytest.warns(
+        UserWarning, match=r"\(6 of 100\): 020.png, 021.png, 022.png, 007.png, 050.png and 1 more"
+    ):
+        highest_held_out(names_of(scores), scores)
+    with pytest.warns(UserWarning, match=r"\(1 of 31\): 030.png; look"):
+        highest_held_out(names_of(np.ones(31)), [1.0] * 30 + [2.0])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        [0.0] * 30 + [2.0],  # copies of one image and another: nothing to compare with
+        [1.0] * 30 + [1.2],  # equal, but no more than that speaks for the other
+        [0.0] * 10 + [1.0, 2.0] * 10,
+        [1.0, 1.1, 1.2, 1.3, 90.0],
+        [1e-300] * 9 + [1e300] * 9,
+    ],
+)
+def test_too_few_or_like_scores_give_no_warning(scores):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(highest_held_out(names_of(np.array(scores)), scores)) == min(20, len(scores))
+
+
+@pytest.mark.parametrize(("n", "most"), [(20, 0.06), (60, 0.03), (400, 0.02)])
+def test_good_images_alone_are_seldom_suspected(n, most):
+    """SUSPECT_RATE and what the quartiles of n images, in place of the distribution's, add to it."""
+    rng, sets = np.random.default_rng(n), 1000
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(sets):
+            scores = gumbel(n, rng)
+            highest_held_out(names_of(scores), scores)
+    assert 0.003 < len(found) / sets < most
 
 
 def test_the_histogram_is_a_picture():

@@ -32,10 +32,11 @@ def score_by_index(fold: Fold) -> tuple[list[float], list[float]]:
 
 
 def test_the_calibration_is_that_of_all_held_out_scores():
-    calibration = cross_fit(split_folds(7, 3, 0), score_by_index, false_alarm_rate=0.5)
+    calibration, scores = cross_fit(split_folds(7, 3, 0), score_by_index, false_alarm_rate=0.5)
     expected = held_out_calibration(list(map(float, range(7))), [10.0 * i for i in range(7)], 0.5)
     assert calibration == expected
-    assert cross_fit([], score_by_index, false_alarm_rate=0.5) is None
+    assert scores == list(map(float, range(7)))  # in the order of the images
+    assert cross_fit([], score_by_index, false_alarm_rate=0.5) == (None, [])
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -63,6 +64,6 @@ def test_finished_folds_are_not_fitted_again(tmp_path):
     checkpoint = Checkpoint(tmp_path, {"run": 1})
     with pytest.raises(KeyboardInterrupt):
         cross_fit(folds, score_unseen, false_alarm_rate=0.2, checkpoint=checkpoint)
-    calibration = cross_fit(folds, score_unseen, false_alarm_rate=0.2, checkpoint=checkpoint)
+    found = cross_fit(folds, score_unseen, false_alarm_rate=0.2, checkpoint=checkpoint)
     assert fitted == ["fold-0", "fold-1", "fold-1", "fold-2"]
-    assert calibration == cross_fit(folds, score_by_index, false_alarm_rate=0.2)
+    assert found == cross_fit(folds, score_by_index, false_alarm_rate=0.2)

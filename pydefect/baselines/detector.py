@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from pydefect.calibration import Calibration
+from pydefect.calibration import Calibration, highest_held_out
 from pydefect.crossfit import Fold, cross_fit, split_folds
 from pydefect.feature_detector import FeatureConfig, FeatureDetector, TrainingFeatures
 from pydefect.features import FeatureCache, PatchFeatureExtractor
@@ -169,7 +169,7 @@ class BaselineDetector(FeatureDetector):
                 bars(f"{fold.title}: scoring", done, len(fold.held_out))
             return scores, maxima
 
-        calibration = cross_fit(
+        calibration, image_scores = cross_fit(
             split_folds(len(cache), config.calibration_folds, seed),
             lambda fold: scores_of(fit(fold.seen, fold.stage, fold.title), fold),
             false_alarm_rate=config.false_alarm_rate,
@@ -183,7 +183,10 @@ class BaselineDetector(FeatureDetector):
             device=device,
             seed=seed,
             calibration=calibration,
-            training=model.found,
+            training={
+                **model.found,
+                "held_out_scores": highest_held_out(features.names, image_scores),
+            },
         )
 
     @torch.inference_mode()

@@ -138,11 +138,11 @@ def print_fit(detector: Detector, seconds: float) -> None:
     typer.echo(f"learned from {training['images']} images in {duration(seconds)}")
     calibration = detector.calibration
     if calibration is None:
-        typer.echo("no thresholds: images will be scored, but not decided about; `pydefect calibrate` sets them")
-            "no thresholds: images will be scored, but not called good or defective; see `pydefect calibrate`"
-        )
+        typer.echo("no thresholds: images are scored, but not decided about; `pydefect calibrate` sets some")
         return
     typer.echo(
         f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
         f"{calibration.pixel_threshold:.4g} (false-alarm rate {calibration.false_alarm_rate:.2%})"
     )
+    highest = ", ".join(f"{name} ({score:.4g})" for name, score in training["held_out_scores"][:3])
+    typer.echo(f"highest scores of held-out images, to look at: {highest}")

@@ -15,7 +15,7 @@ from pydefect.conpatch.config import ConPatchConfig
 from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.scorer import score_levels
 from pydefect.conpatch.trainer import Trainer
-from pydefect.crossfit import Fold, split_folds
+from pydefect.crossfit import Fold, in_order, split_folds
 from pydefect.errors import PydefectError
 from pydefect.features import FeatureCache
 from pydefect.ops import knn
@@ -105,12 +105,15 @@ class Verdict:
         How long to train.
     calibration
         Thresholds from held-out images after so many epochs; None without folds.
+    image_scores
+        Theirs, in the order of the images; empty without folds.
     separations
         Mean over the folds, before training and after every epoch.
     """
 
     epochs: int
     calibration: Calibration | None
+    image_scores: list[float]
     separations: list[float]
 
 
@@ -151,7 +154,7 @@ class CrossFit:
         config = self._config
         epochs = 0 if config.losses == "none" else config.epochs
         if not self._folds:
-            return Verdict(epochs, None, [])
+            return Verdict(epochs, None, [], [])
         self._load()
         trainers: list[Trainer] = []
         separations: list[float] = []
@@ -170,12 +173,10 @@ class CrossFit:
         if not config.early_stopping:
             best = epochs
         chosen = [self._scores[f"{fold}/{best}"] for fold in range(len(trainers))]
-        calibration = held_out_calibration(
-            [score for fold in chosen for score in fold.image_scores],
-            [maximum for fold in chosen for maximum in fold.map_maxima],
-            config.false_alarm_rate,
-        )
-        return Verdict(best, calibration, separations)
+        image_scores = in_order(self._folds, (fold.image_scores for fold in chosen))
+        maxima = in_order(self._folds, (fold.map_maxima for fold in chosen))
+        calibration = held_out_calibration(image_scores, maxima, config.false_alarm_rate)
+        return Verdict(best, calibration, image_scores, separations)
 
     def _trainer(self, fold: Fold) -> Trainer:
         bars = self._bars

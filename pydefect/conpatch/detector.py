@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pydefect.calibration import Calibration
+from pydefect.calibration import Calibration, highest_held_out
 from pydefect.conpatch.bank import BANKS, MemoryBank
 from pydefect.conpatch.config import ConPatchConfig
 from pydefect.conpatch.crossfit import CrossFit
@@ -111,6 +111,7 @@ class ConPatchDetector(FeatureDetector):
                 "epochs": verdict.epochs,
                 "history": [vars(record) for record in trainer.history],
                 "separation": verdict.separations,
+                "held_out_scores": highest_held_out(features.names, verdict.image_scores),
             },
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydefect.backbones import ARCHITECTURES, weights_fingerprint
-from pydefect.calibration import Calibration, held_out_calibration
+from pydefect.calibration import Calibration, held_out_calibration, highest_held_out
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.dual_ae.augmentation import PenaltyImages
@@ -49,12 +49,15 @@ class TrainingImages:
         [3, H, W] an image.
     digest
         SHA-256 of the pixels, in order.
+    names
+        Theirs, in order; a file's without its folder.
     skipped
         Files left out.
     """
 
     cache: FeatureCache
     digest: str
+    names: list[str]
     skipped: list[SkippedImage]
 
     @classmethod
@@ -78,16 +81,18 @@ class TrainingImages:
         """
         collection = open_images(images, on_error=on_error)
         cache, digest = FeatureCache(memory_budget, device=device), hashlib.sha256()
+        names: list[str] = []
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, _BATCH):
             cache.append([tensors])
             for image in group:
                 digest.update(str(image.pixels.shape).encode() + image.pixels.tobytes())
+                names.append(Path(image.name).name)
             bars(f"reading {what}", len(cache), total)
         bars.close()
         if not len(cache):
             raise InputError(f"{what}: none could be read; at least one normal image is needed")
-        return cls(cache, digest.hexdigest(), list(collection.skipped))
+        return cls(cache, digest.hexdigest(), names, list(collection.skipped))
 
 
 class DualAEDetector(Detector):
@@ -105,7 +110,7 @@ class DualAEDetector(Detector):
         Of the maps, from held-out normal images.
     training
         What the fit found: ``images`` and ``held_out`` (their numbers), ``steps``, ``history`` of losses,
-        ``skipped``.
+        ``skipped``, ``held_out_scores``; of the images that were trained on, the last says nothing.
 
     References
     ----------
@@ -184,7 +189,7 @@ class DualAEDetector(Detector):
                 )
             skipped = seen.skipped
             train, part = _split(len(seen.cache), config.held_out_share, seed)
-            held_out, others = seen.cache, part
+            held_out, others, names = seen.cache, part, seen.names
             digest = seen.digest
             if validation is not None:
                 kept = TrainingImages.read(validation, preprocessing, what="validation", **reading)
@@ -192,7 +197,8 @@ class DualAEDetector(Detector):
                     raise InputError(
                         "validation: images of another size than the training images'; set resize"
                     )
-                train, held_out, others = list(range(len(seen.cache))), kept.cache, range(len(kept.cache))
+                train, held_out, names = list(range(len(seen.cache))), kept.cache, kept.names
+                others = range(len(names))
                 digest, skipped = f"{digest} {kept.digest}", [*skipped, *kept.skipped]
             run = {
                 **config.to_dict(),
@@ -232,6 +238,7 @@ class DualAEDetector(Detector):
         finally:
             bars.close()
         calibration = None
+        combined: list[float] = []
         if len(others):
             placed = [placed_maps(one, scales, (height, width), config.padding) for one in maps]
             maxima = {
@@ -254,6 +261,7 @@ class DualAEDetector(Detector):
                 "held_out": len(others),
                 "steps": trainer.step,
                 "history": [vars(record) for record in trainer.history],
+                "held_out_scores": highest_held_out([names[index] for index in others], combined),
                 # Without folders: a model file is handed on, and they are nobody's business.
                 "skipped": [Path(one.name).name for one in skipped],
             },

@@ -82,6 +82,8 @@ def test_thresholds_come_from_images_that_the_fold_has_not_seen(products, method
         singles.append(float(unseen.score([products[held_out]]).image_scores[0]))
     # To the bit, although the cache keeps training features as float16 and scoring computes them anew.
     assert list(detector.calibration.image_scores) == sorted(singles)
+    scores = dict(detector.training["held_out_scores"])
+    assert [scores[f"image-{index:05d}"] for index in range(3)] == singles
 
 
 @every_baseline

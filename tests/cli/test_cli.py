@@ -43,6 +43,9 @@ def model(product: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = CliRunner().invoke(app, ["fit", str(product), "--out", str(path), *FAST])
     assert result.exit_code == 0, result.output
     assert "learned from 6 images" in result.stdout
+    highest = pydefect.load(path).training["held_out_scores"][:3]
+    shown = ", ".join(f"{name} ({score:.4g})" for name, score in highest)
+    assert f"\nhighest scores of held-out images, to look at: {shown}\n" in result.stdout
     assert str(path) in result.stdout
     return path
 

@@ -245,6 +245,8 @@ def test_held_out_images_score_as_unseen_ones(fit, products):
         singles.append(float(unseen.score([products[held_out]]).image_scores[0]))
     # To the bit, although the cache keeps training features as float16 and scoring computes them anew.
     assert list(detector.calibration.image_scores) == sorted(singles)
+    scores = dict(detector.training["held_out_scores"])
+    assert [scores[f"image-{index:05d}"] for index in range(3)] == singles
 
 
 def test_the_threshold_is_the_conformal_quantile_of_the_held_out_scores(detector):
@@ -289,6 +291,7 @@ def test_too_few_images_for_the_rate_give_a_warning(fit, products):
 def test_without_folds_there_is_no_threshold(fit, products):
     detector = fit(products, calibration_folds=0)
     assert detector.calibration is None
+    assert detector.training["held_out_scores"] == []
     result = detector.score(products)
     assert result.is_defective is None
     assert result.masks is None

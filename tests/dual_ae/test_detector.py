@@ -186,9 +186,28 @@ def test_a_data_sets_validation_part_is_taken(settings, good_images, tmp_path):
     settings = {**settings, "steps": 1, "additions": "none", "penalty": "none"}
     detector = fit(tmp_path / "set", **settings)
     assert (detector.training["images"], detector.training["held_out"]) == (3, 2)
+    # Their names are those of the files that score so.
+    kept = dict(detector.training["held_out_scores"])
+    assert list(kept.values()) == sorted(detector.calibration.image_scores, reverse=True)
+    result = pydefect.score(detector, tmp_path / "set" / "validation", batch_size=1, progress=False)
+    expected = {Path(name).name: score for name, score in zip(result.names, result.image_scores, strict=True)}
+    assert kept == expected
     shutil.rmtree(tmp_path / "set" / "validation")
     with pytest.raises(InputError, match=r"validation: .* without a validation part"):
         fit(good_images[:3], validation=tmp_path / "set", **settings)
+
+
+@pytest.mark.parametrize("method", ["dual_ae", "efficientad"])
+def test_held_out_images_keep_their_names(settings, good_images, tmp_path, method):
+    settings = {**settings, "steps": 1, "penalty": "none", "held_out_share": 0.5}
+    detector = fit(good_images, method, **settings)
+    kept = detector.training["held_out_scores"]
+    assert [score for _, score in kept] == sorted(detector.calibration.image_scores, reverse=True)
+    images = [good_images[int(name.removeprefix("image-"))] for name, _ in kept]
+    result = pydefect.score(detector, images, batch_size=1, progress=False)
+    assert result.image_scores.tolist() == [score for _, score in kept]
+    detector.save(tmp_path / "model")
+    assert pydefect.load(tmp_path / "model").training == detector.training
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.1), (3, 0.0)])
@@ -197,6 +216,7 @@ def test_without_held_out_images_there_are_no_thresholds(count, share, settings,
     detector = fit(good_images[:count], **settings, held_out_share=share)
     result = pydefect.score(detector, good_images[:1], progress=False)
     assert detector.calibration is None
+    assert detector.training["held_out_scores"] == []
     assert result.kind is None
     assert np.isfinite(result.image_scores).all()
     assert result.image_scores[0] > 0
