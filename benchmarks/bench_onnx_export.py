@@ -20,6 +20,7 @@ import torch
 import pydefect
 from pydefect.data.procedural import render_product
 from pydefect.detector import Detector
+from pydefect.onnx_export import PACKAGES
 
 CONTENDERS = ["pydefect", "pydefect bf16", "onnxruntime", "onnxruntime at its size"]
 
@@ -43,7 +44,8 @@ def in_the_package(detector: Detector, image: np.ndarray[Any, Any]) -> np.ndarra
 
 
 def session(path: Path) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -63,6 +65,8 @@ def bench_onnx_export(
     image = photograph(100, size)
     score = functools.partial(in_the_package, detector)
     if contender.startswith("onnxruntime"):
+        for package in PACKAGES:
+            pytest.importorskip(package, reason=f"{package} is not installed")
         path = tmp_path / "model.onnx"
         pydefect.export_onnx(detector, path, image_size=256 if contender.endswith("its size") else None)
         score = session(path)
