@@ -450,6 +450,9 @@ def export_onnx(
 
     Notes
     -----
+    PyTorch's tracing is a state of the whole process: what other threads score meanwhile is computed as in
+    the graph, slower and in float32.
+
     The graph computes in float32. Scores of a detector that was fitted in bfloat16 differ by what that rounds
     (see ``docs/conpatch.md``), those of a float32 one by the order of sums.
     """

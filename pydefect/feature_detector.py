@@ -292,12 +292,12 @@ class FeatureDetector(Detector):
         Parameters
         ----------
         images
-            [B, 3, h, w] float32, normalised.
+            Network inputs, as :meth:`predict` takes them.
 
         Returns
         -------
         list of Tensor
-            See :class:`~pydefect.features.PatchFeatureExtractor`.
+            [B, C_l, H_l, W_l] float32 a level, of values that float16 has.
 
         Notes
         -----

@@ -26,6 +26,7 @@ from pydefect.detector import Detector
 from pydefect.errors import InputError, PydefectError
 from pydefect.persistence import write_atomically
 from pydefect.places import check_file_writable
+from pydefect.preprocessing import check_size
 from pydefect.version import VERSION
 
 __all__ = ["PACKAGES", "export_onnx"]
@@ -72,7 +73,7 @@ def export_onnx(
         )
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size: {batch_size!r} given; allowed are whole numbers >= 1")
-    size = None if image_size is None else _pair(image_size)
+    size = check_size("image_size", image_size)
     check_file_writable(path, "path")
     if detector.device.type != "cpu":
         raise InputError(
@@ -100,20 +101,6 @@ def export_onnx(
     content = _serialised(written.model, detector, shape if size else (batch_size, "height", "width", 3))
     _check_agreement(content, pixels, expected)
     write_atomically(path, content)
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Read a size as people write it."""
-    pair = (size, size) if isinstance(size, int) else size
-    if (
-        not isinstance(pair, Sequence)
-        or len(pair) != 2
-        or any(isinstance(edge, bool) or not isinstance(edge, int) or edge < 1 for edge in pair)
-    ):
-        raise InputError(
-            f"image_size: {size!r} given; allowed are one whole number >= 1, (height, width) and None"
-        )
-    return pair[0], pair[1]
 
 
 def _serialised(model: Any, detector: Detector, shape: Sequence[int | str]) -> bytes:

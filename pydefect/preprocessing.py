@@ -15,7 +15,7 @@ import torch
 
 from pydefect.errors import InputError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "check_size"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,10 +60,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
-            if size is not None and not _is_size(size):
-                raise InputError(
-                    f"{name} is {size!r}; it must be (height, width), two whole numbers >= 1, or None"
-                )
+            _check_pair(name, size)
         if self.resize and self.crop and not _fits(self.crop, self.resize):
             raise InputError(f"crop is {_text(self.crop)}, larger than resize, which is {_text(self.resize)}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -385,6 +382,36 @@ def _sample_rows(values: torch.Tensor, first: int, end: int, scale: float, offse
     lower = below.long().to(values.device)
     upper = (lower + 1).clamp(max=last)
     return values[lower].lerp_(values[upper], weight[:, None])
+
+
+def check_size(name: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Read a size as people write it.
+
+    Parameters
+    ----------
+    name
+        Of the argument, for the message.
+    size
+        One whole number for a square, (height, width) for a rectangle, or None.
+
+    Returns
+    -------
+    tuple of int or None
+        (height, width), >= 1 each.
+
+    Raises
+    ------
+    InputError
+        It is none of these.
+    """
+    pair = _as_size(name, size)
+    _check_pair(name, pair)
+    return pair
+
+
+def _check_pair(name: str, pair: Any) -> None:
+    if pair is not None and not _is_size(pair):
+        raise InputError(f"{name} is {pair!r}; it must be (height, width), two whole numbers >= 1, or None")
 
 
 def _is_size(size: Any) -> bool:

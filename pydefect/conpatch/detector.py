@@ -125,25 +125,7 @@ class ConPatchDetector(FeatureDetector):
     ) -> list[SkippedImage]:
         """Go on building the bank with new normal images; its size, and the network, stay as they are.
 
-        The thresholds stay too: after a large change of the product, fit again.
-
-        Parameters
-        ----------
-        images
-            Whatever :func:`pydefect.fit` takes.
-        on_error, progress
-            See :func:`pydefect.fit`.
-
-        Returns
-        -------
-        list of SkippedImage
-            Files left out with ``on_error="skip"``.
-
-        Raises
-        ------
-        InputError
-            A file cannot be read, there are no images, or one does not fit the bank; the bank is then as it
-            was before.
+        See :meth:`pydefect.detector.Detector.update`. After a large change of the product, fit again.
         """
         # A data set's root would bring its defective test images along.
         source = training_images(images) if isinstance(images, str | os.PathLike) else images

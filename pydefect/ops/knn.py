@@ -62,6 +62,9 @@ def knn(
     No gradient flows through this operator: both results are detached. Where one is needed, measure the
     neighbours again: ``(queries[:, None] - bank[indices]).square().sum(-1)``.
 
+    While ``torch.export`` traces a call, the neighbours are chosen by matrix products and then measured: of
+    two rows whose distances float32 products cannot tell apart either may be taken.
+
     On CUDA, vectors whose common offset is large against their distances (a mean of 1000 with a spread of 1,
     say) make the estimates useless and the search slow, though never wrong: subtract the offset from both
     sides first. The CPU's kernels do that themselves.

@@ -36,5 +36,5 @@ def test_export(products: list[np.ndarray], tmp_path: Path) -> None:
     before = out.read_bytes()
     assert "--force" in call(code=2)
     assert "is no size" in call("--force", "--image-size", "32x32", code=2)
-    assert "allowed are one whole number" in call("--force", "--image-size", '"a"', code=2)
+    assert "it must be one whole number" in call("--force", "--image-size", '"a"', code=2)
     assert out.read_bytes() == before
