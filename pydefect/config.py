@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from pydefect.errors import InputError
+from pydefect.preprocessing import Preprocessing, check_region
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,6 +121,9 @@ class MethodConfig(Settings):
     """(height, width) in pixels, or one number for a square; None keeps the images' size."""
     crop: tuple[int, int] | int | None = None
     """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
+    region: tuple[int, int, int, int] | None = None
+    """(top, left, bottom, right) in pixels of the original images, half open: the part of every image that is
+    learned and scored, before the resize. None: the whole image."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
@@ -128,6 +132,13 @@ class MethodConfig(Settings):
         super().__post_init__()
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
+        if self.region is not None:
+            object.__setattr__(self, "region", check_region(self.region))
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From pixels to network input and back."""
+        return Preprocessing.create(self.resize, self.crop, region=self.region)
 
 
 def _size(name: str, value: Any) -> tuple[int, int] | None:

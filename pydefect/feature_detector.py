@@ -155,7 +155,7 @@ class FeatureDetector(Detector):
         training: Mapping[str, Any],
     ) -> None:
         self.config = config
-        self.preprocessing = Preprocessing.create(config.resize, config.crop)
+        self.preprocessing = config.preprocessing
         self.extractor = extractor.to(device)
         self.device = device
         self.seed = seed
@@ -252,7 +252,7 @@ class FeatureDetector(Detector):
         # Features of another precision are other features: the detector keeps to that of its fit.
         precision = resolve_precision(config.backbone_precision, device)
         config = dataclasses.replace(config, backbone_precision=precision)
-        preprocessing = Preprocessing.create(config.resize, config.crop)
+        preprocessing = config.preprocessing
         backbone = build_backbone(config.backbone, weights, seed=seed, progress=progress)
         extractor = PatchFeatureExtractor(backbone, config.levels, precision, cls.average).to(device)
         bars = ProgressBars(progress)
@@ -309,7 +309,7 @@ class FeatureDetector(Detector):
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
-        check_network_inputs(images, self.preprocessing.crop or self.preprocessing.resize, self.device)
+        check_network_inputs(images, self.preprocessing.input_size, self.device)
         return self.score_features(self.features(images), (images.shape[2], images.shape[3]))
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:

@@ -81,13 +81,23 @@ def export_onnx(
         )
     if size is None and detector.preprocessing.resize is None:
         raise InputError("image_size: not given; this detector does not resize, and takes images of one size")
-    shape = (batch_size, *(size or _EXAMPLE), 3)
+    if size is not None:
+        detector.preprocessing.output_size(size)
+    # Images hold the whole region, beyond which an image of any size may go on.
+    *_, least_height, least_width = detector.preprocessing.region or (1, 1)
+    height, width = _EXAMPLE
+    shape = (batch_size, *(size or (least_height + height, least_width + width)), 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     example = torch.from_numpy(pixels)
     with _quiet(), for_inference(detector.device), torch.no_grad():
         # Before the tracing, during which what is kept of a first call would be the tracer's.
         _, maps = detector.predict_maps(detector.preprocessing.apply(example))
-        open_size = {1: torch.export.Dim("height"), 2: torch.export.Dim("width")} if size is None else None
+        open_size = None
+        if size is None:
+            open_size = {
+                1: torch.export.Dim("height", min=least_height),
+                2: torch.export.Dim("width", min=least_width),
+            }
         program = torch.export.export(_FromPixels(detector), (example,), dynamic_shapes=(open_size,))
         expected = program.module()(example)
         written = torch.onnx.export(

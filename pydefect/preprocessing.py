@@ -2,6 +2,7 @@
 
 The geometry is that of continuous image coordinates: pixel i covers [i, i + 1), its centre is i + 0.5, and a
 resize from H to h pixels maps y to y * h / H. A centre crop of height c out of h begins at row (h - c) // 2.
+A region is cut out of the original image before all that, and takes its place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from pydefect.errors import InputError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "check_size"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "check_region", "check_size"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,23 +26,26 @@ _BAND_PIXELS = 1 << 18  # 3 MB as float32, which stay in the processor's cache
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become network input: resize, centre crop, normalisation; and how maps go back.
+    """How pixels become network input: region, resize, centre crop, normalisation; and how maps go back.
 
     Parameters
     ----------
     resize
-        (height, width) in pixels to which every image is resized, whatever its own shape; None keeps its
-        size.
+        (height, width) in pixels to which every image, or its region, is resized, whatever its own shape;
+        None keeps its size.
     crop
         (height, width) of the centre crop after the resize; None keeps all.
     mean, std
         Per RGB channel, for pixels in 0..1. The defaults are those of networks trained on ImageNet.
+    region
+        (top, left, bottom, right) in pixels of the original image, half open: what is cut out of every image
+        before all else, where a camera sees more than the part. None: the whole image.
 
     Raises
     ------
     InputError
-        If a size is not positive, the crop is larger than the resize, or a standard deviation is not
-        positive.
+        If a size is not positive, the crop is larger than the resize, a standard deviation is not positive,
+        or the region is empty or begins outside the image.
 
     Examples
     --------
@@ -51,18 +55,25 @@ class Preprocessing:
     torch.Size([3, 224, 224])
     >>> preprocessing.scored_box((512, 512))
     (32, 32, 480, 480)
+    >>> Preprocessing.create(resize=256, region=(100, 0, 400, 300)).scored_box((512, 512))
+    (100, 0, 400, 300)
     """
 
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    region: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             _check_pair(name, size)
-        if self.resize and self.crop and not _fits(self.crop, self.resize):
-            raise InputError(f"crop is {_text(self.crop)}, larger than resize, which is {_text(self.resize)}")
+        if self.region is not None:
+            object.__setattr__(self, "region", check_region(self.region))
+        full = self.resize or self._region_size
+        if full and self.crop and not _fits(self.crop, full):
+            name = "resize" if self.resize else "region"
+            raise InputError(f"crop is {_text(self.crop)}, larger than {name}, which is {_text(full)}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not np.isfinite(values).all():
                 raise InputError(f"{name} is {values!r}; it must be three finite numbers")
@@ -76,6 +87,7 @@ class Preprocessing:
         crop: int | Sequence[int] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        region: Sequence[int] | None = None,
     ) -> Preprocessing:
         """Make a Preprocessing from sizes as people write them.
 
@@ -85,6 +97,8 @@ class Preprocessing:
             One number for a square, (height, width) for a rectangle, None for neither resize nor crop.
         mean, std
             Three numbers each.
+        region
+            Four whole numbers, or None.
 
         Returns
         -------
@@ -102,10 +116,16 @@ class Preprocessing:
             _as_size("crop", crop),
             (red, green, blue),
             (red_std, green_std, blue_std),
+            None if region is None else check_region(region),
         )
 
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) of every network input; None: each image's own."""
+        return self.crop or self.resize or self._region_size
+
     def __call__(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
-        """Resize, crop and normalise one image.
+        """Cut out, resize, crop and normalise one image.
 
         Parameters
         ----------
@@ -120,7 +140,7 @@ class Preprocessing:
         Raises
         ------
         InputError
-            If the pixels have another shape or type, or the image is smaller than the crop.
+            If the pixels have another shape or type, or the image is smaller than the crop or the region.
         """
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype not in (np.uint8, np.float32):
             raise InputError(
@@ -131,7 +151,7 @@ class Preprocessing:
         return self.apply(torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None])[0]
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Resize, crop and normalise images of one size.
+        """Cut out, resize, crop and normalise images of one size.
 
         Parameters
         ----------
@@ -146,10 +166,14 @@ class Preprocessing:
         Raises
         ------
         InputError
-            If the images are smaller than the crop.
+            If the images are smaller than the crop or the region.
         """
+        original = (images.shape[1], images.shape[2])
+        self.output_size(original)
+        if self.region is not None:
+            top, left, bottom, right = self.region
+            images = images[:, top:bottom, left:right]
         height, width = images.shape[1:3]
-        self.output_size((height, width))
         # Channels stay last, as the pixels come and as the backbone reads.
         images = images.permute(0, 3, 1, 2)
         # A size that an exported graph leaves open is no int, and may be any.
@@ -157,7 +181,7 @@ class Preprocessing:
             images = _resized(images, self.resize)
         images = _as_float(images)
         if self.crop is not None:
-            top, left = self._crop_offset((height, width))
+            top, left = self._crop_offset(original)
             images = images[:, :, top : top + self.crop[0], left : left + self.crop[1]]
         # Whole rows with a mean for each of their numbers: an inner loop over three would be slow.
         rows = images.permute(0, 2, 3, 1).flatten(2)
@@ -184,7 +208,7 @@ class Preprocessing:
         Raises
         ------
         InputError
-            If the image is smaller than the crop.
+            If the image is smaller than the crop or the region.
         """
         resized = self._resized(original_size)
         if self.crop is None:
@@ -207,21 +231,17 @@ class Preprocessing:
         Returns
         -------
         tuple of int
-            (top, left, bottom, right) in original pixels, half open: all pixels whose centres lie inside the
-            crop.
+            (top, left, bottom, right) in original pixels, half open: all pixels of the region whose centres
+            lie inside the crop.
 
         Raises
         ------
         InputError
-            If the image is smaller than the crop.
+            If the image is smaller than the crop or the region.
         """
-        output = self.output_size(original_size)
-        resized, offset = self._resized(original_size), self._crop_offset(original_size)
-        (top, bottom), (left, right) = (
-            (_first_centre(start, full, size), _first_centre(start + length, full, size))
-            for start, length, full, size in zip(offset, output, resized, original_size, strict=True)
-        )
-        return top, left, bottom, right
+        top, left, bottom, right = self._scored_part(original_size)
+        begin = self._begin
+        return top + begin[0], left + begin[1], bottom + begin[0], right + begin[1]
 
     def to_original(self, anomaly_map: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         """Bring a map from the network input's size to the original image.
@@ -251,15 +271,18 @@ class Preprocessing:
                 f"anomaly_map is {anomaly_map.dtype} of shape {list(anomaly_map.shape)}; for an image of "
                 f"{_text(original_size)} it must be floating point [{output[0]}, {output[1]}]"
             )
-        top, left, bottom, right = self.scored_box(original_size)
+        part = self._part_size(original_size)
         resized, offset = self._resized(original_size), self._crop_offset(original_size)
-        if output == original_size == self._resized(original_size):
-            return anomaly_map.clone()
-        # Columns first: the larger second step then copies whole rows of the result.
-        inside = _sample_rows(anomaly_map.T, left, right, resized[1] / original_size[1], offset[1]).T
-        inside = _sample_rows(inside.contiguous(), top, bottom, resized[0] / original_size[0], offset[0])
+        if output == part == resized:
+            inside = anomaly_map.clone()
+        else:
+            top, left, bottom, right = self._scored_part(original_size)
+            # Columns first: the larger second step then copies whole rows of the result.
+            inside = _sample_rows(anomaly_map.T, left, right, resized[1] / part[1], offset[1]).T
+            inside = _sample_rows(inside.contiguous(), top, bottom, resized[0] / part[0], offset[0])
         if tuple(inside.shape) == original_size:
             return inside
+        top, left, bottom, right = self.scored_box(original_size)
         full = anomaly_map.new_zeros(original_size)
         full[top:bottom, left:right] = inside
         return full
@@ -280,16 +303,21 @@ class Preprocessing:
         Raises
         ------
         InputError
-            If the mask is not 2-D or smaller than the crop.
+            If the mask is not 2-D or smaller than the crop or the region.
         """
         if mask.ndim != 2:
             raise InputError(f"mask has the shape {list(mask.shape)}; it must be [H, W]")
         size = (mask.shape[0], mask.shape[1])
         output = self.output_size(size)
         rows, columns = (
-            (2 * (np.arange(length) + start) + 1) * original // (2 * full)
-            for length, start, original, full in zip(
-                output, self._crop_offset(size), size, self._resized(size), strict=True
+            begin + (2 * (np.arange(length) + start) + 1) * part // (2 * full)
+            for begin, length, start, part, full in zip(
+                self._begin,
+                output,
+                self._crop_offset(size),
+                self._part_size(size),
+                self._resized(size),
+                strict=True,
             )
         )
         return np.asarray(mask, dtype=np.bool_)[np.ix_(rows, columns)]
@@ -301,6 +329,7 @@ class Preprocessing:
             "crop": None if self.crop is None else list(self.crop),
             "mean": list(self.mean),
             "std": list(self.std),
+            "region": None if self.region is None else list(self.region),
         }
 
     @classmethod
@@ -312,13 +341,47 @@ class Preprocessing:
         InputError
             If a key is missing or unknown, or a value is not allowed.
         """
-        keys = {"resize", "crop", "mean", "std"}
-        if set(settings) != keys:
+        keys = {"resize", "crop", "mean", "std", "region"}
+        # Runs of earlier versions know no regions.
+        if set(settings) | {"region"} != keys:
             raise InputError(f"preprocessing has the keys {sorted(settings)}; they must be {sorted(keys)}")
         return cls.create(**settings)
 
+    @property
+    def _begin(self) -> tuple[int, int]:
+        return (0, 0) if self.region is None else self.region[:2]
+
+    @property
+    def _region_size(self) -> tuple[int, int] | None:
+        return None if self.region is None else self._part_size(self.region[2:])
+
+    def _part_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
+        """What is left of an image before the resize."""
+        if self.region is None:
+            return original_size
+        top, left, bottom, right = self.region
+        if not _fits((bottom, right), original_size):
+            raise InputError(
+                f"the image is {_text(original_size)} pixels (height x width), but region, which is "
+                f"{list(self.region)} (top, left, bottom, right), reaches beyond it"
+            )
+        return bottom - top, right - left
+
+    def _scored_part(self, original_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """:meth:`scored_box` in pixels of the region."""
+        output = self.output_size(original_size)
+        resized, offset = self._resized(original_size), self._crop_offset(original_size)
+        (top, bottom), (left, right) = (
+            (_first_centre(start, full, size), _first_centre(start + length, full, size))
+            for start, length, full, size in zip(
+                offset, output, resized, self._part_size(original_size), strict=True
+            )
+        )
+        return top, left, bottom, right
+
     def _resized(self, original_size: tuple[int, int]) -> tuple[int, int]:
-        return self.resize or original_size
+        part = self._part_size(original_size)
+        return self.resize or part
 
     def _crop_offset(self, original_size: tuple[int, int]) -> tuple[int, int]:
         height, width = self._resized(original_size)
@@ -407,6 +470,37 @@ def check_size(name: str, size: int | Sequence[int] | None) -> tuple[int, int] |
     pair = _as_size(name, size)
     _check_pair(name, pair)
     return pair
+
+
+def check_region(region: Sequence[int]) -> tuple[int, int, int, int]:
+    """Read a region as people write it.
+
+    Parameters
+    ----------
+    region
+        (top, left, bottom, right) in pixels, half open.
+
+    Returns
+    -------
+    tuple of int
+
+    Raises
+    ------
+    InputError
+        It is not four whole numbers, is empty, or begins above or left of the image.
+    """
+    edges = tuple(region) if isinstance(region, list | tuple) else ()
+    if (
+        len(edges) != 4
+        or not all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges)
+        or not (0 <= edges[0] < edges[2] and 0 <= edges[1] < edges[3])
+    ):
+        raise InputError(
+            f"region: {region!r} given; allowed are (top, left, bottom, right) in pixels of the original "
+            "image, four whole numbers >= 0 with top < bottom and left < right, or None"
+        )
+    top, left, bottom, right = edges
+    return top, left, bottom, right
 
 
 def _check_pair(name: str, pair: Any) -> None:

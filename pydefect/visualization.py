@@ -301,7 +301,7 @@ def shrink(
 
 
 def fade_unscored(image: NDArray[Any], scored_box: Box) -> Picture:
-    """Fade what a centre crop left out to grey, so that nobody takes it for inspected and good.
+    """Fade what a region or centre crop left out to grey, so that nobody takes it for inspected and good.
 
     Parameters
     ----------

@@ -110,8 +110,13 @@ class Colours(Detector):
 
     method = "colours"
 
-    def __init__(self, crop: tuple[int, int] | None = None, scale: float = 1.0) -> None:
-        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1))
+    def __init__(
+        self,
+        crop: tuple[int, int] | None = None,
+        scale: float = 1.0,
+        region: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1), region)
         self.calibration = Calibration(0.75 * scale, 0.5 * scale, "held_out", 9, 0.1)
         self.device = torch.device("cpu")
         self.training = {"images": 2, "skipped": []}

@@ -181,6 +181,36 @@ def test_nothing_is_shown_without_progress_and_bars_go_to_standard_error(good, d
     assert "scoring" in err
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("conpatch", {"weights": "random", "resize": 32, "calibration_folds": 2}),
+        ("padim", {"weights": "random", "resize": None, "channels": 4, "calibration_folds": 2}),
+        ("dual_ae", {"resize": 64, "steps": 2}),
+    ],
+)
+def test_a_region_is_learned_and_scored_as_if_it_were_the_image(good, tmp_path, method, settings):
+    scene = [np.pad(image, ((9, 5), (3, 30), (0, 0)), mode="wrap") for image in good]
+    height, width = good[0].shape[:2]
+    region = (9, 3, 9 + height, 3 + width)
+    how = {"method": method, "progress": False, **settings}
+    fitted, expected = pydefect.fit(scene, region=region, **how), pydefect.fit(good, **how)
+    fitted.save(tmp_path / "model.safetensors")
+    found = pydefect.score(tmp_path / "model.safetensors", scene, progress=False)
+    alone = pydefect.score(expected, good, progress=False)
+    np.testing.assert_array_equal(found.image_scores, alone.image_scores)
+    assert (found.image_threshold, found.pixel_threshold) == (alone.image_threshold, alone.pixel_threshold)
+    assert found.scored_boxes == [region] * len(good)
+    for whole, part in zip(found.anomaly_maps, alone.anomaly_maps, strict=True):
+        np.testing.assert_array_equal(whole, np.pad(part, ((9, 5), (3, 30))))
+
+    with pytest.raises(InputError, match=r"image-00000: .* region, which is .* reaches beyond it"):
+        pydefect.score(fitted, good[0], progress=False)
+    result = pydefect.score(fitted, [good[0], scene[0]], on_error="skip", progress=False)
+    assert result.names == ["image-00001"]
+
+
 def test_streaming_scores_one_after_the_other(good, detector):
     """A camera has no end, and its next image may be long in coming: nothing waits for that."""
 

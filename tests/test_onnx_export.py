@@ -130,6 +130,18 @@ def test_a_crop_is_in_the_graph(colours: type[Detector], tmp_path: Path) -> None
     )
 
 
+def test_a_region_is_in_the_graph(colours: type[Detector], tmp_path: Path) -> None:
+    detector = colours(region=(10, 20, 45, 66))
+    rng, path = np.random.default_rng(0), tmp_path / "colours.onnx"
+    pydefect.export_onnx(detector, path)
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((45, 66, 3), (300, 90, 3))]
+    assert_agrees(path, detector, images, 1e-5)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail):
+        run(path, images[0][None, :44])  # an image that does not hold it
+    with pytest.raises(InputError, match=r"the image is 40 x 66 .* reaches beyond it"):
+        pydefect.export_onnx(detector, path, image_size=(40, 66))
+
+
 def test_the_networks_own_size_needs_no_resize(colours: type[Detector], tmp_path: Path) -> None:
     import onnx
 

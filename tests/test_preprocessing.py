@@ -29,7 +29,15 @@ class TestForward:
         np.testing.assert_allclose(output.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
     def test_channels_stay_last_in_memory(self) -> None:
-        for sizes in ({}, {"resize": 16}, {"crop": 16}, {"resize": (20, 30), "crop": (16, 24)}):
+        region = (3, 5, 30, 47)
+        for sizes in (
+            {},
+            {"resize": 16},
+            {"crop": 16},
+            {"resize": (20, 30), "crop": (16, 24)},
+            {"region": region},
+            {"resize": 16, "region": region},
+        ):
             output = Preprocessing.create(**sizes)(RNG.integers(0, 256, (32, 48, 3), dtype=np.uint8))
             assert output.permute(1, 2, 0).is_contiguous()
 
@@ -81,6 +89,29 @@ class TestForward:
         expected = torch.nn.functional.interpolate(whole, resize, mode="bilinear", antialias=True)[0]
         assert torch.equal(raw(resize=resize)(pixels), expected)
 
+    @pytest.mark.parametrize("sizes", [{}, {"resize": 64}, {"crop": 50}, {"resize": (70, 90), "crop": 64}])
+    @pytest.mark.parametrize("region", [(0, 0, 60, 70), (7, 130, 907, 1000), (100, 0, 1000, 999)])
+    @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+    def test_a_region_is_what_cutting_it_out_gives(self, sizes, region, dtype) -> None:
+        pixels = RNG.integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+        if dtype == np.float32:
+            pixels = pixels.astype(np.float32) / 255
+        top, left, bottom, right = region
+        part = pixels[top:bottom, left:right].copy()
+        whole, cut = Preprocessing.create(**sizes, region=region), Preprocessing.create(**sizes)
+        assert torch.equal(whole(pixels), cut(part))
+
+        mask = RNG.random((1000, 1000)) > 0.5
+        np.testing.assert_array_equal(
+            whole.mask_to_input(mask), cut.mask_to_input(mask[top:bottom, left:right])
+        )
+        anomaly_map = torch.rand(whole.output_size((1000, 1000)))
+        assert tuple(anomaly_map.shape) == whole.input_size
+        back = whole.to_original(anomaly_map, (1000, 1000))
+        assert torch.equal(back[top:bottom, left:right], cut.to_original(anomaly_map, part.shape[:2]))
+        back[top:bottom, left:right] = 0
+        assert not back.any()
+
     def test_rectangles_from_rectangles(self) -> None:
         assert Preprocessing.create(resize=(30, 40), crop=(24, 36))(
             np.zeros((50, 20, 3), np.uint8)
@@ -101,10 +132,16 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 @st.composite
 def geometries(draw: st.DrawFn) -> tuple[Preprocessing, tuple[int, int]]:
     original = draw(SIZES)
+    region = None
+    part = original
+    if draw(st.booleans()):
+        top, left = (draw(st.integers(0, edge - 1)) for edge in original)
+        part = draw(st.tuples(st.integers(1, original[0] - top), st.integers(1, original[1] - left)))
+        region = (top, left, top + part[0], left + part[1])
     resize = draw(st.none() | SIZES)
-    full = resize or original
+    full = resize or part
     crop = draw(st.none() | st.tuples(st.integers(1, full[0]), st.integers(1, full[1])))
-    return raw(resize=resize, crop=crop), original
+    return raw(resize=resize, crop=crop, region=region), original
 
 
 def geometry(preprocessing: Preprocessing, original: tuple[int, int]) -> list[tuple[float, float, int]]:
@@ -150,9 +187,11 @@ class TestBack:
     def test_box_holds_the_centres_inside_the_crop(self, case: tuple[Preprocessing, tuple[int, int]]) -> None:
         preprocessing, original = case
         top, left, bottom, right = preprocessing.scored_box(original)
-        full, output = preprocessing.resize or original, preprocessing.output_size(original)
-        for (first, end), size, whole, length in zip(
-            ((top, bottom), (left, right)), original, full, output, strict=True
+        region = preprocessing.region or (0, 0, *original)
+        part = (region[2] - region[0], region[3] - region[1])
+        full, output = preprocessing.resize or part, preprocessing.output_size(original)
+        for (first, end), begin, size, whole, length in zip(
+            ((top, bottom), (left, right)), region[:2], part, full, output, strict=True
         ):
             start = (whole - length) // 2
             # (i + 0.5) * whole / size lies in [start, start + length), in whole numbers
@@ -161,7 +200,7 @@ class TestBack:
                 for i in range(size)
                 if 2 * start * size <= (2 * i + 1) * whole < 2 * (start + length) * size
             ]
-            assert list(range(first, end)) == inside
+            assert list(range(first - begin, end - begin)) == inside
 
     @given(geometries())
     @settings(max_examples=100, deadline=None)
@@ -217,6 +256,15 @@ class TestBack:
         ({"resize": True}, "resize is True"),
         ({"crop": (3, "4")}, "crop is"),
         ({"resize": (10, 20), "crop": (10, 21)}, "crop is 10 x 21, larger than resize, which is 10 x 20"),
+        ({"region": (1, 2, 3)}, r"region: \(1, 2, 3\) given; allowed are \(top, left, bottom, right\)"),
+        ({"region": (10, 0, 10, 5)}, "top < bottom and left < right"),
+        ({"region": (-1, 0, 10, 5)}, "four whole numbers >= 0"),
+        ({"region": (0, 0, 10, 5.5)}, "four whole numbers >= 0"),
+        ({"region": "0123"}, "region: '0123' given"),
+        (
+            {"region": (0, 0, 50, 60), "crop": 55},
+            "crop is 55 x 55, larger than region, which is 50 x 60",
+        ),
         ({"mean": (0, 0)}, "mean is"),
         ({"mean": (0, 0, float("nan"))}, "mean is"),
         ({"std": (1, 0, 1)}, "above 0"),
@@ -245,6 +293,17 @@ def test_image_smaller_than_the_crop() -> None:
         preprocessing.mask_to_input(np.zeros((100, 300), dtype=bool))
 
 
+def test_image_that_does_not_hold_the_region() -> None:
+    preprocessing = Preprocessing.create(resize=64, region=(10, 20, 200, 300))
+    message = r"the image is 200 x 299 .* region, which is \[10, 20, 200, 300\] .* reaches beyond it"
+    for call in (preprocessing.output_size, preprocessing.scored_box):
+        with pytest.raises(InputError, match=message):
+            call((200, 299))
+    with pytest.raises(InputError, match=message):
+        preprocessing(np.zeros((200, 299, 3), dtype=np.uint8))
+    assert preprocessing.scored_box((200, 300)) == (10, 20, 200, 300)
+
+
 @pytest.mark.parametrize(
     "pixels", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3))]
 )
@@ -253,10 +312,24 @@ def test_wrong_pixels(pixels: np.ndarray) -> None:
         Preprocessing()(pixels)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"resize": 256}, {"resize": (256, 128), "crop": (224, 96)}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"resize": 256},
+        {"resize": (256, 128), "crop": (224, 96)},
+        {"resize": 64, "region": (1, 2, 30, 40)},
+    ],
+)
 def test_json_round_trip(sizes: dict[str, object]) -> None:
     preprocessing = Preprocessing.create(**sizes)  # type: ignore[arg-type]
     assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
+
+
+def test_dictionary_of_a_version_without_regions() -> None:
+    settings_ = Preprocessing.create(resize=64).to_dict()
+    del settings_["region"]
+    assert Preprocessing.from_dict(settings_) == Preprocessing.create(resize=64)
 
 
 def test_dictionary_with_other_keys() -> None:

@@ -78,8 +78,8 @@ def fit(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Any other setting of the method, such as gamma=2 or crop=[224,448]; may be repeated. The "
-            "value is read as JSON, and as plain text where it is none.",
+            help="Any other setting of the method, such as gamma=2 or region=[top,left,bottom,right]; may be "
+            "repeated. The value is read as JSON, and as plain text where it is none.",
         ),
     ] = None,
     checkpoint: Annotated[

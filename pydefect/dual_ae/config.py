@@ -232,10 +232,10 @@ class DualAEConfig(MethodConfig):
                 f"low_quantile: {self.low_quantile!r} given; allowed are 0 to high_quantile, "
                 f"{self.high_quantile!r}"
             )
-        size = self.crop or self.resize
+        size = self.preprocessing.input_size
         if size is not None:
-            assert isinstance(size, tuple)
-            check_input_size("crop" if self.crop else "resize", size, self.padding)
+            name = "crop" if self.crop else "resize" if self.resize else "region"
+            check_input_size(name, size, self.padding)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class DualAEDetector(Detector):
         training: Mapping[str, Any],
     ) -> None:
         self.config = config
-        self.preprocessing = Preprocessing.create(config.resize, config.crop)
+        self.preprocessing = config.preprocessing
         self.teacher = teacher
         self.network = network.to(device).eval()
         self._scorer = Scorer(self.network, teacher)
@@ -170,7 +170,7 @@ class DualAEDetector(Detector):
             precision=resolve_precision(config.precision, device),
             steps=config.default_steps(device.type) if config.steps is None else config.steps,
         )
-        preprocessing = Preprocessing.create(config.resize, config.crop)
+        preprocessing = config.preprocessing
         # `weights` are a backbone's; a teacher's file that is missing is not replaced by them.
         teacher = _load_teacher(config, device, weights if config.teacher in ARCHITECTURES else None)
         bars = ProgressBars(progress)

@@ -25,6 +25,7 @@ from pydefect.errors import InputError
         ({"resize": (64, 32.5)}, r"resize: \(64, 32.5\) given; allowed are a side"),
         ({"crop": "224"}, "crop: '224' given; allowed are a side"),
         ({"crop": True}, "crop: True given; allowed are a side"),
+        ({"region": (0, 0, 64)}, r"region: \(0, 0, 64\) given; allowed are \(top, left, bottom, right\)"),
         ({"levels": ()}, r"levels: \(\) given; allowed are ascending choices out of 1, 2, 3"),
         ({"levels": (3, 1)}, r"levels: \(3, 1\) given; allowed are ascending"),
         ({"levels": 2}, "levels: 2 given; allowed are ascending"),
@@ -176,7 +177,9 @@ def test_fewer_levels_keep_the_weights_of_the_rest():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_json_round_trip(preset):
-    config = ConPatchConfig.from_preset(preset, resize=(64, 96), crop=None, levels=[2, 3])
+    config = ConPatchConfig.from_preset(
+        preset, resize=(64, 96), crop=None, region=[8, 0, 90, 70], levels=[2, 3]
+    )
     assert ConPatchConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
 
 

@@ -42,6 +42,7 @@ def test_settings_go_through_json(settings):
         ("teacher", None),
         ("resize", 32),
         ("crop", (64, 40)),
+        ("region", (0, 0, 0, 5)),
         ("padding", 1),
     ],
 )
