@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from pydefect.errors import InputError
-from pydefect.preprocessing import Preprocessing, check_region
+from pydefect.preprocessing import Preprocessing, Shape, check_shape, check_shapes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,10 +95,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        return {name: _listed(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -121,9 +118,12 @@ class MethodConfig(Settings):
     """(height, width) in pixels, or one number for a square; None keeps the images' size."""
     crop: tuple[int, int] | int | None = None
     """Centre crop after the resize; what lies outside is not scored. None: the whole image."""
-    region: tuple[int, int, int, int] | None = None
+    region: Shape | None = None
     """(top, left, bottom, right) in pixels of the original images, half open: the part of every image that is
-    learned and scored, before the resize. None: the whole image."""
+    learned and scored, before the resize; or the corners of a polygon, three or more pixels (row, column).
+    None: the whole image."""
+    ignore: tuple[Shape, ...] = ()
+    """Boxes or polygons likewise, of which nothing is looked at."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
@@ -133,12 +133,17 @@ class MethodConfig(Settings):
         for name in ("resize", "crop"):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
         if self.region is not None:
-            object.__setattr__(self, "region", check_region(self.region))
+            object.__setattr__(self, "region", check_shape("region", self.region))
+        object.__setattr__(self, "ignore", check_shapes("ignore", self.ignore))
 
     @property
     def preprocessing(self) -> Preprocessing:
         """From pixels to network input and back."""
-        return Preprocessing.create(self.resize, self.crop, region=self.region)
+        return Preprocessing.create(self.resize, self.crop, region=self.region, ignore=self.ignore)
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
 
 
 def _size(name: str, value: Any) -> tuple[int, int] | None:

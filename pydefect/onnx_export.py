@@ -81,12 +81,14 @@ def export_onnx(
         )
     if size is None and detector.preprocessing.resize is None:
         raise InputError("image_size: not given; this detector does not resize, and takes images of one size")
+    if size is None and detector.preprocessing.ignore and detector.preprocessing.region is None:
+        raise InputError(
+            "image_size: not given; what this detector ignores has a place in images of one size"
+        )
     if size is not None:
         detector.preprocessing.output_size(size)
-    # Images hold the whole region, beyond which an image of any size may go on.
-    *_, least_height, least_width = detector.preprocessing.region or (1, 1)
-    height, width = _EXAMPLE
-    shape = (batch_size, *(size or (least_height + height, least_width + width)), 3)
+    least = detector.preprocessing.least_size
+    shape = (batch_size, *(size or (least[0] + _EXAMPLE[0], least[1] + _EXAMPLE[1])), 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     example = torch.from_numpy(pixels)
     with _quiet(), for_inference(detector.device), torch.no_grad():
@@ -95,8 +97,8 @@ def export_onnx(
         open_size = None
         if size is None:
             open_size = {
-                1: torch.export.Dim("height", min=least_height),
-                2: torch.export.Dim("width", min=least_width),
+                axis: torch.export.Dim(name, min=least[axis - 1])
+                for axis, name in ((1, "height"), (2, "width"))
             }
         program = torch.export.export(_FromPixels(detector), (example,), dynamic_shapes=(open_size,))
         expected = program.module()(example)

@@ -3,20 +3,38 @@
 The geometry is that of continuous image coordinates: pixel i covers [i, i + 1), its centre is i + 0.5, and a
 resize from H to h pixels maps y to y * h / H. A centre crop of height c out of h begins at row (h - c) // 2.
 A region is cut out of the original image before all that, and takes its place.
+What is ignored is painted with the mean colour, where the network looks, and is 0 in maps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias, TypeGuard
 
+import cv2
 import numpy as np
 import torch
 
 from pydefect.errors import InputError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "check_region", "check_size"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Preprocessing",
+    "Shape",
+    "check_shape",
+    "check_shapes",
+    "check_size",
+]
+
+Box: TypeAlias = tuple[int, int, int, int]
+Polygon: TypeAlias = tuple[tuple[int, int], ...]
+Shape: TypeAlias = Box | Polygon
+"""A part of an image in pixels: (top, left, bottom, right), half open, or the corners of a polygon, three or
+more pixels (row, column), which belong to it."""
+Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -39,13 +57,18 @@ class Preprocessing:
         Per RGB channel, for pixels in 0..1. The defaults are those of networks trained on ImageNet.
     region
         (top, left, bottom, right) in pixels of the original image, half open: what is cut out of every image
-        before all else, where a camera sees more than the part. None: the whole image.
+        before all else, where a camera sees more than the part. Or the corners of a polygon, three or more
+        pixels (row, column): the box round it is cut out, and what lies outside it is ignored. None: the
+        whole image.
+    ignore
+        Boxes or polygons likewise, of which nothing is looked at: a label, a clamp, a printed date. Network
+        inputs have the mean colour there, at all pixels that would see anything of it, and maps 0.
 
     Raises
     ------
     InputError
         If a size is not positive, the crop is larger than the resize, a standard deviation is not positive,
-        or the region is empty or begins outside the image.
+        or the region or what is ignored is no such shape.
 
     Examples
     --------
@@ -57,19 +80,23 @@ class Preprocessing:
     (32, 32, 480, 480)
     >>> Preprocessing.create(resize=256, region=(100, 0, 400, 300)).scored_box((512, 512))
     (100, 0, 400, 300)
+    >>> int(Preprocessing.create(resize=256, ignore=[(0, 0, 20, 512)]).ignored((512, 512)).sum())
+    10240
     """
 
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    region: tuple[int, int, int, int] | None = None
+    region: Shape | None = None
+    ignore: tuple[Shape, ...] = ()
 
     def __post_init__(self) -> None:
         for name, size in (("resize", self.resize), ("crop", self.crop)):
             _check_pair(name, size)
         if self.region is not None:
-            object.__setattr__(self, "region", check_region(self.region))
+            object.__setattr__(self, "region", check_shape("region", self.region))
+        object.__setattr__(self, "ignore", check_shapes("ignore", self.ignore))
         full = self.resize or self._region_size
         if full and self.crop and not _fits(self.crop, full):
             name = "resize" if self.resize else "region"
@@ -87,7 +114,8 @@ class Preprocessing:
         crop: int | Sequence[int] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        region: Sequence[int] | None = None,
+        region: Sequence[Any] | None = None,
+        ignore: Sequence[Sequence[Any]] = (),
     ) -> Preprocessing:
         """Make a Preprocessing from sizes as people write them.
 
@@ -97,8 +125,8 @@ class Preprocessing:
             One number for a square, (height, width) for a rectangle, None for neither resize nor crop.
         mean, std
             Three numbers each.
-        region
-            Four whole numbers, or None.
+        region, ignore
+            As for the class; lists will do.
 
         Returns
         -------
@@ -116,13 +144,21 @@ class Preprocessing:
             _as_size("crop", crop),
             (red, green, blue),
             (red_std, green_std, blue_std),
-            None if region is None else check_region(region),
+            None if region is None else check_shape("region", region),
+            check_shapes("ignore", ignore),
         )
 
     @property
     def input_size(self) -> tuple[int, int] | None:
         """(height, width) of every network input; None: each image's own."""
         return self.crop or self.resize or self._region_size
+
+    @property
+    def least_size(self) -> tuple[int, int]:
+        """(height, width) of the smallest image that holds the region and what is ignored."""
+        shapes = self.ignore if self.region is None else (self.region, *self.ignore)
+        edges = [_box(shape)[2:] for shape in shapes]
+        return max((edge[0] for edge in edges), default=1), max((edge[1] for edge in edges), default=1)
 
     def __call__(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
         """Cut out, resize, crop and normalise one image.
@@ -171,7 +207,7 @@ class Preprocessing:
         original = (images.shape[1], images.shape[2])
         self.output_size(original)
         if self.region is not None:
-            top, left, bottom, right = self.region
+            top, left, bottom, right = _box(self.region)
             images = images[:, top:bottom, left:right]
         height, width = images.shape[1:3]
         # Channels stay last, as the pixels come and as the backbone reads.
@@ -190,6 +226,10 @@ class Preprocessing:
             for values in (self.mean, self.std)
         )
         normalised: torch.Tensor = rows.sub(mean).div_(std).unflatten(2, (-1, 3))
+        # Without shapes the size may be one that an exported graph leaves open.
+        hidden = _hidden(self, self._part_size(original)) if self._has_shapes else None
+        if hidden is not None:
+            normalised.masked_fill_(torch.from_numpy(hidden), 0)
         return normalised.permute(0, 3, 1, 2)
 
     def output_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
@@ -243,6 +283,33 @@ class Preprocessing:
         begin = self._begin
         return top + begin[0], left + begin[1], bottom + begin[0], right + begin[1]
 
+    def ignored(self, original_size: tuple[int, int]) -> Mask | None:
+        """The pixels of the scored box that are ignored.
+
+        Parameters
+        ----------
+        original_size
+            (height, width) of the image in pixels.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            [H, W] bool; None: there are none.
+
+        Raises
+        ------
+        InputError
+            If the image does not hold the region or what is ignored, is smaller than the crop, or nothing is
+            left of it.
+        """
+        pixels = _unseen(self, self._part_size(original_size))
+        if pixels is None:
+            return None
+        ignored = np.zeros(original_size, dtype=np.bool_)
+        (row, column), (top, left, bottom, right) = self._begin, self.scored_box(original_size)
+        ignored[top:bottom, left:right] = pixels[top - row : bottom - row, left - column : right - column]
+        return ignored
+
     def to_original(self, anomaly_map: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         """Bring a map from the network input's size to the original image.
 
@@ -257,8 +324,8 @@ class Preprocessing:
         -------
         torch.Tensor
             [H, W] of the map's type and device: the map sampled bilinearly at the centre of every original
-            pixel inside :meth:`scored_box`, 0 outside. Between the outermost centres of the map and its
-            border the outermost values go on.
+            pixel inside :meth:`scored_box`, 0 outside and where it is ignored. Between the outermost centres
+            of the map and its border the outermost values go on.
 
         Raises
         ------
@@ -281,11 +348,13 @@ class Preprocessing:
             inside = _sample_rows(anomaly_map.T, left, right, resized[1] / part[1], offset[1]).T
             inside = _sample_rows(inside.contiguous(), top, bottom, resized[0] / part[0], offset[0])
         if tuple(inside.shape) == original_size:
-            return inside
-        top, left, bottom, right = self.scored_box(original_size)
-        full = anomaly_map.new_zeros(original_size)
-        full[top:bottom, left:right] = inside
-        return full
+            full = inside
+        else:
+            top, left, bottom, right = self.scored_box(original_size)
+            full = anomaly_map.new_zeros(original_size)
+            full[top:bottom, left:right] = inside
+        ignored = self.ignored(original_size)
+        return full if ignored is None else full.masked_fill_(torch.from_numpy(ignored).to(full.device), 0)
 
     def mask_to_input(self, mask: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Bring a mask of the original image to the network input's size, each pixel from the nearest one.
@@ -329,7 +398,8 @@ class Preprocessing:
             "crop": None if self.crop is None else list(self.crop),
             "mean": list(self.mean),
             "std": list(self.std),
-            "region": None if self.region is None else list(self.region),
+            "region": None if self.region is None else _listed(self.region),
+            "ignore": [_listed(shape) for shape in self.ignore],
         }
 
     @classmethod
@@ -341,31 +411,36 @@ class Preprocessing:
         InputError
             If a key is missing or unknown, or a value is not allowed.
         """
-        keys = {"resize", "crop", "mean", "std", "region"}
-        # Runs of earlier versions know no regions.
-        if set(settings) | {"region"} != keys:
+        later = {"region", "ignore"}
+        keys = {"resize", "crop", "mean", "std"} | later
+        # Runs of earlier versions know neither.
+        if set(settings) | later != keys:
             raise InputError(f"preprocessing has the keys {sorted(settings)}; they must be {sorted(keys)}")
         return cls.create(**settings)
 
     @property
+    def _has_shapes(self) -> bool:
+        return bool(self.ignore) or (self.region is not None and not _is_box(self.region))
+
+    @property
     def _begin(self) -> tuple[int, int]:
-        return (0, 0) if self.region is None else self.region[:2]
+        return (0, 0) if self.region is None else _box(self.region)[:2]
 
     @property
     def _region_size(self) -> tuple[int, int] | None:
-        return None if self.region is None else self._part_size(self.region[2:])
+        if self.region is None:
+            return None
+        top, left, bottom, right = _box(self.region)
+        return bottom - top, right - left
 
     def _part_size(self, original_size: tuple[int, int]) -> tuple[int, int]:
         """What is left of an image before the resize."""
-        if self.region is None:
-            return original_size
-        top, left, bottom, right = self.region
-        if not _fits((bottom, right), original_size):
+        if not _fits(self.least_size, original_size):
             raise InputError(
-                f"the image is {_text(original_size)} pixels (height x width), but region, which is "
-                f"{list(self.region)} (top, left, bottom, right), reaches beyond it"
+                f"the image is {_text(original_size)} pixels (height x width); region and ignore reach to "
+                f"{_text(self.least_size)}"
             )
-        return bottom - top, right - left
+        return self._region_size or original_size
 
     def _scored_part(self, original_size: tuple[int, int]) -> tuple[int, int, int, int]:
         """:meth:`scored_box` in pixels of the region."""
@@ -472,35 +547,112 @@ def check_size(name: str, size: int | Sequence[int] | None) -> tuple[int, int] |
     return pair
 
 
-def check_region(region: Sequence[int]) -> tuple[int, int, int, int]:
-    """Read a region as people write it.
+def check_shape(name: str, shape: Sequence[Any]) -> Shape:
+    """Read a box or a polygon as people write it.
 
     Parameters
     ----------
-    region
-        (top, left, bottom, right) in pixels, half open.
+    name
+        Of the argument, for the message.
+    shape
+        (top, left, bottom, right) in pixels, half open, or three and more pixels (row, column).
 
     Returns
     -------
-    tuple of int
+    tuple
 
     Raises
     ------
     InputError
-        It is not four whole numbers, is empty, or begins above or left of the image.
+        It is none of these, is empty, or begins above or left of the image.
     """
-    edges = tuple(region) if isinstance(region, list | tuple) else ()
-    if (
-        len(edges) != 4
-        or not all(isinstance(edge, int) and not isinstance(edge, bool) for edge in edges)
-        or not (0 <= edges[0] < edges[2] and 0 <= edges[1] < edges[3])
-    ):
-        raise InputError(
-            f"region: {region!r} given; allowed are (top, left, bottom, right) in pixels of the original "
-            "image, four whole numbers >= 0 with top < bottom and left < right, or None"
+    parts = tuple(shape) if isinstance(shape, list | tuple) else ()
+    if len(parts) == 4 and _are_pixels(parts) and parts[0] < parts[2] and parts[1] < parts[3]:
+        return parts[0], parts[1], parts[2], parts[3]
+    corners = tuple(tuple(part) for part in parts if isinstance(part, list | tuple))
+    if len(corners) >= 3 and all(len(corner) == 2 and _are_pixels(corner) for corner in corners):
+        return tuple((row, column) for row, column in corners)
+    raise InputError(
+        f"{name}: {shape!r} given; allowed are (top, left, bottom, right), top < bottom and left < right, or "
+        "three and more corners (row, column), in whole pixels >= 0 of the original image"
+    )
+
+
+def check_shapes(name: str, shapes: Sequence[Sequence[Any]]) -> tuple[Shape, ...]:
+    """Read several boxes and polygons; see :func:`check_shape`."""
+    if not isinstance(shapes, list | tuple):
+        raise InputError(f"{name}: {shapes!r} given; allowed is a list of boxes and polygons")
+    return tuple(check_shape(f"{name}[{index}]", shape) for index, shape in enumerate(shapes))
+
+
+def _are_pixels(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
+
+
+def _is_box(shape: Shape) -> TypeGuard[Box]:
+    return isinstance(shape[0], int)
+
+
+def _box(shape: Shape) -> Box:
+    """The smallest box round a shape."""
+    if _is_box(shape):
+        return shape
+    rows, columns = zip(*shape, strict=True)
+    return min(rows), min(columns), max(rows) + 1, max(columns) + 1
+
+
+def _listed(shape: Shape) -> list[Any]:
+    return [list(part) if isinstance(part, tuple) else part for part in shape]
+
+
+def _drawn(shape: Shape, size: tuple[int, int], begin: tuple[int, int]) -> Mask:
+    """[height, width] bool: the pixels of a shape, seen from where the part begins."""
+    pixels = np.zeros(size, dtype=np.uint8)
+    if _is_box(shape):
+        top, left, bottom, right = (
+            max(0, edge - start) for edge, start in zip(shape, begin * 2, strict=True)
         )
-    top, left, bottom, right = edges
-    return top, left, bottom, right
+        pixels[top:bottom, left:right] = 1
+    else:
+        corners = np.array(shape, dtype=np.int32) - np.array(begin, dtype=np.int32)
+        cv2.fillPoly(pixels, [corners[:, ::-1]], 1)
+    return pixels.astype(np.bool_)
+
+
+@lru_cache(maxsize=8)
+def _unseen(preprocessing: Preprocessing, part: tuple[int, int]) -> Mask | None:
+    """The ignored pixels of what is left before the resize; None: there are none."""
+    region, begin = preprocessing.region, preprocessing._begin
+    pixels = np.zeros(part, dtype=np.bool_)
+    if region is not None and not _is_box(region):
+        pixels |= ~_drawn(region, part, begin)
+    for shape in preprocessing.ignore:
+        pixels |= _drawn(shape, part, begin)
+    return pixels if pixels.any() else None
+
+
+@lru_cache(maxsize=8)
+def _hidden(preprocessing: Preprocessing, part: tuple[int, int]) -> Mask | None:
+    """[h, w, 1]: the pixels of the network's input of which an ignored one is a part; None: there are none.
+
+    Raises
+    ------
+    InputError
+        All are.
+    """
+    pixels = _unseen(preprocessing, part)
+    if pixels is None:
+        return None
+    full = preprocessing.resize or part
+    if full != part:
+        rows, columns = (_resize_matrix(*lengths).numpy() for lengths in zip(full, part, strict=True))
+        pixels = rows @ pixels.astype(np.float32) @ columns.T > 0
+    output = preprocessing.crop or full
+    top, left = ((outer - inner) // 2 for outer, inner in zip(full, output, strict=True))
+    pixels = pixels[top : top + output[0], left : left + output[1], None].copy()
+    if pixels.all():
+        raise InputError("region, ignore: nothing is left of the image to look at")
+    return pixels
 
 
 def _check_pair(name: str, pair: Any) -> None:

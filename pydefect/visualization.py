@@ -28,6 +28,7 @@ __all__ = [
     "overlay",
     "shared_scale",
     "shrink",
+    "shrink_mask",
     "to_rgb8",
 ]
 
@@ -163,6 +164,7 @@ def overlay(
     *,
     strength: float = 0.7,
     scored_box: Box | None = None,
+    ignored: NDArray[Any] | None = None,
 ) -> Picture:
     """Lay the heat map of an image over it: the higher the score, the less of the image shines through.
 
@@ -180,6 +182,8 @@ def overlay(
         The share of the heat map where the score is `high` or more, in 0..1.
     scored_box
         (top, left, bottom, right); what lies outside is shown faded, see :func:`fade_unscored`.
+    ignored
+        [H, W]; where it is true, likewise.
 
     Returns
     -------
@@ -199,7 +203,7 @@ def overlay(
     opacity = (strength * level * level * (3 - 2 * level))[..., np.newaxis]
     colours = heat_map(anomaly_map, low, high)
     mixed = np.rint(picture + opacity * (colours.astype(np.float32) - picture)).astype(np.uint8)
-    return mixed if scored_box is None else fade_unscored(mixed, scored_box)
+    return fade_unscored(mixed, scored_box, ignored)
 
 
 def draw_contours(
@@ -300,26 +304,62 @@ def shrink(
     )
 
 
-def fade_unscored(image: NDArray[Any], scored_box: Box) -> Picture:
-    """Fade what a region or centre crop left out to grey, so that nobody takes it for inspected and good.
+def shrink_mask(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Make a mask smaller, as :func:`shrink` does a map: a block with any marked pixel is marked.
+
+    Parameters
+    ----------
+    mask
+        [H, W]; true or non-zero is marked.
+    size
+        (height, width) to make of it, no larger.
+
+    Returns
+    -------
+    numpy.ndarray
+        [height, width] bool.
+    """
+    marked = (np.asarray(mask) != 0).astype(np.float32)
+    smaller = cv2.resize(marked, size[::-1], interpolation=cv2.INTER_AREA)
+    return np.asarray(smaller > 0, dtype=np.bool_)
+
+
+def fade_unscored(
+    image: NDArray[Any], scored_box: Box | None, ignored: NDArray[Any] | None = None
+) -> Picture:
+    """Fade to grey what a region, crop or `ignore` left out: nobody shall take it for inspected and good.
 
     Parameters
     ----------
     image
         As :func:`to_rgb8` takes it.
     scored_box
-        (top, left, bottom, right) in pixels, half open.
+        (top, left, bottom, right) in pixels, half open; None: the whole image.
+    ignored
+        [H, W]; where it is true nothing was looked at. None: nowhere.
 
     Returns
     -------
     numpy.ndarray
-        [H, W, 3] uint8 RGB; the pixels inside the box as they were.
+        [H, W, 3] uint8 RGB; the other pixels as they were.
+
+    Raises
+    ------
+    InputError
+        Image and mask differ in size.
     """
     picture = to_rgb8(image)
-    top, left, bottom, right = scored_box
-    faded = (picture.astype(np.uint16) + 2 * _FOG) // 3
-    faded[top:bottom, left:right] = picture[top:bottom, left:right]
-    return faded.astype(np.uint8)
+    if scored_box is None and ignored is None:
+        return picture
+    faded = ((picture.astype(np.uint16) + 2 * _FOG) // 3).astype(np.uint8)
+    top, left, bottom, right = (0, 0, *picture.shape[:2]) if scored_box is None else scored_box
+    inside = picture[top:bottom, left:right]
+    if ignored is not None:
+        _check_size("ignored", ignored, picture)
+        hidden = np.asarray(ignored)[top:bottom, left:right, np.newaxis] != 0
+        inside = np.where(hidden, faded[top:bottom, left:right], inside)
+    faded[top:bottom, left:right] = inside
+    return faded
 
 
 _INK: Colour = (40, 40, 40)
@@ -339,6 +379,7 @@ def comparison_sheet(
     scale: tuple[float, float] | None = None,
     pixel_threshold: float | None = None,
     scored_boxes: Sequence[Box] | None = None,
+    ignored: Sequence[NDArray[Any] | None] | None = None,
     part_maps: Mapping[str, Sequence[NDArray[Any]]] | None = None,
     cell: int = 224,
 ) -> Picture:
@@ -366,6 +407,8 @@ def comparison_sheet(
         Marked beside the scale of colours.
     scored_boxes
         n of (top, left, bottom, right); what lies outside is shown faded.
+    ignored
+        n of [H, W], or None; where they are true, likewise.
     part_maps
         By title n of [H, W], shown in the heat map's colours.
     cell
@@ -392,6 +435,7 @@ def comparison_sheet(
         ("ground_truth", ground_truth),
         ("captions", captions),
         ("scored_boxes", scored_boxes),
+        ("ignored", ignored),
         *(part_maps or {}).items(),
     ):
         if values is not None and len(values) != count:
@@ -409,15 +453,16 @@ def comparison_sheet(
     for index in range(count):
         picture = to_rgb8(images[index])
         box = None if scored_boxes is None else scored_boxes[index]
-        shown = picture if box is None else fade_unscored(picture, box)
+        unseen = None if ignored is None else ignored[index]
+        shown = fade_unscored(picture, box, unseen)
         column = [_fitted(shown, cell)]
         if ground_truth is not None:
             _check_size(f"ground_truth[{index}]", ground_truth[index], picture)
             column.append(_fitted(to_rgb8(np.asarray(ground_truth[index]) != 0), cell))
         for name, maps in [*(part_maps or {}).items(), ("anomaly_maps", anomaly_maps)]:
             _check_size(f"{name}[{index}]", maps[index], picture)
-            colours = heat_map(maps[index], low, high)
-            column.append(_fitted(colours if box is None else fade_unscored(colours, box), cell))
+            colours = fade_unscored(heat_map(maps[index], low, high), box, unseen)
+            column.append(_fitted(colours, cell))
         if masks is not None:
             _check_size(f"masks[{index}]", masks[index], picture)
             column.append(_with_contours(shown, masks[index], cell))

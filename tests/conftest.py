@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,9 +115,9 @@ class Colours(Detector):
         self,
         crop: tuple[int, int] | None = None,
         scale: float = 1.0,
-        region: tuple[int, int, int, int] | None = None,
+        **shapes: Any,
     ) -> None:
-        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1), region)
+        self.preprocessing = Preprocessing.create(40, crop, (0, 0, 0), (1, 1, 1), **shapes)
         self.calibration = Calibration(0.75 * scale, 0.5 * scale, "held_out", 9, 0.1)
         self.device = torch.device("cpu")
         self.training = {"images": 2, "skipped": []}

@@ -138,8 +138,25 @@ def test_a_region_is_in_the_graph(colours: type[Detector], tmp_path: Path) -> No
     assert_agrees(path, detector, images, 1e-5)
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail):
         run(path, images[0][None, :44])  # an image that does not hold it
-    with pytest.raises(InputError, match=r"the image is 40 x 66 .* reaches beyond it"):
+    with pytest.raises(InputError, match=r"the image is 40 x 66 .* reach to 45 x 66"):
         pydefect.export_onnx(detector, path, image_size=(40, 66))
+
+
+def test_what_is_ignored_is_in_the_graph(colours: type[Detector], tmp_path: Path) -> None:
+    rng, path = np.random.default_rng(0), tmp_path / "colours.onnx"
+    outline, label = [(10, 20), (40, 66), (45, 20)], (20, 20, 30, 40)
+    image = rng.integers(0, 256, (60, 70, 3), dtype=np.uint8)
+    for detector in (
+        colours(ignore=[label]),
+        colours(region=outline),
+        colours(region=outline, ignore=[label]),
+    ):
+        pydefect.export_onnx(detector, path, image_size=(60, 70))
+        assert_agrees(path, detector, [image], 1e-5)
+    pydefect.export_onnx(detector, path)
+    assert_agrees(path, detector, [image, image[:50, :67]], 1e-5)
+    with pytest.raises(InputError, match="image_size: not given; what this detector ignores has a place"):
+        pydefect.export_onnx(colours(ignore=[label]), path)
 
 
 def test_the_networks_own_size_needs_no_resize(colours: type[Detector], tmp_path: Path) -> None:

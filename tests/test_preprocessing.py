@@ -112,6 +112,59 @@ class TestForward:
         back[top:bottom, left:right] = 0
         assert not back.any()
 
+    @pytest.mark.parametrize(
+        "sizes", [{}, {"resize": 64}, {"resize": (400, 64)}, {"crop": 100}, {"resize": (70, 90), "crop": 64}]
+    )
+    @pytest.mark.parametrize("region", [None, (20, 30, 190, 270), ((20, 150), (190, 30), (180, 290))])
+    def test_nothing_of_what_is_ignored_is_seen(self, sizes, region) -> None:
+        pixels = RNG.integers(0, 256, (200, 300, 3), dtype=np.uint8)
+        shapes = [(0, 0, 50, 300), ((100, 100), (180, 90), (150, 200)), (190, 290, 200, 300)]
+        preprocessing = Preprocessing.create(**sizes, region=region, ignore=shapes)
+        ignored = preprocessing.ignored((200, 300))
+        assert ignored is not None
+        seen = preprocessing(pixels)
+        top, left, bottom, right = preprocessing.scored_box((200, 300))
+        unseen = ignored.copy()
+        unseen[:top] = unseen[bottom:] = unseen[:, :left] = unseen[:, right:] = True
+        if sizes != {"resize": (70, 90), "crop": 64}:  # which looks over its edge, as without shapes
+            spoiled = np.where(unseen[..., None], 255 - pixels, pixels)
+            assert torch.equal(preprocessing(spoiled), seen)
+
+        # Elsewhere it is what it would be without them, and no more is hidden than must be.
+        plain = Preprocessing.create(**sizes, region=region and preprocessing.scored_box((200, 300)))
+        if region is None:
+            hidden = (seen == 0).all(0)
+            assert torch.equal(seen[:, ~hidden], plain(pixels)[:, ~hidden])
+            inside = ignored[top:bottom, left:right].mean()
+            assert inside <= hidden.float().mean() < 2 * inside
+
+        back = preprocessing.to_original(torch.ones(seen.shape[1:]), (200, 300)).numpy()
+        np.testing.assert_array_equal(back == 0, unseen)
+
+    def test_shapes_are_drawn_as_they_are_written(self) -> None:
+        shapes = [(1, 2, 3, 5), ((5, 0), (5, 4), (9, 4), (9, 0)), ((0, 8), (4, 8), (4, 8))]
+        ignored = Preprocessing.create(ignore=shapes).ignored((11, 10))
+        expected = np.zeros((11, 10), dtype=bool)
+        expected[1:3, 2:5] = expected[5:10, 0:5] = expected[0:5, 8] = True
+        np.testing.assert_array_equal(ignored, expected)
+        # Shapes that overlap, and one that the region cuts.
+        overlapping = Preprocessing.create(region=(2, 3, 11, 10), ignore=[*shapes, (2, 4, 9, 9)])
+        assert overlapping.scored_box((11, 10)) == (2, 3, 11, 10)
+        expected[2:9, 4:9] = True
+        expected[:2] = expected[:, :3] = False
+        np.testing.assert_array_equal(overlapping.ignored((11, 10)), expected)
+
+    def test_a_region_with_corners_looks_at_what_lies_between_them(self) -> None:
+        preprocessing = Preprocessing.create(region=[(2, 3), (2, 7), (8, 7), (8, 3)])
+        assert preprocessing.scored_box((11, 10)) == (2, 3, 9, 8)
+        assert preprocessing.ignored((11, 10)) is None
+        triangle = Preprocessing.create(region=[(2, 3), (8, 3), (8, 9)])
+        assert triangle.scored_box((11, 10)) == (2, 3, 9, 10)
+        assert triangle.input_size == (7, 7)
+        ignored = triangle.ignored((11, 10))
+        np.testing.assert_array_equal(~ignored[2:9, 3:10], np.tri(7, dtype=bool))
+        assert not Preprocessing().ignored((11, 10))
+
     def test_rectangles_from_rectangles(self) -> None:
         assert Preprocessing.create(resize=(30, 40), crop=(24, 36))(
             np.zeros((50, 20, 3), np.uint8)
@@ -258,8 +311,15 @@ class TestBack:
         ({"resize": (10, 20), "crop": (10, 21)}, "crop is 10 x 21, larger than resize, which is 10 x 20"),
         ({"region": (1, 2, 3)}, r"region: \(1, 2, 3\) given; allowed are \(top, left, bottom, right\)"),
         ({"region": (10, 0, 10, 5)}, "top < bottom and left < right"),
-        ({"region": (-1, 0, 10, 5)}, "four whole numbers >= 0"),
-        ({"region": (0, 0, 10, 5.5)}, "four whole numbers >= 0"),
+        ({"region": (-1, 0, 10, 5)}, "in whole pixels >= 0"),
+        ({"region": (0, 0, 10, 5.5)}, "in whole pixels >= 0"),
+        ({"region": ((0, 0), (5, 5))}, "three and more corners"),
+        ({"region": ((0, 0), (5, 5), (6, 7, 8))}, "three and more corners"),
+        ({"region": ((0, 0), (5, 5), 6)}, "three and more corners"),
+        ({"region": ()}, r"region: \(\) given"),
+        ({"ignore": (0, 0, 5, 5)}, r"ignore\[0\]: 0 given"),
+        ({"ignore": [(0, 0, 5, 5), (5, 5, 5, 9)]}, r"ignore\[1\]: \(5, 5, 5, 9\) given"),
+        ({"ignore": "mask.png"}, "ignore: 'mask.png' given; allowed is a list of boxes and polygons"),
         ({"region": "0123"}, "region: '0123' given"),
         (
             {"region": (0, 0, 50, 60), "crop": 55},
@@ -293,15 +353,30 @@ def test_image_smaller_than_the_crop() -> None:
         preprocessing.mask_to_input(np.zeros((100, 300), dtype=bool))
 
 
-def test_image_that_does_not_hold_the_region() -> None:
-    preprocessing = Preprocessing.create(resize=64, region=(10, 20, 200, 300))
-    message = r"the image is 200 x 299 .* region, which is \[10, 20, 200, 300\] .* reaches beyond it"
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"region": (10, 20, 200, 300)},
+        {"region": ((10, 20), (199, 20), (10, 299))},
+        {"region": (10, 20, 200, 200), "ignore": [(0, 0, 5, 300)]},
+    ],
+)
+def test_image_that_does_not_hold_the_shapes(shapes: dict[str, object]) -> None:
+    preprocessing = Preprocessing.create(resize=64, **shapes)  # type: ignore[arg-type]
+    message = "the image is 200 x 299 pixels .*; region and ignore reach to 200 x 300"
     for call in (preprocessing.output_size, preprocessing.scored_box):
         with pytest.raises(InputError, match=message):
             call((200, 299))
     with pytest.raises(InputError, match=message):
         preprocessing(np.zeros((200, 299, 3), dtype=np.uint8))
-    assert preprocessing.scored_box((200, 300)) == (10, 20, 200, 300)
+    assert preprocessing.least_size == (200, 300)
+    assert preprocessing.scored_box((200, 300))[:3] == (10, 20, 200)
+
+
+def test_nothing_is_left_to_look_at() -> None:
+    preprocessing = Preprocessing.create(resize=16, region=(10, 10, 20, 20), ignore=[(0, 0, 20, 20)])
+    with pytest.raises(InputError, match="nothing is left of the image"):
+        preprocessing(np.zeros((20, 20, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +394,7 @@ def test_wrong_pixels(pixels: np.ndarray) -> None:
         {"resize": 256},
         {"resize": (256, 128), "crop": (224, 96)},
         {"resize": 64, "region": (1, 2, 30, 40)},
+        {"region": [(1, 2), (30, 40), (30, 2)], "ignore": [(1, 2, 3, 4), [(5, 6), (7, 8), (9, 10)]]},
     ],
 )
 def test_json_round_trip(sizes: dict[str, object]) -> None:
@@ -326,9 +402,9 @@ def test_json_round_trip(sizes: dict[str, object]) -> None:
     assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
 
 
-def test_dictionary_of_a_version_without_regions() -> None:
+def test_dictionary_of_a_version_without_shapes() -> None:
     settings_ = Preprocessing.create(resize=64).to_dict()
-    del settings_["region"]
+    del settings_["region"], settings_["ignore"]
     assert Preprocessing.from_dict(settings_) == Preprocessing.create(resize=64)
 
 

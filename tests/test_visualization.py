@@ -15,6 +15,7 @@ from pydefect.visualization import (
     overlay,
     shared_scale,
     shrink,
+    shrink_mask,
     to_rgb8,
 )
 
@@ -133,6 +134,37 @@ def test_overlay_fades_what_was_not_scored() -> None:
     assert np.all(picture[inside] == 0)
     assert np.all(picture[~inside] > 50)
     assert np.all(fade_unscored(grey(20, 20, 255), (5, 6, 15, 16))[~inside] < 200)
+
+
+def test_what_was_ignored_is_faded_like_what_lies_outside_of_the_box() -> None:
+    image, ignored = grey(20, 20, 255), np.zeros((20, 20), bool)
+    ignored[3:8, 6:16] = True
+    unseen = ignored.copy()
+    unseen[:5] = unseen[15:] = unseen[:, :6] = unseen[:, 16:] = True
+    for picture in (
+        fade_unscored(image, (5, 6, 15, 16), ignored),
+        overlay(image, np.zeros((20, 20)), 0, 1, scored_box=(5, 6, 15, 16), ignored=ignored),
+    ):
+        assert np.all(picture[unseen] < 200)
+        assert np.all(picture[~unseen] == 255)
+    alone = fade_unscored(image, None, ignored)
+    assert np.array_equal(alone[..., 0] < 200, ignored)
+    sheets = [
+        comparison_sheet([image], [np.zeros((20, 20))], ignored=[some], cell=32, scale=(0, 1))
+        for some in (None, ignored)
+    ]
+    assert (sheets[0] != sheets[1]).any()
+    with pytest.raises(InputError, match="ignored"):
+        fade_unscored(image, None, ignored[1:])
+    with pytest.raises(InputError, match="ignored has 2 entries for 1 images"):
+        comparison_sheet([image], [np.zeros((20, 20))], ignored=[None, None])
+
+
+def test_a_smaller_mask_keeps_every_marked_pixel() -> None:
+    mask = np.zeros((90, 70), np.uint8)
+    mask[33, 44] = 255
+    assert shrink_mask(mask, (90, 70)).sum() == 1
+    assert np.argwhere(shrink_mask(mask, (9, 7))).tolist() == [[3, 4]]
 
 
 def test_a_box_of_the_whole_image_changes_nothing() -> None:

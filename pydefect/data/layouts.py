@@ -398,6 +398,7 @@ def read_regions(
     size: tuple[int, int],
     kinds: dict[int, DefectKind],
     box: tuple[int, int, int, int] | None = None,
+    ignored: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
 ) -> list[Region]:
     """Read the annotated regions of an image, every mask file being one, with their saturation areas.
 
@@ -416,6 +417,8 @@ def read_regions(
     box
         (top, left, bottom, right) in pixels, half open: what lies outside is cut off before areas are
         counted, and regions of which nothing is left are left out. None: the whole image.
+    ignored
+        [H, W] bool: pixels that belong to no region, likewise. None: there are none.
 
     Returns
     -------
@@ -445,7 +448,10 @@ def read_regions(
                 f"of those in {DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
             )
         kind = kinds[marks[0]]
-        mask = _resized(values > 0, size)[top:bottom, left:right]
+        mask = _resized(values > 0, size)
+        if ignored is not None:
+            mask = mask & ~ignored
+        mask = mask[top:bottom, left:right]
         area = int(np.count_nonzero(mask))
         if not area:
             continue

@@ -18,7 +18,16 @@ from pydefect.data.images import read_image
 from pydefect.data.layouts import read_mask
 from pydefect.errors import InputError
 from pydefect.run import Run, RunImage
-from pydefect.visualization import Picture, fade_unscored, outlines, overlay, shared_scale, shrink, to_rgb8
+from pydefect.visualization import (
+    Picture,
+    fade_unscored,
+    outlines,
+    overlay,
+    shared_scale,
+    shrink,
+    shrink_mask,
+    to_rgb8,
+)
 
 __all__ = ["OUTCOMES", "Card", "ColourScale", "Layer", "Thresholds", "cards", "outcome"]
 
@@ -185,15 +194,17 @@ def _card(run: Run, index: int, thresholds: Thresholds, scale: ColourScale, pixe
     anomaly_map = run.map(index)
     picture, picture_note = _picture(run, index)
     backdrop = np.full((*image.size, 3), 128, dtype=np.uint8) if picture is None else picture
+    ignored = run.preprocessing.ignored(image.size)
     photograph, layers = None, []
     for name in run.map_names:
         scores = anomaly_map if name == "anomaly" else run.map(index, name)
         small, small_map, box = shrink(backdrop, scores, image.scored_box, edge)
+        unseen = None if ignored is None else shrink_mask(ignored, small.shape[:2])
         title = "Heat map" if name == "anomaly" else f"{name.replace('_', ' ').capitalize()} map"
-        heat = overlay(small, small_map, scale.low, scale.high, scored_box=box)
+        heat = overlay(small, small_map, scale.low, scale.high, scored_box=box, ignored=unseen)
         layers.append(Layer(title, _address(heat)))
         if photograph is None and picture is not None:
-            photograph = _address(fade_unscored(small, box))
+            photograph = _address(fade_unscored(small, box, unseen))
     tolerance = _OUTLINE_TOLERANCE * max(1.0, max(image.size) / edge)
     truth, truth_note = _truth(run, index, tolerance)
     return Card(

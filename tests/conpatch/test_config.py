@@ -26,6 +26,7 @@ from pydefect.errors import InputError
         ({"crop": "224"}, "crop: '224' given; allowed are a side"),
         ({"crop": True}, "crop: True given; allowed are a side"),
         ({"region": (0, 0, 64)}, r"region: \(0, 0, 64\) given; allowed are \(top, left, bottom, right\)"),
+        ({"ignore": [(0, 0, 64)]}, r"ignore\[0\]: \(0, 0, 64\) given; allowed are"),
         ({"levels": ()}, r"levels: \(\) given; allowed are ascending choices out of 1, 2, 3"),
         ({"levels": (3, 1)}, r"levels: \(3, 1\) given; allowed are ascending"),
         ({"levels": 2}, "levels: 2 given; allowed are ascending"),
@@ -178,7 +179,12 @@ def test_fewer_levels_keep_the_weights_of_the_rest():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_json_round_trip(preset):
     config = ConPatchConfig.from_preset(
-        preset, resize=(64, 96), crop=None, region=[8, 0, 90, 70], levels=[2, 3]
+        preset,
+        resize=(64, 96),
+        crop=None,
+        region=[[8, 0], [90, 70], [90, 0]],
+        ignore=[(20, 0, 30, 40)],
+        levels=[2, 3],
     )
     assert ConPatchConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
 

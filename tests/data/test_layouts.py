@@ -211,6 +211,20 @@ class TestRegions:
         assert (second.mask.sum(), second.saturation) == (9, 4)
         assert len(read_regions(sample, (8, 10), kinds, (3, 0, 8, 10))) == 1
 
+    def test_without_what_is_ignored(self, sample: Sample) -> None:
+        """As if nothing had been marked there, inside the box and out."""
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds is not None
+        for first_column, left in ((2, 2), (0, 1)):
+            ignored = np.zeros((8, 10), dtype=bool)
+            ignored[:, :first_column] = True
+            found = read_regions(sample, (8, 10), kinds, (0, 1, 8, 10), ignored)
+            expected = read_regions(sample, (8, 10), kinds, (0, left, 8, 10))
+            assert [(region.mask.sum(), region.saturation) for region in found] == [
+                (region.mask.sum(), region.saturation) for region in expected
+            ]
+        assert read_regions(sample, (8, 10), kinds, None, np.ones((8, 10), dtype=bool)) == []
+
     def test_absolute_saturation_follows_the_size(self, sample: Sample) -> None:
         kinds = read_defects_config(sample.image.parent)
         assert kinds is not None
