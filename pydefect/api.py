@@ -26,7 +26,7 @@ from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation
 from pydefect.persistence import load_tensors
 from pydefect.places import check_writable
-from pydefect.registry import METHODS, detector_type
+from pydefect.registry import detector_type, method_names
 from pydefect.scoring import Result
 
 __all__ = ["calibrate", "evaluate", "export_onnx", "fit", "load", "score"]
@@ -59,7 +59,8 @@ def fit(
     method
         ``"conpatch"`` (``docs/conpatch.md``); ``"dual_ae"``, the spatial-channel dual autoencoder, or
         ``"efficientad"`` (``docs/dual_ae.md``); or one to compare with: ``"patchcore"``, ``"padim"``,
-        ``"spade"``, ``"cfa"``, ``"reconpatch"`` (``docs/baselines.md``).
+        ``"spade"``, ``"cfa"``, ``"reconpatch"`` (``docs/baselines.md``); or a method of your own, which an
+        installed package declares (``docs/own-methods.md``).
     preset
         ``"default"``, of ConPatch the settings that ``docs/study.md`` found; ``"paper"``: the paper's. What
         a paper leaves open, and where the code differs from it, is on the method's page.
@@ -383,22 +384,34 @@ def load(
     Raises
     ------
     ModelFileError
-        No such file, damaged, of a newer format, or the weights are not those of the fit.
+        No such file, damaged, of a newer format, of a method that is not installed here, or the weights are
+        not those of the fit.
+    InputError
+        The package that declares the method cannot be used.
     """
     chosen = resolve_device(device)
     _check_path("path", path)
     if weights is not None:
         _check_path("weights", weights)
     tensors, metadata = load_tensors(path)
-    if metadata.get("format") != 1 or metadata.get("method") not in tuple(METHODS):
+    method, known = metadata.get("method"), method_names()
+    if metadata.get("format") != 1 or not isinstance(method, str):
         raise ModelFileError(
-            f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method "
-            f"{metadata.get('method')!r}; "
-            f"this version of pydefect reads format 1 of {', '.join(METHODS)}"
+            f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method {method!r}; "
+            f"this version of pydefect reads format 1 of {', '.join(known)}"
         )
+    if method not in known:
+        # Where it came from is said, and never imported: a file is no reason to run code.
+        where = f" ({metadata['class']})" if "class" in metadata else ""
+        raise ModelFileError(
+            f"model: {os.fspath(path)!r} was fitted with the method {method!r}{where}, which is not known "
+            "here; install the package that declares it, or a version of pydefect that has it (known are "
+            f"{', '.join(known)})"
+        )
+    found = detector_type(method)
     with for_training(chosen):
         try:
-            return detector_type(metadata["method"]).from_file(
+            return found.from_file(
                 tensors, metadata, device=chosen, weights=None if weights is None else os.fspath(weights)
             )
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -151,14 +151,14 @@ class Detector(ABC):
     """A fitted detector.
 
     A method is a subclass: the abstract members here are all that :func:`pydefect.fit`, :func:`pydefect.load`
-    and the command line ask of it, and one line in ``pydefect/registry.py`` makes them know it. Methods on
-    patch features of a frozen backbone take most of it from
-    :class:`pydefect.feature_detector.FeatureDetector`.
+    and the command line ask of it, and one line in ``pydefect/registry.py``, or an entry point of a package
+    of one's own (``docs/own-methods.md``), makes them know it. Methods on patch features of a frozen backbone
+    take most of it from :class:`pydefect.feature_detector.FeatureDetector`.
 
     Attributes
     ----------
     method
-        Name in the registry.
+        Name in the registry, or that of the entry point.
     takes_validation
         Whether :meth:`fit` calibrates on a data set's validation images where there are some.
     config_type
@@ -273,9 +273,16 @@ class Detector(ABC):
 
     def metadata(self) -> dict[str, Any]:
         """Return what every model file says of itself, as JSON values."""
+        place = type(self)
         return {
             "format": 1,
             "method": self.method,
+            # For whoever has the file and not the package.
+            **(
+                {}
+                if place.__module__.startswith("pydefect.")
+                else {"class": f"{place.__module__}:{place.__qualname__}"}
+            ),
             "version": VERSION,
             "seed": self.seed,
             "config": self.config.to_dict(),

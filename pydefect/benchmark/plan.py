@@ -16,7 +16,7 @@ from typing import Any
 from pydefect.data.images import list_image_files, natural_order
 from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, is_category, read_dataset
 from pydefect.errors import InputError
-from pydefect.registry import detector_type
+from pydefect.registry import detector_type, package_of
 
 __all__ = ["Category", "Pair", "Variant", "Weights", "find_categories", "without_places"]
 
@@ -172,7 +172,7 @@ class Variant:
     Attributes
     ----------
     method
-        A key of :data:`pydefect.registry.METHODS`.
+        One of :func:`pydefect.registry.method_names`.
     preset
         Of its settings.
     settings
@@ -262,8 +262,11 @@ class Pair:
     @property
     def facts(self) -> dict[str, Any]:
         """What its figures follow from, as JSON values without any place of this machine."""
+        package = package_of(self.variant.method)
         return {
             "method": self.variant.method,
+            # Another version of it may give other figures.
+            **({} if package is None else {"package": package}),
             "configuration": without_places(self.variant.configuration),
             "category": self.category.name,
             "data_sha256": self.category.fingerprint,

@@ -31,7 +31,9 @@ def benchmark(
     methods: Annotated[
         str,
         typer.Option(
-            metavar="LIST", help="Methods, with commas between; conpatch:paper is the preset of that name."
+            metavar="LIST",
+            help="Methods, with commas between (`pydefect info` lists them); conpatch:paper is the preset of "
+            "that name.",
         ),
     ] = "conpatch",
     categories: Annotated[

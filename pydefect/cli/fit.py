@@ -19,7 +19,7 @@ from pydefect.cli._console import (
     parse_settings,
     say,
 )
-from pydefect.registry import METHODS
+from pydefect.registry import method_names
 
 if TYPE_CHECKING:
     from pydefect.detector import Detector
@@ -49,7 +49,9 @@ def fit(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model file to write.")],
-    method: Annotated[str, typer.Option(help=f"The detector, one of {', '.join(METHODS)}.")] = "conpatch",
+    method: Annotated[
+        str, typer.Option(help=f"The detector, one of {', '.join(method_names())}.")
+    ] = "conpatch",
     preset: Annotated[
         str, typer.Option(help="default, or paper: the published method's settings.")
     ] = "default",
@@ -144,5 +146,7 @@ def print_fit(detector: Detector, seconds: float) -> None:
         f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
         f"{calibration.pixel_threshold:.4g} (false-alarm rate {calibration.false_alarm_rate:.2%})"
     )
-    highest = ", ".join(f"{name} ({score:.4g})" for name, score in training["held_out_scores"][:3])
-    typer.echo(f"highest scores of held-out images, to look at: {highest}")
+    # Methods of one's own may calibrate without them.
+    if scores := training.get("held_out_scores"):
+        highest = ", ".join(f"{name} ({score:.4g})" for name, score in scores[:3])
+        typer.echo(f"highest scores of held-out images, to look at: {highest}")

@@ -14,7 +14,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show versions, native code, instruction sets, CUDA and cached weights; for bug reports."""
+    """Show versions, methods, native code, instruction sets, CUDA and cached weights; for bug reports."""
     facts = _facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -30,6 +30,7 @@ def _facts() -> dict[str, dict[str, Any]]:
 
     from pydefect.backbones import IMAGENET_WEIGHTS, cached_weights
     from pydefect.buildinfo import build_info, versions
+    from pydefect.registry import METHODS, declared_methods, package_name
 
     build = build_info()
     cuda = torch.cuda.is_available()
@@ -38,6 +39,13 @@ def _facts() -> dict[str, dict[str, Any]]:
     )
     return {
         "versions": versions(),
+        "methods": {
+            "of pydefect": list(METHODS),
+            **{
+                name: [f"{point.value} ({package_name(point)})" for point in points]
+                for name, points in declared_methods().items()
+            },
+        },
         "native code": {
             "compiler": build.compiler,
             "built against torch": build.torch_built_against,
