@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydefect import version as _version
 
 if TYPE_CHECKING:
-    from pydefect.api import calibrate, evaluate, export_onnx, fit, load, score
+    from pydefect.api import calibrate, evaluate, evaluate_maps, export_onnx, fit, load, score
     from pydefect.calibration import Calibration
     from pydefect.detector import Detector
     from pydefect.errors import InputError, ModelFileError, PydefectError, WeightsNotFoundError
@@ -35,6 +35,7 @@ _ROOMS = {
     "WeightsNotFoundError": "pydefect.errors",
     "calibrate": "pydefect.api",
     "evaluate": "pydefect.api",
+    "evaluate_maps": "pydefect.api",
     "export_onnx": "pydefect.api",
     "fit": "pydefect.api",
     "load": "pydefect.api",
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "evaluate_maps",
     "export_onnx",
     "fit",
     "load",

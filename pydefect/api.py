@@ -1,9 +1,9 @@
-"""The public face: fit, score, evaluate, calibrate, load, export_onnx."""
+"""The public face: fit, score, evaluate, evaluate_maps, calibrate, load, export_onnx."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from pydefect.data.layouts import (
 )
 from pydefect.detector import Detector, OnError, resolve_device
 from pydefect.errors import InputError, ModelFileError
-from pydefect.evaluation import Evaluation
+from pydefect.evaluation import Evaluation, Maps
 from pydefect.persistence import load_tensors
 from pydefect.places import check_writable
 from pydefect.registry import detector_type, method_names
 from pydefect.scoring import Result
 
-__all__ = ["calibrate", "evaluate", "export_onnx", "fit", "load", "score"]
+__all__ = ["calibrate", "evaluate", "evaluate_maps", "export_onnx", "fit", "load", "score"]
 
 
 def fit(
@@ -271,6 +271,54 @@ def evaluate(
             found, labelled, batch_size=batch_size, on_error=on_error, progress=progress
         )
     return run.write_run(found, labelled, out, batch_size=batch_size, on_error=on_error, progress=progress)
+
+
+def evaluate_maps(
+    dataset: Dataset | str | os.PathLike[str],
+    maps: Maps,
+    *,
+    image_scores: Mapping[Any, float] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure anomaly maps that another program made, as :func:`evaluate` measures a detector's.
+
+    Parameters
+    ----------
+    dataset
+        The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it.
+    maps
+        [H, W] float for every labelled test image, of the image's own size, any range, larger where it is
+        more anomalous; compared as float32. One of
+
+        - a folder with the maps as ``<defect>/<name>.tiff`` (MVTec's evaluation code) or in the places that
+          the images have in the data set's folder (``pydefect score --maps``); ``.tif`` and ``.npy`` too,
+        - a mapping from the samples of the data set's ``test``, or from the paths of their images,
+        - a function of a sample, called once for each: no more than one map is held.
+    image_scores
+        A mapping with such keys; None: the maximum of each map.
+    progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Evaluation
+        As :func:`evaluate` gives it; without decisions, times, memory and configuration, which are None and
+        empty. All pixels of every image count.
+
+    Raises
+    ------
+    InputError
+        The folder is no data set, or has no labelled test images of both kinds; a map or score is missing
+        (said of all before any is read, but for a function); or a map is not of its image's size, has no
+        numbers [H, W] or one that is not finite, or cannot be read.
+
+    Examples
+    --------
+    >>> import pydefect
+    >>> evaluation = pydefect.evaluate_maps("bottle", "other-program/bottle/test")  # doctest: +SKIP
+    >>> evaluation.to_dict()["pixel_aupro"]  # doctest: +SKIP
+    """
+    return evaluation.evaluate_maps(_dataset(dataset), maps, image_scores=image_scores, progress=progress)
 
 
 def calibrate(

@@ -1,19 +1,22 @@
-"""A detector against labelled images."""
+"""A detector, or the anomaly maps of another program, against labelled images."""
 
 from __future__ import annotations
 
+import math
+import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from pydefect.calibration import Calibration
-from pydefect.data.images import SkippedImage
+from pydefect.data.images import SkippedImage, read_image
 from pydefect.data.layouts import (
     GOOD,
     Dataset,
@@ -23,12 +26,17 @@ from pydefect.data.layouts import (
     read_mask,
     read_regions,
 )
+from pydefect.data.maps import find_maps, read_map
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError
 from pydefect.metrics import SPRO_LIMIT, Curve, DetectionMetrics, PixelScores, detection_metrics
+from pydefect.progress import ProgressBars
 from pydefect.scoring import ScoredImage
 
-__all__ = ["SPRO_LIMITS", "Evaluation", "calibrate", "evaluate"]
+__all__ = ["SPRO_LIMITS", "Evaluation", "Maps", "calibrate", "evaluate", "evaluate_maps"]
+
+Maps: TypeAlias = str | os.PathLike[str] | Mapping[Any, ArrayLike] | Callable[[Sample], ArrayLike]
+"""Anomaly maps that another program made; see :func:`pydefect.evaluate_maps`."""
 
 SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 """False-positive rates up to which MVTec LOCO AD's evaluation integrates sPRO; 0.05 is what papers report."""
@@ -36,7 +44,7 @@ SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a detector over a data set's test images.
+    """Metrics of a detector, or of anomaly maps, over a data set's test images.
 
     Attributes
     ----------
@@ -52,11 +60,11 @@ class Evaluation:
     false_alarms, misses
         Counts at the detector's own image threshold; None without one.
     seconds_per_image
-        Reading, scoring and mapping back to the original size.
+        Reading, scoring and mapping back to the original size; None where another program did that.
     peak_rss_mb
-        Largest resident set of this process so far.
+        Largest resident set of this process so far; None likewise.
     configuration
-        Of the detector.
+        Of the detector; empty likewise.
     skipped
         Test images that could not be read, with ``on_error="skip"``.
     pixel_aupro
@@ -83,8 +91,8 @@ class Evaluation:
     without_mask: int
     false_alarms: int | None
     misses: int | None
-    seconds_per_image: float
-    peak_rss_mb: float
+    seconds_per_image: float | None
+    peak_rss_mb: float | None
     configuration: dict[str, Any]
     skipped: list[SkippedImage] = field(default_factory=list)
     pixel_aupro: float | None = None
@@ -201,19 +209,32 @@ def _score(
     progress: bool,
     on_scored: Callable[[Sample, ScoredImage], None] | None = None,
 ) -> _Scored:
+    def stream(samples: list[Sample], skipped: list[SkippedImage]) -> Iterable[ScoredImage]:
+        return detector.stream(
+            [sample.image for sample in samples],
+            batch_size=batch_size,
+            on_error=on_error,
+            progress=progress,
+            skipped=skipped,
+        )
+
+    return _gather(dataset, stream, on_error, on_scored)
+
+
+def _gather(
+    dataset: Dataset,
+    stream: Callable[[list[Sample], list[SkippedImage]], Iterable[ScoredImage]],
+    on_error: OnError = "raise",
+    on_scored: Callable[[Sample, ScoredImage], None] | None = None,
+) -> _Scored:
+    """Count what a stream says about the labelled test images; it lists those that it leaves out."""
     samples = _labelled(dataset)
     if len(samples) < len(dataset.test):
         warnings.warn(
-            f"{len(dataset.test) - len(samples)} test images without a label are left out", stacklevel=3
+            f"{len(dataset.test) - len(samples)} test images without a label are left out", stacklevel=4
         )
     gathered = _Scored(read_defects_config(dataset.root))
-    for scored in detector.stream(
-        list(samples),
-        batch_size=batch_size,
-        on_error=on_error,
-        progress=progress,
-        skipped=gathered.skipped,
-    ):
+    for scored in stream(list(samples.values()), gathered.skipped):
         assert scored.path is not None
         sample = samples[scored.path]
         try:
@@ -221,7 +242,7 @@ def _score(
         except InputError as error:
             if on_error == "raise":
                 raise
-            warnings.warn(f"{error}; its image counts for the image metrics only", stacklevel=3)
+            warnings.warn(f"{error}; its image counts for the image metrics only", stacklevel=4)
             sample = replace(sample, masks=())
             gathered.add(sample, scored)
         if on_scored is not None:
@@ -250,6 +271,18 @@ def evaluate(
         decided = np.array(scored.scores) > detector.calibration.image_threshold
         false_alarms = int((decided & ~np.array(scored.labels)).sum())
         misses = int((~decided & np.array(scored.labels)).sum())
+    return replace(
+        _measured(dataset, scored, with_curves),
+        false_alarms=false_alarms,
+        misses=misses,
+        seconds_per_image=scored.seconds / len(scored.labels),
+        peak_rss_mb=peak_rss_mb(),
+        configuration=detector.configuration,
+    )
+
+
+def _measured(dataset: Dataset, scored: _Scored, with_curves: bool = False) -> Evaluation:
+    """All that does not depend on who scored."""
     image = scored.image_metrics()
     pixels, by_defect = scored.all_pixels(), scored.pixels_by_defect()
     spro_by_defect = (
@@ -265,11 +298,11 @@ def evaluate(
         images=len(scored.labels),
         defective=sum(scored.labels),
         without_mask=scored.without_mask,
-        false_alarms=false_alarms,
-        misses=misses,
-        seconds_per_image=scored.seconds / len(scored.labels),
-        peak_rss_mb=peak_rss_mb(),
-        configuration=detector.configuration,
+        false_alarms=None,
+        misses=None,
+        seconds_per_image=None,
+        peak_rss_mb=None,
+        configuration={},
         skipped=scored.skipped,
         pixel_aupro=None if pixels is None else pixels.aupro(),
         pixel_aupro_by_defect={defect: part.aupro() for defect, part in by_defect.items()},
@@ -294,6 +327,105 @@ def _curves(pixels: PixelScores, by_annotated_defect: dict[str, PixelScores]) ->
             for defect, part in by_annotated_defect.items()
         },
     }
+
+
+def evaluate_maps(
+    dataset: Dataset,
+    maps: Maps,
+    *,
+    image_scores: Mapping[Any, float] | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure anomaly maps that another program made; see :func:`pydefect.evaluate_maps`."""
+    labelled = list(_labelled(dataset).values())
+    map_of = _map_reader(maps, dataset, labelled)
+    scores = None if image_scores is None else _by_image("image_scores", image_scores, labelled)
+    for image, score in (scores or {}).items():
+        if not _is_finite(score):
+            raise InputError(f"image_scores: that of {image} is {score!r}; it must be a finite number")
+
+    def stream(samples: list[Sample], _skipped: list[SkippedImage]) -> Iterator[ScoredImage]:
+        bars = ProgressBars(progress)
+        try:
+            for done, sample in enumerate(samples, start=1):
+                anomaly_map = _checked_map(map_of(sample), sample)
+                height, width = anomaly_map.shape
+                yield ScoredImage(
+                    name=str(sample.image),
+                    path=sample.image,
+                    image_score=float(anomaly_map.max() if scores is None else scores[sample.image]),
+                    anomaly_map=anomaly_map,
+                    scored_box=(0, 0, height, width),
+                    network_maps={},
+                    seconds=0.0,
+                )
+                bars("measuring", done, len(samples))
+        finally:
+            bars.close()
+
+    return _measured(dataset, _gather(dataset, stream))
+
+
+def _map_reader(maps: Maps, dataset: Dataset, samples: list[Sample]) -> Callable[[Sample], ArrayLike]:
+    """Where each sample's map comes from; where one is missing, that is said here."""
+    if isinstance(maps, str | os.PathLike):
+        files = find_maps(maps, dataset, samples)
+        return lambda sample: read_map(files[sample.image])
+    if isinstance(maps, Mapping):
+        by_image = _by_image("maps", maps, samples)
+        return lambda sample: by_image[sample.image]
+    if callable(maps):
+        return maps
+    raise InputError(
+        f"maps: an object of type {type(maps).__name__} given; allowed are a folder, a mapping from samples "
+        "or their images' paths, and a function of a sample"
+    )
+
+
+def _by_image(name: str, values: Any, samples: list[Sample]) -> dict[Path, Any]:
+    """The values of a mapping from samples, or from the paths of their images, however these are written."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"{name}: an object of type {type(values).__name__} given; a mapping is needed")
+    given = {}
+    for key, value in values.items():
+        if not isinstance(key, Sample | str | os.PathLike):
+            raise InputError(f"{name}: the key {key!r} given; allowed are samples and their images' paths")
+        given[os.path.abspath(key.image if isinstance(key, Sample) else key)] = value
+    missing = [sample.image for sample in samples if os.path.abspath(sample.image) not in given]
+    if missing:
+        raise InputError(
+            f"{name}: {len(missing)} of {len(samples)} labelled test images are missing: "
+            f"{', '.join(map(str, missing[:3]))}{', ...' if len(missing) > 3 else ''}"
+        )
+    return {sample.image: given[os.path.abspath(sample.image)] for sample in samples}
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _checked_map(given: ArrayLike, sample: Sample) -> NDArray[np.float32]:
+    values = np.asarray(given)
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        raise InputError(
+            f"maps: that of {sample.image} has the shape {list(values.shape)} and the type {values.dtype}; "
+            "it must be numbers [H, W]"
+        )
+    height, width = read_image(sample.image).shape[:2]
+    if values.shape != (height, width):
+        # Resizing is a choice that moves figures: it is the caller's.
+        raise InputError(
+            f"maps: that of {sample.image} has {values.shape[0]} x {values.shape[1]} pixels, the image "
+            f"{height} x {width}; bring it to the image's size"
+        )
+    with np.errstate(over="ignore"):
+        scores = values.astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(f"maps: that of {sample.image} has values that are not finite in float32")
+    return scores
 
 
 def peak_rss_mb() -> float:

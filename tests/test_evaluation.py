@@ -4,6 +4,7 @@ themselves."""
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pydefect
+import pydefect.score_folder
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import Dataset, Sample, read_dataset
 from pydefect.detector import Detector
@@ -320,3 +322,153 @@ def test_a_broken_test_image(written, on_error):
             pydefect.evaluate(Brightness(), written, progress=False)
     else:
         assert pydefect.evaluate(Brightness(), written, on_error="skip", progress=False).images == 8
+
+
+def written_maps(root: Path, folder: Path, ending: str = ".tiff", below: str = "") -> None:
+    """The red channels as another program would write them, read without pydefect."""
+    for path in (root / "test").rglob("*.png"):
+        values = cv2.imread(str(path))[:, :, 2].astype(np.float32) / 255
+        file = (folder / below / path.relative_to(root / "test")).with_suffix(ending)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if ending == ".npy":
+            np.save(file, values.astype(np.float64))
+        else:
+            assert cv2.imwrite(str(file), values)
+
+
+def figures(evaluation: pydefect.Evaluation) -> pydefect.Evaluation:
+    """All that is known of maps alone."""
+    unknown = dict.fromkeys(("false_alarms", "misses", "seconds_per_image", "peak_rss_mb"))
+    return replace(evaluation, **unknown, configuration={})
+
+
+@pytest.fixture(params=[False, True], ids=["mvtec_ad", "mvtec_loco"])
+def spots(written: Path, request: pytest.FixtureRequest) -> Path:
+    """`written`, and as MVTec LOCO AD has it: a folder of regions an image, and how they saturate."""
+    if request.param:
+        for mask in list((written / "ground_truth").rglob("*_mask.png")):
+            folder = mask.with_name(mask.stem.removesuffix("_mask"))
+            folder.mkdir()
+            mask.rename(folder / "000.png")
+        entry = {"defect_name": "spot", "pixel_value": 255}
+        saturation = {"saturation_threshold": 0.2, "relative_saturation": True}
+        (written / "defects_config.json").write_text(json.dumps([entry | saturation]))
+    return written
+
+
+@pytest.mark.parametrize(("ending", "below"), [(".tiff", ""), (".tif", "test"), (".npy", "")])
+def test_maps_of_another_program_measure_as_a_detectors_own(spots, tmp_path, ending, below):
+    written_maps(spots, tmp_path / "maps", ending, below)
+    expected = pydefect.evaluate(Brightness(), spots, progress=False)
+    assert (expected.pixel_spro is not None) == (spots / "defects_config.json").exists()
+    evaluation = pydefect.evaluate_maps(spots, tmp_path / "maps", progress=False)
+    assert evaluation == figures(expected)
+    values = evaluation.to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values["seconds_per_image"] is None
+    if not below:
+        # Whatever the data set's folder of good images is called.
+        (spots / "test" / "good").rename(spots / "test" / "ok")
+        assert pydefect.evaluate_maps(spots, tmp_path / "maps", progress=False).image == expected.image
+
+
+def test_the_maps_of_a_result_and_of_a_folder_of_scores(spots, tmp_path):
+    detector = Brightness()
+    expected = figures(pydefect.evaluate(detector, spots, progress=False))
+    result = pydefect.score(detector, spots / "test", progress=False)
+    maps = dict(zip(result.paths, result.anomaly_maps, strict=True))
+    scores = dict(zip(map(str, result.paths), -result.image_scores, strict=True))
+    assert pydefect.evaluate_maps(spots, maps, progress=False) == expected
+    turned = pydefect.evaluate_maps(spots, maps, image_scores=scores, progress=False)
+    assert turned.image.auroc == pytest.approx(1 - expected.image.auroc, abs=1e-12)
+    assert turned.pixel == expected.pixel
+    of_samples = {sample: maps[sample.image] for sample in read_dataset(spots).test}
+    assert pydefect.evaluate_maps(spots, of_samples, progress=False) == expected
+    assert pydefect.evaluate_maps(spots, of_samples.__getitem__, progress=False) == expected
+    # Likelihoods are below zero, and may be large.
+    lower = pydefect.evaluate_maps(spots, lambda sample: 1024 * (of_samples[sample] - 2), progress=False)
+    assert (lower.image.auroc, lower.pixel_aupro) == (expected.image.auroc, expected.pixel_aupro)
+    assert lower.pixel_spro == expected.pixel_spro
+    # Scored as a whole data set and as its test part.
+    for which in (spots, spots / "test"):
+        with pydefect.score_folder.ScoreFolderWriter(tmp_path / "out", pictures=False, maps=True) as folder:
+            folder.add(pydefect.score(detector, which, progress=False))
+        assert pydefect.evaluate_maps(spots, tmp_path / "out" / "maps", progress=False) == expected
+
+
+def test_images_of_one_name_and_two_endings_have_maps_of_their_own(written, tmp_path):
+    (written / "test" / "good" / "004.png").rename(written / "test" / "good" / "003.bmp")
+    (tmp_path / "maps" / "good").mkdir(parents=True)
+    written_maps(written, tmp_path / "maps")
+    with pytest.raises(InputError, match=r"003\.tiff is the map of .*003\.\w+ and of .*003\.\w+; give every"):
+        pydefect.evaluate_maps(written, tmp_path / "maps", progress=False)
+    other = tmp_path / "maps" / "good" / "003.bmp.tiff"
+    other.write_bytes((tmp_path / "maps" / "good" / "003.tiff").read_bytes())
+    assert pydefect.evaluate_maps(written, tmp_path / "maps", progress=False).images == 9
+
+
+def test_missing_maps_are_named_before_any_is_read(written, tmp_path):
+    written_maps(written, tmp_path / "maps")
+    for name in ("bright/000", "dim/000", "good/001", "good/002"):
+        (tmp_path / "maps" / f"{name}.tiff").unlink()
+    (tmp_path / "maps" / "bright" / "001.tiff").write_bytes(b"broken")
+    message = r"maps: 4 of 9 labelled test images have no map in .*: bright/000, dim/000, good/001, \.\.\. \("
+    with pytest.raises(InputError, match=message):
+        pydefect.evaluate_maps(written, tmp_path / "maps", progress=False)
+    with pytest.raises(InputError, match=r"maps: .*nowhere' is missing, no folder"):
+        pydefect.evaluate_maps(written, tmp_path / "nowhere", progress=False)
+    samples = read_dataset(written).test
+    maps = {sample.image: np.zeros((1, 1)) for sample in samples[1:]}
+    with pytest.raises(InputError, match=r"maps: 1 of 9 labelled test images are missing: .*000\.png$"):
+        pydefect.evaluate_maps(written, maps, progress=False)
+    every = {sample.image: np.zeros(SIZE) for sample in samples}
+    with pytest.raises(InputError, match=r"image_scores: 1 of 9 labelled"):
+        pydefect.evaluate_maps(written, every, image_scores=dict.fromkeys(maps, 0.5), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.zeros((12, 16), np.float32), r"000\.png has 12 x 16 pixels, the image 24 x 32; bring it to"),
+        (np.zeros((*SIZE, 3), np.float32), r"has the shape \[24, 32, 3\] and the type float32; it must be"),
+        (np.zeros(SIZE, bool), "and the type bool; it must be numbers"),
+        (np.full(SIZE, np.nan), "has values that are not finite in float32"),
+        (np.full(SIZE, 1e60), "has values that are not finite in float32"),
+        (None, "it must be numbers"),
+    ],
+)
+def test_a_map_that_cannot_be_measured_is_named(written, value, reason):
+    with pytest.raises(InputError, match=rf"^maps: that of .*{reason}"):
+        pydefect.evaluate_maps(written, lambda _: value, progress=False)
+
+
+def test_what_else_is_wrong_with_maps_is_said(written, tmp_path):
+    every = {sample.image: np.zeros(SIZE) for sample in read_dataset(written).test}
+    with pytest.raises(InputError, match="maps: an object of type int given; allowed are a folder, a map"):
+        pydefect.evaluate_maps(written, 3, progress=False)
+    with pytest.raises(InputError, match="maps: the key 3 given; allowed are samples and"):
+        pydefect.evaluate_maps(written, {3: np.zeros(SIZE)}, progress=False)
+    with pytest.raises(InputError, match="image_scores: an object of type list given; a mapping is needed"):
+        pydefect.evaluate_maps(written, every, image_scores=[1.0], progress=False)
+    for score in (np.nan, "high", None):
+        with pytest.raises(InputError, match=r"image_scores: that of .*000\.png is .*; it must be a finite"):
+            pydefect.evaluate_maps(written, every, image_scores=dict.fromkeys(every, score), progress=False)
+    written_maps(written, tmp_path / "maps", ".npy")
+    (tmp_path / "maps" / "bright" / "000.npy").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"000\.npy: cannot be read as an array: "):
+        pydefect.evaluate_maps(written, tmp_path / "maps", progress=False)
+
+
+def test_a_float16_tiff_says_what_to_write(written, tmp_path):
+    written_maps(written, tmp_path / "maps")
+    file = tmp_path / "maps" / "bright" / "000.tiff"
+    # Width, height, bits, no compression, black is zero, one strip's place, samples, rows and bytes; floats.
+    values = np.zeros(SIZE, np.float16).tobytes()
+    entries = [(256, 32), (257, 24), (258, 16), (259, 1), (262, 1), (273, 134), (277, 1), (278, 24)]
+    entries += [(279, len(values)), (339, 3)]
+    directory = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, n) for tag, n in entries)
+    file.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + values)
+    with pytest.raises(
+        InputError, match=r"000\.tiff: a TIFF of float16 is not read; write float32, or an \.npy"
+    ):
+        pydefect.evaluate_maps(written, tmp_path / "maps", progress=False)

@@ -117,6 +117,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
             f"at the model's threshold: {evaluation.false_alarms} of {good} good images called defective, "
             f"{evaluation.misses} of {evaluation.defective} defective ones missed"
         )
-    typer.echo(
-        f"{1000 * evaluation.seconds_per_image:.0f} ms an image, peak memory {evaluation.peak_rss_mb:.0f} MB"
-    )
+    if evaluation.seconds_per_image is not None:
+        typer.echo(
+            f"{1000 * evaluation.seconds_per_image:.0f} ms an image, peak memory "
+            f"{evaluation.peak_rss_mb:.0f} MB"
+        )

@@ -38,6 +38,7 @@ __all__ = [
     "open_images",
     "read_image",
     "read_mask_values",
+    "read_values",
 ]
 
 IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
@@ -339,6 +340,31 @@ def read_mask_values(path: Path) -> Pixels:
     if _is_lossy(data):
         values[values < 128] = 0
     return values
+
+
+def read_values(path: Path) -> Pixels:
+    """Read the values of an image file that are no colours, such as a map's.
+
+    Parameters
+    ----------
+    path
+        An image file.
+
+    Returns
+    -------
+    numpy.ndarray
+        [H, W] or [H, W, C] as they lie in the file, of its type.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, empty, truncated, no image, or a TIFF of float16, which OpenCV does not read.
+    """
+    data = _read_bytes(path)
+    bits, floating = _tiff_short(data, _BITS_PER_SAMPLE), _tiff_short(data, _SAMPLE_FORMAT) == 3
+    if _is_tiff(data) and bits == 16 and floating:
+        raise InputError(f"{path}: a TIFF of float16 is not read; write float32, or an .npy file")
+    return _decode(data, path)
 
 
 def is_image_file(path: Path) -> bool:
@@ -647,7 +673,7 @@ def _is_tiff(data: bytes) -> bool:
     return data[:4] in (b"II*\0", b"MM\0*")
 
 
-_PHOTOMETRIC_INTERPRETATION = 262
+_BITS_PER_SAMPLE, _PHOTOMETRIC_INTERPRETATION, _SAMPLE_FORMAT = 258, 262, 339
 
 
 def _is_cmyk_tiff(data: bytes) -> bool:
