@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -383,7 +383,7 @@ class Detector(ABC):
         Yields
         ------
         ScoredImage
-            In the order of the images.
+            In the order of the images; :meth:`decide` makes a decision of one.
 
         Raises
         ------
@@ -458,12 +458,39 @@ class Detector(ABC):
         stream = self.stream(
             images, batch_size=batch_size, on_error=on_error, progress=progress, skipped=skipped
         )
-        result = Result.collect(map(self._with_parts, stream))
+        result = self._decided(stream)
         if not len(result) and not skipped:
             raise InputError("images: there are none in it")
-        if self.calibration is not None:
-            result = result.calibrated(self.calibration)
         return replace(result, skipped=skipped)
+
+    def decide(self, scored: ScoredImage) -> Result:
+        """Decide about one image of a stream; nothing is scored again.
+
+        Parameters
+        ----------
+        scored
+            What :meth:`stream` of this detector yielded.
+
+        Returns
+        -------
+        Result
+            Of length 1, equal to :meth:`score` of that image: thresholds and probabilities of the present
+            calibration, parts of the map, masks and regions.
+
+        Raises
+        ------
+        InputError
+            `scored` is something else.
+        """
+        if not isinstance(scored, ScoredImage):
+            raise InputError(
+                f"scored: {type(scored).__name__} given; allowed is one ScoredImage that stream yielded"
+            )
+        return self._decided([scored])
+
+    def _decided(self, images: Iterable[ScoredImage]) -> Result:
+        result = Result.collect(map(self._with_parts, images))
+        return result if self.calibration is None else result.calibrated(self.calibration)
 
     def _with_parts(self, scored: ScoredImage) -> ScoredImage:
         """Add the parts of the map at the original size, which a stream leaves out for speed."""

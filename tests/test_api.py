@@ -226,6 +226,45 @@ def test_streaming_scores_one_after_the_other(good, detector):
         stream.close()
 
 
+def same(one, other) -> bool:
+    """Whether two values of a result are equal in every bit."""
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+@pytest.mark.parametrize("method", ["conpatch", "dual_ae"])
+def test_a_streamed_image_is_decided_as_score_decides_it(method, good, tmp_path, monkeypatch):
+    settings = SMALL if method == "conpatch" else {"resize": 64, "steps": 2, "progress": False}
+    detector = pydefect.fit(good, method=method, **settings)
+    cv2.imwrite(str(tmp_path / "part.png"), 255 - good[0])
+    images = [good[1], tmp_path / "part.png"]
+    calibration = detector.calibration
+    for held_out in (calibration, None):
+        detector.calibration = held_out
+        expected = [pydefect.score(detector, [image], batch_size=1, progress=False) for image in images]
+        streamed = list(detector.stream(images, batch_size=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(type(detector), "predict_maps", None)  # nothing is scored again
+            decided = [detector.decide(scored) for scored in streamed]
+        for one, other in zip(decided, expected, strict=True):
+            other.names[:] = one.names  # each was the first of its call
+            assert vars(one).keys() == vars(other).keys()
+            assert all(same(value, vars(other)[name]) for name, value in vars(one).items())
+            for name in ("is_defective", "kind", "masks", "regions", "local_maps", "global_maps"):
+                assert same(getattr(one, name), getattr(other, name)), name
+        assert (decided[0].is_defective is None) == (held_out is None)
+        assert (decided[0].local_maps is None) == (method == "conpatch")
+    assert decided[1].paths == [tmp_path / "part.png"]
+    with pytest.raises(InputError, match="scored: Result given; allowed is one ScoredImage"):
+        detector.decide(decided[0])
+
+
 def test_a_method_that_cannot_go_on_learning_says_so(good):
     settings = {"weights": "random", "resize": 32, "crop": None, "channels": 4, "calibration_folds": 0}
     detector = pydefect.fit(good, method="padim", **settings, progress=False)

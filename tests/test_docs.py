@@ -7,6 +7,8 @@ import shlex
 import shutil
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,11 +22,12 @@ from pydefect.data.procedural import write_dataset
 from pydefect.dual_ae.config import DualAEConfig
 from pydefect.dual_ae.pdn import PDN
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -110,11 +113,32 @@ def test_the_command_lines_for_a_teacher(logical: Path) -> None:
     assert (logical / "juice.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_the_example_with_a_camera(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    small = {"weights": "random", "resize": 64, "levels": [1], "false_alarm_rate": 0.4, "progress": False}
+    pydefect.fit("flange/train/good", method="padim", **small).save("flange.safetensors")
+    frames = [np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 255), (0, 255, 0))]
+
+    class Camera:
+        def __init__(self, number: int) -> None:
+            assert number == 0
+
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            return (True, frames.pop()) if frames else (False, None)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    (example,) = [block for block in blocks("python", "docs/data.md") if "VideoCapture" in block]
+    exec(example, {})
+    assert re.findall(r"^part-\d+", capsys.readouterr().out, flags=re.MULTILINE) == [
+        "part-000000",
+        "part-000001",
+    ]
+
+
 def test_every_link_leads_somewhere() -> None:
-    root = Path(__file__).parents[1]
-    if not (root / ".ci").exists():
+    if not (ROOT / ".ci").exists():
         pytest.skip("a source distribution, which leaves pictures out")
-    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("benchmarks/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
     linked = set()
     for page in pages:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
@@ -122,4 +146,4 @@ def test_every_link_leads_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
                 linked.add((page.parent / link).resolve())
     # The README leads to every page, or to a page that does.
-    assert {page.resolve() for page in root.glob("docs/*.md")} <= linked
+    assert {page.resolve() for page in ROOT.glob("docs/*.md")} <= linked
