@@ -48,7 +48,7 @@ Pixels: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 _ALLOWED_SOURCES = (
     "a folder, an image file, a list of paths, a uint8, uint16, bool or float array [H, W], [H, W, 1|3|4], "
-    "[N, H, W] or [N, H, W, 1|3|4], a torch tensor, or an iterable of these"
+    "[N, H, W] or [N, H, W, 1|3|4], a torch tensor, the bytes of an image file, or an iterable of these"
 )
 _CHANNELS = (1, 3, 4)
 # Draws of draw_image, of which the last must give a file that can be read.
@@ -70,7 +70,7 @@ class Image:
         [H, W, 3] RGB; uint8 in 0..255 for 8-bit sources, float32 in 0..1 for 16-bit and floating point ones.
     name
         The path relative to the folder that was read; for a list of paths, the path as given; ``image-00003``
-        for the image number 3 (counted from 0) of arrays and tensors.
+        for the image number 3 (counted from 0) of arrays, tensors and bytes.
     path
         The file, or None for an image that came from memory.
     """
@@ -188,9 +188,11 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         - a torch tensor: [H, W], [C, H, W] or [N, C, H, W]; [H, W, C] and [N, H, W, C] only where the
           channel-first reading is impossible; every other 3-D shape is N grey images,
         - a PIL image, or an :class:`Image`,
-        - a list, tuple, generator, 1-D array or other iterable of paths, arrays, tensors, PIL images or
-          :class:`Image` objects, their sizes free to differ. It is streamed: one item at a time is asked
-          for. Items of several images (batches) are taken apart.
+        - bytes (also a bytearray or memoryview): the content of one image file, as cameras and web requests
+          bring it,
+        - a list, tuple, generator, 1-D array or other iterable of paths, arrays, tensors, PIL images,
+          :class:`Image` objects or bytes, their sizes free to differ. It is streamed: one item at a time is
+          asked for. Items of several images (batches) are taken apart.
 
         Arrays and tensors are uint8 in 0..255, uint16 in 0..65535, bool, or floating point in 0..1. One
         channel is grey, three are RGB, four RGBA; transparent pixels are shown over white. OpenCV's frames
@@ -225,7 +227,7 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         return source
     if isinstance(source, str | os.PathLike):
         return _open_path(source, on_error)
-    if isinstance(source, Image):
+    if isinstance(source, Image | bytes | bytearray | memoryview):
         source = [source]
     source = _as_array_if_pil(source, "source")
     if isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype.kind in "UO":
@@ -238,7 +240,7 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
             raise InputError(f"source is an empty {type(source).__name__}; it must hold at least one image")
         length = sum(_count(item, position) for position, item in enumerate(source))
         return ImageCollection(source, on_error=on_error, length=length)
-    if isinstance(source, Iterable) and not isinstance(source, bytes | bytearray | dict):
+    if isinstance(source, Iterable) and not isinstance(source, dict):
         return ImageCollection(source, on_error=on_error)
     raise InputError(f"source is of type {type(source).__name__}; allowed are {_ALLOWED_SOURCES}")
 
@@ -266,15 +268,18 @@ def read_image(path: str | os.PathLike[str]) -> Pixels:
         If the file is missing, empty, truncated, or no image. The message names the file.
     """
     path = Path(path)
-    data = _read_bytes(path)
-    pixels = _decode(data, path)
+    return _decoded_rgb(_read_bytes(path), str(path))
+
+
+def _decoded_rgb(data: bytes, name: str) -> Pixels:
+    pixels = _decode(data, name)
     if _is_png(data) and pixels.ndim == 2:
         pixels = _without_transparent_grey(pixels, data)
     if pixels.ndim == 3:
         if pixels.shape[2] not in (3, 4):
-            raise InputError(f"{path}: has {pixels.shape[2]} channels; allowed are grey, RGB and RGBA")
+            raise InputError(f"{name}: has {pixels.shape[2]} channels; allowed are grey, RGB and RGBA")
         pixels = pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
-    return _to_rgb(pixels, str(path), premultiplied=_is_premultiplied(pixels, data))
+    return _to_rgb(pixels, name, premultiplied=_is_premultiplied(pixels, data))
 
 
 def draw_image(paths: Sequence[Path], rng: np.random.Generator) -> Pixels:
@@ -330,7 +335,7 @@ def read_mask_values(path: Path) -> Pixels:
         If the file is missing, empty, truncated, or no image.
     """
     data = _read_bytes(path)
-    pixels = _decode(data, path)
+    pixels = _decode(data, str(path))
     values = pixels
     if pixels.ndim == 3:
         colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
@@ -446,6 +451,9 @@ def _open_item(item: Any, position: int, number: int, folder: Path | None) -> It
         path = Path(item)
         name = path.relative_to(folder).as_posix() if folder else os.fspath(item)
         yield name, path, lambda: read_image(path)
+    elif isinstance(item, bytes | bytearray | memoryview):
+        name = f"image-{number:05d}"
+        yield name, None, lambda: _decoded_rgb(bytes(item), name)
     else:
         for offset, array in enumerate(_arrays_of_item(item, position)):
             name = f"image-{number + offset:05d}"
@@ -453,7 +461,8 @@ def _open_item(item: Any, position: int, number: int, folder: Path | None) -> It
 
 
 def _count(item: Any, position: int) -> int:
-    return 1 if isinstance(item, Image | str | os.PathLike) else len(_arrays_of_item(item, position))
+    single = isinstance(item, Image | str | os.PathLike | bytes | bytearray | memoryview)
+    return 1 if single else len(_arrays_of_item(item, position))
 
 
 def _arrays_of_item(item: Any, position: int) -> list[_Array]:
@@ -462,7 +471,7 @@ def _arrays_of_item(item: Any, position: int) -> list[_Array]:
         return _split_array(item, f"item {position} of source")
     raise InputError(
         f"item {position} of source is of type {type(item).__name__}; allowed in an iterable are paths, "
-        "arrays, tensors, PIL images and pydefect images"
+        "arrays, tensors, PIL images, pydefect images and bytes of image files"
     )
 
 
@@ -584,18 +593,17 @@ def _is_premultiplied(pixels: Pixels, data: bytes) -> bool:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; pass one folder alone, or a list of image files") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if not data:
-        raise InputError(f"{path}: the file is empty (0 bytes)")
-    return data
 
 
-def _decode(data: bytes, path: Path) -> Pixels:
+def _decode(data: bytes, name: str) -> Pixels:
     """[H, W] or [H, W, C] BGR or BGRA of the file's type, with the EXIF orientation applied."""
+    if not data:
+        raise InputError(f"{name}: the file is empty (0 bytes)")
     # ANYDEPTH | ANYCOLOR keeps depth and grey and applies the EXIF orientation, but drops alpha. UNCHANGED
     # keeps alpha, and is asked for only in formats whose fourth channel is one: in BMP it is mostly unused
     # and zero.
@@ -604,15 +612,15 @@ def _decode(data: bytes, path: Path) -> Pixels:
         flags = cv2.IMREAD_UNCHANGED
     if (_is_png(data) and not _png_ends(data)) or (_is_jpeg(data) and not _jpeg_ends(data)):
         # The decoders would not do: libpng writes to stderr, and OpenCV 4.10 fills up a JPEG with grey.
-        raise InputError(f"{path}: the file is damaged: it is cut off before its end ({len(data)} bytes)")
+        raise InputError(f"{name}: the file is damaged: it is cut off before its end ({len(data)} bytes)")
     try:
         with _silent_opencv:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise InputError(f"{path}: cannot be decoded ({error.err or error})") from None
+        raise InputError(f"{name}: cannot be decoded ({error.err or error})") from None
     if pixels is None:
         reason = "the file is damaged or cut off" if _has_known_signature(data) else "the file is no image"
-        raise InputError(f"{path}: {reason} ({len(data)} bytes, could not be decoded)")
+        raise InputError(f"{name}: {reason} ({len(data)} bytes, could not be decoded)")
     if _is_png(data) or _is_webp(data):
         # Where alpha is kept, OpenCV applies the orientation of a TIFF, but not that of PNG and WebP.
         pixels = _oriented(np.asarray(pixels), _exif_orientation(data))

@@ -521,6 +521,48 @@ class TestArrays:
         assert (image.pixels == [255, 0, 0]).all()
 
 
+class TestBytes:
+    """Files that never were on a disk."""
+
+    @pytest.mark.parametrize("ending", [".jpg", ".png", ".tif"])
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    def test_they_are_read_as_the_file_would_be(self, tmp_path: Path, ending: str, kind: type) -> None:
+        path = write(tmp_path / f"a{ending}", RGB)
+        content = path.read_bytes()
+        if ending == ".jpg":
+            content = with_jpeg_exif(content, exif(6))  # lies on its side
+            path.write_bytes(content)
+        images = open_images(kind(content))
+        assert len(images) == 1
+        for _ in range(2):
+            (image,) = images
+            assert (image.name, image.path) == ("image-00000", None)
+            assert np.array_equal(image.pixels, read_image(path))
+
+    def test_among_other_items(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.png", RGB)
+        items = [np.zeros((2, 6, 7, 3)), path, path.read_bytes(), memoryview(path.read_bytes())]
+        assert len(open_images(items)) == 5
+        for source in (items, iter(items)):
+            images = list(open_images(source))
+            assert [image.name for image in images] == [
+                *("image-00000", "image-00001", str(path), "image-00003", "image-00004")
+            ]
+            assert all(np.array_equal(image.pixels, RGB) for image in images[2:])
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [(b"", r"empty \(0 bytes\)"), (b"a.png", "the file is no image"), (b"\xff\xd8\xff", "is damaged")],
+    )
+    def test_what_cannot_be_decoded_is_named(self, content: bytes, reason: str) -> None:
+        good = cv2.imencode(".png", RGB)[1].tobytes()
+        with pytest.raises(InputError, match=f"image-00001: .*{reason}"):
+            list(open_images([good, content]))
+        images = open_images(iter([good, content, good]), on_error="skip")
+        assert [image.name for image in images] == ["image-00000", "image-00002"]
+        assert [skipped.name for skipped in images.skipped] == ["image-00001"]
+
+
 class TestIterables:
     def test_a_generator_is_streamed(self) -> None:
         asked = 0
@@ -555,7 +597,6 @@ class TestIterables:
     [
         (None, "source is of type NoneType; allowed are a folder"),
         (3, "source is of type int"),
-        (b"a.png", "source is of type bytes"),
         ({}, "source is of type dict"),
         ([], "source is an empty list"),
         ((), "source is an empty tuple"),
