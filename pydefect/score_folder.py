@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -35,7 +35,9 @@ from pydefect.visualization import (
     to_rgb8,
 )
 
-__all__ = ["ScoreFolderWriter", "check_inputs", "write_picture", "write_score_folder"]
+__all__ = ["Pictures", "ScoreFolderWriter", "check_inputs", "write_picture", "write_score_folder"]
+
+Pictures = Literal["all", "defective", "none"]
 
 _COLUMNS = (
     "name",
@@ -77,7 +79,7 @@ def write_score_folder(
     *,
     images: Any = None,
     ground_truth: Sequence[NDArray[Any]] | None = None,
-    pictures: bool = True,
+    pictures: Pictures = "all",
     maps: bool = False,
     sheet_images: int = 8,
     configuration: Mapping[str, Any] | None = None,
@@ -98,8 +100,9 @@ def write_score_folder(
 
     ``defective`` is true where ``score`` is greater than ``image_threshold``, as both are written.
     ``picture`` is the image's name with ``.png`` appended where it has another ending, so that ``a.png`` and
-    ``a.jpg`` stay apart; subfolders stay. Parts of a name that lead out of the folder (``..``, a leading
-    ``/``) are left out. (peak_row, peak_column) is the pixel with the highest score.
+    ``a.jpg`` stay apart; subfolders stay; it is empty for an image without pictures. Parts of a name that
+    lead out of the folder (``..``, a leading ``/``) are left out. (peak_row, peak_column) is the pixel with
+    the highest score.
 
     ``regions`` is the number of defective regions, and in ``scores.json`` the list of them (with a pixel
     threshold): :attr:`pydefect.Result.regions`, as ``top``, ``left``, ``bottom``, ``right``, ``area``,
@@ -120,9 +123,10 @@ def write_score_folder(
     ground_truth
         One mask [H, W] an image, shown on the sheet.
     pictures
-        False writes the scores only.
+        ``"all"``; ``"defective"`` draws the images that are called defective only, and still the highest
+        scores of all on the sheet; ``"none"`` writes the scores only.
     maps
-        Write the anomaly maps too.
+        Write the anomaly maps too, of all images.
     sheet_images
         Number of columns of ``sheet.png``; 0 for none.
     configuration
@@ -136,8 +140,8 @@ def write_score_folder(
     Raises
     ------
     InputError
-        The folder is a file or holds the images themselves, an image cannot be had any more, or `images` are
-        not those of the result.
+        The folder is a file or holds the images themselves, an image cannot be had any more, `images` are
+        not those of the result, or pictures of defective ones are asked for of a result without thresholds.
 
     See Also
     --------
@@ -149,7 +153,7 @@ def write_score_folder(
     >>> write_score_folder(result, "bottle-scores")                  # doctest: +SKIP
     """
     scale = None
-    if len(result) and pictures:
+    if len(result) and pictures != "none":
         scale = shared_scale(
             result.anomaly_maps, pixel_threshold=result.pixel_threshold, scored_boxes=result.scored_boxes
         )
@@ -159,6 +163,7 @@ def write_score_folder(
         maps=maps,
         sheet_images=sheet_images,
         scale=scale,
+        thresholds=_thresholds_of(result),
         configuration=configuration,
     ) as writer:
         writer.add(result, images=images, ground_truth=ground_truth)
@@ -220,6 +225,8 @@ class ScoreFolderWriter:
         (low, high) of the heat maps' colours; None for :func:`~pydefect.visualization.shared_scale`. Without
         a pixel threshold that scale is known only after the last image: images and maps then wait in a
         temporary folder inside `out`, and the pictures are drawn at the end.
+    thresholds
+        (image, pixel) of the results to come, for a refusal before any work; None: those of the first result.
 
     Attributes
     ----------
@@ -231,7 +238,7 @@ class ScoreFolderWriter:
     Raises
     ------
     InputError
-        `out` is a file, lies below one, or may not be written to.
+        `out` is a file, lies below one, or may not be written to; another argument is not allowed.
 
     Examples
     --------
@@ -244,27 +251,33 @@ class ScoreFolderWriter:
         self,
         out: str | os.PathLike[str],
         *,
-        pictures: bool = True,
+        pictures: Pictures = "all",
         maps: bool = False,
         sheet_images: int = 8,
         scale: tuple[float, float] | None = None,
+        thresholds: tuple[float | None, float | None] | None = None,
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
         self.out = Path(out)
         check_writable(self.out, "out")
         if sheet_images < 0:
             raise InputError(f"sheet_images: {sheet_images!r} given; allowed are 0 and more")
+        if pictures not in get_args(Pictures):
+            raise InputError(f'pictures: {pictures!r} given; allowed are "all", "defective" and "none"')
         self.rows: list[dict[str, Any]] = []
-        self._pictures = pictures
+        self._pictures: Pictures = pictures
         self._maps = maps
-        self._sheet = _HighestScores(sheet_images if pictures else 0)
+        self._sheet = _HighestScores(sheet_images if pictures != "none" else 0)
         self._scale = scale
         self._configuration = configuration
         self._skipped: list[SkippedImage] = []
         self._thresholds: tuple[float | None, float | None] | None = None
         self._picture_names = _PictureNames()
         self._waiting: tempfile.TemporaryDirectory[str] | None = None
+        self._waiting_rows: list[dict[str, Any]] = []
         self._ranges: list[tuple[float, float]] = []
+        if thresholds is not None:
+            self._set_thresholds(thresholds)
 
     def __enter__(self) -> ScoreFolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -301,13 +314,8 @@ class ScoreFolderWriter:
         InputError
             See :func:`write_score_folder`; or the thresholds differ from those of an earlier result.
         """
-        thresholds = (result.image_threshold, result.pixel_threshold)
-        if self._thresholds not in (None, thresholds):
-            raise InputError(
-                f"a folder of scores has one pair of thresholds: {thresholds} given after {self._thresholds}"
-            )
+        self._set_thresholds(_thresholds_of(result))
         check_inputs(self.out, [path for path in result.paths if path is not None])
-        self._thresholds = thresholds
         if ground_truth is not None and len(ground_truth) != len(result):
             raise InputError(f"ground_truth has {len(ground_truth)} entries for {len(result)} images")
         if self._scale is None and result.pixel_threshold is not None and result.pixel_threshold > 0:
@@ -316,9 +324,12 @@ class ScoreFolderWriter:
 
         defective, threshold = result.is_defective, result.image_threshold
         kinds, regions = result.kind, result.regions
-        every_pixels = _pixels_of(result, images) if self._pictures else itertools.repeat(None)
-        # The pixels come first: only so is it seen that there are more of them than of results.
-        for pixels, index in zip(every_pixels, range(len(result)), strict=False):
+        sources = _sources_of(result, images) if self._pictures != "none" else itertools.repeat(None)
+        # The sources come first: only so is it seen that there are more of them than of results.
+        for source, index in zip(sources, range(len(result)), strict=False):
+            score = float(result.image_scores[index])
+            called_defective = None if defective is None else bool(defective[index])
+            drawn = self._pictures == "all" or (self._pictures == "defective" and bool(called_defective))
             anomaly_map = result.anomaly_maps[index]
             peak_row, peak_column = np.unravel_index(int(np.argmax(anomaly_map)), anomaly_map.shape)
             picture_name = self._picture_names.take(result.names[index])
@@ -328,26 +339,36 @@ class ScoreFolderWriter:
                 "path": None if path is None else str(path),
                 # Both are the very numbers that were compared: fewer digits would be another number, and
                 # who compares them again could come to another decision.
-                "score": float(result.image_scores[index]),
+                "score": score,
                 "image_threshold": None if threshold is None else float(threshold),
-                "defective": None if defective is None else bool(defective[index]),
+                "defective": called_defective,
                 "kind": None if kinds is None else kinds[index],
                 "p_value": None if result.p_values is None else float(f"{result.p_values[index]:.6g}"),
                 "peak_row": int(peak_row),
                 "peak_column": int(peak_column),
-                "picture": picture_name if self._pictures else None,
+                "picture": picture_name if drawn else None,
                 "regions": None if regions is None else [_listed(region) for region in regions[index]],
             }
             self.rows.append(row)
             if self._maps:
                 self._write_map(picture_name, anomaly_map)
-            if pixels is None:
+            if source is None:
+                continue
+            box = result.scored_boxes[index]
+            if self._scale is None:
+                top, left, bottom, right = box
+                scored = anomaly_map[top:bottom, left:right]
+                self._ranges.append((float(np.median(scored)), float(np.max(scored))))
+            if not drawn and not self._sheet.takes(score):
                 continue
             truth = None if ground_truth is None else ground_truth[index]
             parts = {name: maps[index] for name, maps in result.part_maps.items()}
-            shown = _Shown(row, to_rgb8(pixels), anomaly_map, result.scored_boxes[index], truth, parts)
+            pixels = read_image(source) if isinstance(source, Path) else source
+            shown = _Shown(row, to_rgb8(pixels), anomaly_map, box, truth, parts)
             _check_sizes(shown)
             self._sheet.offer(shown)
+            if not drawn:
+                continue
             if self._scale is None:
                 self._put_aside(shown)
             else:
@@ -356,6 +377,18 @@ class ScoreFolderWriter:
     def add_skipped(self, skipped: Iterable[SkippedImage]) -> None:
         """List files that could not be read, beyond those of the results."""
         self._skipped += skipped
+
+    def _set_thresholds(self, thresholds: tuple[float | None, float | None]) -> None:
+        if self._thresholds not in (None, thresholds):
+            raise InputError(
+                f"a folder of scores has one pair of thresholds: {thresholds} given after {self._thresholds}"
+            )
+        if self._pictures == "defective" and thresholds[0] is None:
+            raise InputError(
+                'pictures: "defective" given, but without thresholds no image is called defective: calibrate '
+                'the detector; allowed without are "all" and "none"'
+            )
+        self._thresholds = thresholds
 
     def _draw(self, shown: _Shown, scale: tuple[float, float]) -> None:
         name = str(shown.row["picture"])
@@ -383,23 +416,21 @@ class ScoreFolderWriter:
     def _put_aside(self, shown: _Shown) -> None:
         if self._waiting is None:
             self._waiting = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.out)
-        top, left, bottom, right = shown.scored_box
-        scored = shown.anomaly_map[top:bottom, left:right]
-        self._ranges.append((float(np.median(scored)), float(np.max(scored))))
         arrays: dict[str, Any] = {
             "picture": shown.picture,
             "anomaly_map": shown.anomaly_map,
             "scored_box": shown.scored_box,
         }
         arrays |= {_PART + name: part for name, part in shown.part_maps.items()}
-        np.savez(Path(self._waiting.name) / f"{len(self.rows) - 1}.npz", **arrays)
+        np.savez(Path(self._waiting.name) / f"{len(self._waiting_rows)}.npz", **arrays)
+        self._waiting_rows.append(shown.row)
 
     def _draw_waiting(self) -> None:
-        if self._waiting is None:
-            return
-        if self._scale is None:
+        if self._scale is None and self._ranges:
             self._scale = shared_scale([np.array([[low, low, high]]) for low, high in self._ranges])
-        for index, row in enumerate(self.rows):
+        if self._waiting is None or self._scale is None:
+            return
+        for index, row in enumerate(self._waiting_rows):
             with np.load(Path(self._waiting.name) / f"{index}.npz") as kept:
                 box = tuple(kept["scored_box"].tolist())
                 parts = {
@@ -503,10 +534,14 @@ class _HighestScores:
         self._heap: list[tuple[float, int, _Shown]] = []
         self._offered = 0
 
+    def takes(self, score: float) -> bool:
+        """Whether an image with this score would be among them."""
+        return self._count > len(self._heap) or (self._count > 0 and score > self._heap[0][0])
+
     def offer(self, shown: _Shown) -> None:
         score = float(shown.row["score"])
         self._offered += 1
-        if self._count == 0 or (len(self._heap) == self._count and score <= self._heap[0][0]):
+        if not self.takes(score):
             return
         # Of equal scores the first one stays, and no two images are ever compared themselves.
         heapq.heappush(self._heap, (score, -self._offered, _made_smaller(shown)))
@@ -572,14 +607,19 @@ def _safe_part(part: str) -> str:
     return part
 
 
-def _pixels_of(result: Result, images: Any) -> Iterator[NDArray[Any]]:
+def _thresholds_of(result: Result) -> tuple[float | None, float | None]:
+    return result.image_threshold, result.pixel_threshold
+
+
+def _sources_of(result: Result, images: Any) -> Iterator[Path | NDArray[Any]]:
+    """Pixels, or the file to read them from: of most images of most lines nobody needs them again."""
     if images is None:
         for name, path in zip(result.names, result.paths, strict=True):
             if path is None:
                 raise InputError(
-                    f"{name} did not come from a file: give its pixels with images=, or pictures=False"
+                    f'{name} did not come from a file: give its pixels with images=, or pictures="none"'
                 )
-            yield read_image(path)
+            yield path
         return
     # What could not be read was left out of the result too, and so was what could not be scored.
     left_out = {one.name for one in result.skipped}.difference(result.names)

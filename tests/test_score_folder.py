@@ -90,7 +90,7 @@ def test_defective_regions_are_listed(tmp_path: Path) -> None:
     result = make_result(["two.png", "none.png"], [4.0, 0.5])
     result.anomaly_maps[0][30:32, 5:8] = 1.5
     result.anomaly_maps[0][31, 6] = np.float32(1.7)
-    write_score_folder(result, tmp_path, pictures=False)
+    write_score_folder(result, tmp_path, pictures="none")
     header = (tmp_path / "scores.csv").read_text().splitlines()[0]
     assert header.endswith(",peak_row,peak_column,picture,regions")
     assert [row["regions"] for row in read_rows(tmp_path)] == ["2", "0"]
@@ -162,8 +162,80 @@ def test_without_a_threshold_there_are_neither_masks_nor_verdicts(tmp_path: Path
 
 
 def test_scores_only(tmp_path: Path) -> None:
-    write_score_folder(make_result(["a.png", "b.png"]), tmp_path, pictures=False)
+    write_score_folder(make_result(["a.png", "b.png"]), tmp_path, pictures="none")
     assert files_below(tmp_path) == {"scores.csv", "scores.json"}
+
+
+@pytest.mark.parametrize("pixel_threshold", [THRESHOLD, None])
+def test_pictures_of_defective_images_only(tmp_path: Path, pixel_threshold: float | None) -> None:
+    """And the sheet as before: the highest scores, in the colours of all."""
+    names, scores = ["good.png", "bad.png", "worse.png", "best.png"], [0.9, 1.5, 3.0, 0.2]
+    result = replace(make_result(names, scores), pixel_threshold=pixel_threshold)
+    drawn, count = ["", "bad.png", "worse.png", ""], len(names)
+    write_score_folder(result, tmp_path / "all", images=images_for(count), sheet_images=3)
+    write_score_folder(
+        result, tmp_path / "some", images=images_for(count), sheet_images=3, pictures="defective", maps=True
+    )
+    with ScoreFolderWriter(tmp_path / "parts", sheet_images=3, pictures="defective", maps=True) as writer:
+        for index in range(count):
+            part = make_result(names[index : index + 1], scores[index : index + 1])
+            part = replace(part, pixel_threshold=pixel_threshold)
+            writer.add(part, images=images_for(count)[index : index + 1])
+    for some in (tmp_path / "some", tmp_path / "parts"):
+        assert [row["picture"] for row in read_rows(some)] == drawn
+        content = json.loads((some / "scores.json").read_text())
+        assert [row["picture"] for row in content["images"]] == [name or None for name in drawn]
+        below = files_below(some)
+        kinds = ("overlays", "contours", "masks") if pixel_threshold else ("overlays",)
+        pictures = {f"{kind}/{name}" for kind in kinds for name in drawn if name}
+        assert below == pictures | {"scores.csv", "scores.json", "sheet.png"} | {
+            f"maps/{name[:-4]}.tiff" for name in names
+        }
+        for name in [*pictures, "sheet.png"]:
+            assert (some / name).read_bytes() == (tmp_path / "all" / name).read_bytes(), name
+
+
+def test_a_sheet_without_any_defective_image(tmp_path: Path) -> None:
+    result = replace(make_result(["a", "b"], [0.1, 0.2]), pixel_threshold=None)
+    with ScoreFolderWriter(tmp_path, pictures="defective") as writer:
+        writer.add(result, images=images_for(2))
+    assert files_below(tmp_path) == {"scores.csv", "scores.json", "sheet.png"}
+
+
+def test_files_of_good_images_are_not_read_again(tmp_path: Path) -> None:
+    paths: list[Path | None] = [tmp_path / f"{index}.png" for index in range(3)]
+    cv2.imwrite(os.fspath(paths[1]), images_for(1)[0])  # the others are gone
+    result = make_result(["0", "1", "2"], [0.5, 2.0, 0.7], paths=paths)
+    write_score_folder(result, tmp_path / "out", pictures="defective", sheet_images=0)
+    assert [row["picture"] for row in read_rows(tmp_path / "out")] == ["", "1.png", ""]
+    with pytest.raises(InputError, match=r"0\.png: cannot be read"):
+        write_score_folder(result, tmp_path / "out", pictures="defective")
+
+
+@pytest.mark.parametrize("pictures", [True, False, "some", ["all"], None])
+def test_other_pictures_are_refused(tmp_path: Path, pictures: object) -> None:
+    with pytest.raises(InputError, match=r'pictures: .* given; allowed are "all", "defective" and "none"'):
+        write_score_folder(make_result(["a.png"]), tmp_path / "out", pictures=pictures)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_thresholds_no_image_is_called_defective(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = make_result(["a.png"], threshold=None)
+    message = 'pictures: "defective" given, but without thresholds'
+    with pytest.raises(InputError, match=message):
+        write_score_folder(result, out, images=images_for(1), pictures="defective")
+    with pytest.raises(InputError, match=message):
+        ScoreFolderWriter(out, pictures="defective", thresholds=(None, None))
+    assert not out.exists()
+
+    def add() -> None:
+        with ScoreFolderWriter(out, pictures="defective", maps=True) as writer:
+            writer.add(result, images=images_for(1))
+
+    with pytest.raises(InputError, match=message):
+        add()
+    assert files_below(out) == set()
 
 
 def test_an_empty_result_is_a_folder_too(tmp_path: Path) -> None:
@@ -383,7 +455,7 @@ def test_scores_are_not_written_round_the_images(tmp_path, place):
 
 def test_any_name_can_be_read_back(tmp_path):
     names = ["a\rb.png", "a\nb.png", "a\r\nb.png", 'a,"b.png', " a.png", "a\u2028b.png", "plain.png"]
-    write_score_folder(make_result(names), tmp_path, pictures=False)
+    write_score_folder(make_result(names), tmp_path, pictures="none")
     assert [row["name"] for row in read_rows(tmp_path)] == names
     # Nothing else is quoted, and every line ends as before.
     assert (tmp_path / "scores.csv").read_bytes().endswith(b"\nplain.png,,8.0,1.0,true,,,12,33,,1\n")
@@ -400,7 +472,7 @@ def test_the_written_numbers_give_the_written_decision(tmp_path, threshold):
         np.float32(1 / 3),
     ]
     result = make_result(list("abcd"), [float(score) for score in scores], threshold=threshold)
-    write_score_folder(result, tmp_path, pictures=False)
+    write_score_folder(result, tmp_path, pictures="none")
     content = json.loads((tmp_path / "scores.json").read_text())
     for row, again, score in zip(read_rows(tmp_path), content["images"], scores, strict=True):
         assert np.float32(row["score"]) == np.float32(again["score"]) == score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
+class Pictures(str, Enum):
+    """Of which images pictures are written."""
+
+    ALL = "all"
+    DEFECTIVE = "defective"
+    NONE = "none"
+
+
 def score(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A file that `pydefect fit` wrote.")],
     images: Annotated[
@@ -28,8 +37,9 @@ def score(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for scores and pictures.")],
     pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Write pictures beside the scores.")
-    ] = True,
+        Pictures,
+        typer.Option(help="Write pictures of all images, of those called defective only, or none at all."),
+    ] = Pictures.ALL,
     maps: Annotated[
         bool, typer.Option("--maps", help="Write the anomaly maps too, as float32 TIFF.")
     ] = False,
@@ -60,7 +70,16 @@ def score(
     check_inputs(out, images)
     source = _open(images, on_error)
     detector = pydefect.load(model, device=device, weights=weights)
-    with ScoreFolderWriter(out, pictures=pictures, maps=maps, configuration=detector.configuration) as folder:
+    calibration = detector.calibration
+    with ScoreFolderWriter(
+        out,
+        pictures=pictures.value,
+        maps=maps,
+        thresholds=(calibration.image_threshold, calibration.pixel_threshold)
+        if calibration
+        else (None, None),
+        configuration=detector.configuration,
+    ) as folder:
         skipped = score_in_parts(
             detector, source, folder, batch_size=batch_size, on_error=on_error.value, progress=not quiet
         )
@@ -69,7 +88,9 @@ def score(
         if not folder.rows:
             raise InputError("images: none of them could be read; no scores were written")
     print_scores(folder.rows, len(skipped))
-    typer.echo(f"scores: {out / 'scores.csv'}" + (f", {out / 'sheet.png'}" if pictures else ""))
+    typer.echo(
+        f"scores: {out / 'scores.csv'}" + ("" if pictures is Pictures.NONE else f", {out / 'sheet.png'}")
+    )
 
 
 def score_in_parts(

@@ -225,7 +225,8 @@ def test_score_takes_files_and_skips_damaged_ones_on_demand(
         "--on-error",
         "skip",
         "--quiet",
-        "--no-pictures",
+        "--pictures",
+        "none",
     )
     assert code == 0
     assert errors.startswith(f"skipped: {damaged}: ")
@@ -262,6 +263,29 @@ def test_score_leaves_out_what_is_smaller_than_the_crop(
     assert sorted(path.name for path in (tmp_path / "r/overlays").iterdir()) == ["1.png", "4.png"]
 
 
+def test_score_draws_defective_images_only(product: Path, colours, tmp_path: Path, monkeypatch) -> None:
+    detector = colours()
+    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, red in (("1.png", 70), ("2.png", 250), ("3.png", 90)):
+        cv2.imwrite(str(images / name), np.full((48, 48, 3), red, np.uint8))
+    arguments = ("score", "m", images, "--out", tmp_path / "r", "--quiet", "--pictures", "defective")
+    code, output, errors = call(*arguments)
+    assert code == 0, errors
+    assert output.endswith(f"scores: {tmp_path / 'r/scores.csv'}, {tmp_path / 'r/sheet.png'}\n")
+    with (tmp_path / "r/scores.csv").open(newline="") as file:
+        assert [row["picture"] for row in csv.DictReader(file)] == ["", "2.png", ""]
+    assert [path.name for path in (tmp_path / "r/overlays").iterdir()] == ["2.png"]
+
+    detector.calibration = None
+    monkeypatch.setattr(detector, "predict_maps", None)
+    code, _, errors = call(*arguments, "--out", tmp_path / "other")
+    assert code == 2
+    assert 'pictures: "defective" given, but without thresholds no image is called defective' in errors
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -293,7 +317,7 @@ def test_names_that_the_terminal_cannot_show_are_no_failure(
     for name in (b"\xd0\xb6.png", b"\xff.png"):
         (images / os.fsdecode(name)).write_bytes(picture)
     (images / os.fsdecode(b"\xfe.png")).write_bytes(b"no image")
-    options = ("--no-pictures", "--on-error", "skip")
+    options = ("--pictures", "none", "--on-error", "skip")
     done = subprocess.run(
         [sys.executable, "-m", "pydefect", "score", model, images, "--out", tmp_path / "out", *options],
         cwd=tmp_path,
@@ -471,7 +495,7 @@ def test_calibrate_rewrites_the_thresholds_and_nothing_else(
     assert pydefect.load(other).calibration.image_threshold == pytest.approx(result.image_scores.max())
     assert pydefect.load(copy).calibration.image_threshold == result.image_threshold
 
-    assert call("score", copy, good, "--out", tmp_path / "report", "--no-pictures", "--quiet")[0] == 0
+    assert call("score", copy, good, "--out", tmp_path / "report", "--pictures", "none", "--quiet")[0] == 0
     with (tmp_path / "report" / "scores.csv").open(newline="") as file:
         assert [float(row["p_value"]) for row in csv.DictReader(file)] == result.p_values.tolist()
 
