@@ -87,7 +87,7 @@ def batches(
         try:
             tensor = preprocessing(image.pixels)
         except InputError as error:
-            images.refuse(image.name, str(error))
+            images.refuse(image, str(error))
             continue
         if tensors and tensor.shape != tensors[0].shape:
             yield pending, _stack(tensors)

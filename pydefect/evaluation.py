@@ -108,6 +108,7 @@ class Evaluation:
         """
         values = asdict(replace(self, curves={}))
         del values["curves"]
+        values["skipped"] = [{"name": one.name, "reason": one.reason} for one in self.skipped]
         image, pixel = values.pop("image"), values.pop("pixel") or {}
         spro, of_kinds = values.pop("pixel_spro") or {}, values.pop("pixel_spro_by_defect")
         flat: dict[str, Any] = {"dataset": values.pop("dataset")}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import heapq
 import itertools
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +67,7 @@ _REGION = (
     "peak_column",
     "score",
 )
+_LIST = "scores.json"
 # What waits for the sheet is made no larger than this: a few large photographs would fill the memory.
 _SHEET_EDGE = 1024
 # What the arrays of a map's parts are called where they wait.
@@ -83,6 +86,7 @@ def write_score_folder(
     maps: bool = False,
     sheet_images: int = 8,
     configuration: Mapping[str, Any] | None = None,
+    append: bool = False,
 ) -> Path:
     """Write scores and pictures of all images of a result into a folder.
 
@@ -111,6 +115,12 @@ def write_score_folder(
     Every file is complete or absent, even if the program is killed. Files of the same names are replaced, all
     others in the folder stay; ``scores.csv`` lists the pictures of the latest call and is written last.
 
+    With ``append=True`` the lists go on from what ``scores.json`` holds, so that one folder collects a shift.
+    It must be of the same detector, and no image may be in it yet: files are known by their paths, images
+    without files by their names. No picture of a listed image is replaced. A call that fails or is killed
+    leaves the lists as they were. ``sheet.png`` shows images of the latest call that brought any: the maps of
+    earlier ones are gone.
+
     Parameters
     ----------
     result
@@ -131,6 +141,8 @@ def write_score_folder(
         Number of columns of ``sheet.png``; 0 for none.
     configuration
         JSON values to keep in ``scores.json``, such as the detector's settings.
+    append
+        Add to the lists that are in the folder; where there are none they begin.
 
     Returns
     -------
@@ -142,6 +154,8 @@ def write_score_folder(
     InputError
         The folder is a file or holds the images themselves, an image cannot be had any more, `images` are
         not those of the result, or pictures of defective ones are asked for of a result without thresholds.
+        With `append`: thresholds or configuration are not those of the lists, an image is in them already,
+        ``scores.json`` cannot be read, or another program is adding to the folder.
 
     See Also
     --------
@@ -165,6 +179,7 @@ def write_score_folder(
         scale=scale,
         thresholds=_thresholds_of(result),
         configuration=configuration,
+        append=append,
     ) as writer:
         writer.add(result, images=images, ground_truth=ground_truth)
     return writer.out
@@ -219,12 +234,13 @@ class ScoreFolderWriter:
 
     Parameters
     ----------
-    out, pictures, maps, sheet_images, configuration
+    out, pictures, maps, sheet_images, configuration, append
         As for :func:`write_score_folder`.
     scale
         (low, high) of the heat maps' colours; None for :func:`~pydefect.visualization.shared_scale`. Without
         a pixel threshold that scale is known only after the last image: images and maps then wait in a
-        temporary folder inside `out`, and the pictures are drawn at the end.
+        temporary folder inside `out`, and the pictures are drawn at the end. With `append` earlier pictures
+        have the scale, where there are any.
     thresholds
         (image, pixel) of the results to come, for a refusal before any work; None: those of the first result.
 
@@ -233,12 +249,13 @@ class ScoreFolderWriter:
     out : pathlib.Path
         The folder.
     rows : list of dict
-        What ``scores.json`` says about each image so far.
+        What ``scores.json`` says about each image so far; with `append` those of earlier calls come first.
 
     Raises
     ------
     InputError
-        `out` is a file, lies below one, or may not be written to; another argument is not allowed.
+        `out` is a file, lies below one, or may not be written to; another argument is not allowed. Where the
+        ``with`` begins: see :func:`write_score_folder` for `append`.
 
     Examples
     --------
@@ -257,6 +274,7 @@ class ScoreFolderWriter:
         scale: tuple[float, float] | None = None,
         thresholds: tuple[float | None, float | None] | None = None,
         configuration: Mapping[str, Any] | None = None,
+        append: bool = False,
     ) -> None:
         self.out = Path(out)
         check_writable(self.out, "out")
@@ -270,10 +288,14 @@ class ScoreFolderWriter:
         self._sheet = _HighestScores(sheet_images if pictures != "none" else 0)
         self._scale = scale
         self._configuration = configuration
+        self._append = append
+        self._earlier: set[str] = set()
+        self._earlier_skipped: list[dict[str, Any]] = []
         self._skipped: list[SkippedImage] = []
         self._thresholds: tuple[float | None, float | None] | None = None
         self._picture_names = _PictureNames()
-        self._waiting: tempfile.TemporaryDirectory[str] | None = None
+        self._open = ExitStack()
+        self._waiting: Path | None = None
         self._waiting_rows: list[dict[str, Any]] = []
         self._ranges: list[tuple[float, float]] = []
         if thresholds is not None:
@@ -281,17 +303,30 @@ class ScoreFolderWriter:
 
     def __enter__(self) -> ScoreFolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
+        if self._append:
+            with ExitStack() as stack:
+                stack.enter_context(_alone_in(self.out))
+                self._take_up()
+                self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._open:
             if kind is None:
                 self._finish()
-        finally:
-            if self._waiting is not None:
-                self._waiting.cleanup()
+
+    def is_listed(self, name: str, path: str | os.PathLike[str] | None = None) -> bool:
+        """Whether an image is in the lists of earlier calls, to which this one appends.
+
+        Parameters
+        ----------
+        name, path
+            Of the image: a file is known by its path alone (a relative one starts at the current folder), an
+            image without a file by its name.
+        """
+        return _identity(name, path) in self._earlier
 
     def add(
         self,
@@ -312,9 +347,16 @@ class ScoreFolderWriter:
         Raises
         ------
         InputError
-            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result.
+            See :func:`write_score_folder`; or the thresholds differ from those of an earlier result. Of an
+            image that is listed already, before anything of the result is written.
         """
         self._set_thresholds(_thresholds_of(result))
+        for name, path in zip(result.names, result.paths, strict=True):
+            if self.is_listed(name, path):
+                raise InputError(
+                    f"append: {path or name} is in {self.out / _LIST} already; leave out what is_listed() "
+                    "tells, and give images without files names of their own"
+                )
         check_inputs(self.out, [path for path in result.paths if path is not None])
         if ground_truth is not None and len(ground_truth) != len(result):
             raise InputError(f"ground_truth has {len(ground_truth)} entries for {len(result)} images")
@@ -378,6 +420,41 @@ class ScoreFolderWriter:
         """List files that could not be read, beyond those of the results."""
         self._skipped += skipped
 
+    def _take_up(self) -> None:
+        """Go on from the lists in the folder."""
+        file = self.out / _LIST
+        if not file.exists():
+            if (self.out / "scores.csv").exists():
+                raise InputError(f"append: {self.out} holds a scores.csv, but no {_LIST} to go on from")
+            return
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            # Versions before this one had fewer columns.
+            rows = [{**dict.fromkeys(_COLUMNS), **row} for row in content["images"]]
+            self._earlier_skipped = [{"path": None, **one} for one in content["skipped"]]
+            self._earlier = {_identity(row["name"], row["path"]) for row in rows}
+            for row in rows:
+                # In their order, so that every picture gets the name that it has.
+                self._picture_names.take(row["name"])
+            theirs = {name: content[name] for name in ("image_threshold", "pixel_threshold")}
+            configuration = content["configuration"]
+            if rows and content["heat_map_scale"] is not None:
+                low, high = content["heat_map_scale"]
+                self._scale = (low, high)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"append: {file} is no list of scores to go on from ({error})") from error
+        if not rows:
+            return  # of any detector
+        ours = dict(zip(theirs, self._thresholds or theirs.values(), strict=True))
+        differing = _differing(ours, theirs) + _differing(self._configuration, configuration)
+        if differing:
+            raise InputError(
+                f"append: {file} lists scores of another detector (it differs in {', '.join(differing)}); "
+                "name another folder, or score with that detector"
+            )
+        self._set_thresholds((theirs["image_threshold"], theirs["pixel_threshold"]))
+        self.rows = rows
+
     def _set_thresholds(self, thresholds: tuple[float | None, float | None]) -> None:
         if self._thresholds not in (None, thresholds):
             raise InputError(
@@ -415,14 +492,15 @@ class ScoreFolderWriter:
 
     def _put_aside(self, shown: _Shown) -> None:
         if self._waiting is None:
-            self._waiting = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.out)
+            folder = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.out)
+            self._waiting = Path(self._open.enter_context(folder))
         arrays: dict[str, Any] = {
             "picture": shown.picture,
             "anomaly_map": shown.anomaly_map,
             "scored_box": shown.scored_box,
         }
         arrays |= {_PART + name: part for name, part in shown.part_maps.items()}
-        np.savez(Path(self._waiting.name) / f"{len(self._waiting_rows)}.npz", **arrays)
+        np.savez(self._waiting / f"{len(self._waiting_rows)}.npz", **arrays)
         self._waiting_rows.append(shown.row)
 
     def _draw_waiting(self) -> None:
@@ -431,7 +509,7 @@ class ScoreFolderWriter:
         if self._waiting is None or self._scale is None:
             return
         for index, row in enumerate(self._waiting_rows):
-            with np.load(Path(self._waiting.name) / f"{index}.npz") as kept:
+            with np.load(self._waiting / f"{index}.npz") as kept:
                 box = tuple(kept["scored_box"].tolist())
                 parts = {
                     name.removeprefix(_PART): kept[name] for name in kept.files if name.startswith(_PART)
@@ -458,11 +536,18 @@ class ScoreFolderWriter:
                 },
             )
             write_picture(self.out / "sheet.png", sheet)
-        write_atomically(self.out / "scores.json", self._as_json())
+        write_atomically(self.out / _LIST, self._as_json())
         write_atomically(self.out / "scores.csv", self._as_csv())
 
     def _as_json(self) -> bytes:
         image_threshold, pixel_threshold = self._thresholds or (None, None)
+        skipped = [
+            {"name": one.name, "path": None if one.path is None else str(one.path), "reason": one.reason}
+            for one in self._skipped
+        ]
+        # A file that was still being written when it was first looked at may have been scored by now.
+        seen = {_identity(one["name"], one["path"]) for one in [*self.rows, *skipped]}
+        earlier = [one for one in self._earlier_skipped if _identity(one["name"], one["path"]) not in seen]
         content = {
             "pydefect": VERSION,
             "configuration": None if self._configuration is None else dict(self._configuration),
@@ -470,7 +555,7 @@ class ScoreFolderWriter:
             "pixel_threshold": pixel_threshold,
             "heat_map_scale": self._scale,
             "images": self.rows,
-            "skipped": [{"name": skipped.name, "reason": skipped.reason} for skipped in self._skipped],
+            "skipped": earlier + skipped,
         }
         # json.dumps would hold each of very many numbers as a text of its own.
         encoded = bytearray()
@@ -499,6 +584,38 @@ class ScoreFolderWriter:
         values = np.asarray(anomaly_map, dtype=np.float32)
         path = self.out / "maps" / f"{picture_name.removesuffix('.png')}.tiff"
         write_atomically(path, _encoded_image(".tiff", values), durable=False)
+
+
+def _identity(name: str, path: str | os.PathLike[str] | None) -> str:
+    return name if path is None else os.path.abspath(path)
+
+
+def _differing(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None) -> list[str]:
+    if ours is None or theirs is None:
+        return [] if ours is theirs else ["configuration"]
+    ours = json.loads(json.dumps(ours))  # as it was written
+    return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep out other programs that add to the lists: the last to end would drop what the others added.
+
+    The system takes the lock off a program that is killed.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"append: another program is adding to {folder}; wait until it has ended"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _listed(region: Region) -> dict[str, float]:

@@ -114,25 +114,33 @@ def test_the_command_lines_for_a_teacher(logical: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
-def test_the_example_with_a_camera(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_examples_with_a_camera(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     small = {"weights": "random", "resize": 64, "levels": [1], "false_alarm_rate": 0.4, "progress": False}
     pydefect.fit("flange/train/good", method="padim", **small).save("flange.safetensors")
-    frames = [np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 255), (0, 255, 0))]
 
     class Camera:
         def __init__(self, number: int) -> None:
             assert number == 0
+            self.colours = [(255, 0, 255), (0, 255, 0)]
 
         def read(self) -> tuple[bool, np.ndarray | None]:
-            return (True, frames.pop()) if frames else (False, None)
+            if not self.colours:
+                return False, None
+            return True, np.full((64, 64, 3), self.colours.pop(), np.uint8)
 
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
-    (example,) = [block for block in blocks("python", "docs/data.md") if "VideoCapture" in block]
-    exec(example, {})
-    assert re.findall(r"^part-\d+", capsys.readouterr().out, flags=re.MULTILINE) == [
-        "part-000000",
-        "part-000001",
-    ]
+    deciding, collecting = [block for block in blocks("python", "docs/data.md") if "VideoCapture" in block]
+    names: dict[str, object] = {}
+    exec(deciding, names)
+    assert len(re.findall(r"^\d{8}-\d{6}-\d{6} ", capsys.readouterr().out, flags=re.MULTILINE)) == 2
+    for calls in (1, 2):
+        exec(collecting, names)
+        assert len(list((workplace / "camera/masks").iterdir())) == 2 * calls
+    shutil.copytree("flange/test", "line/today")
+    commands = [block for block in blocks("bash", "docs/data.md") if "--append" in block]
+    for _ in range(2):
+        run_commands("".join(commands))
+    assert len((workplace / "shift/scores.csv").read_text().splitlines()) == 1 + 8
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from pydefect import score_folder
 from pydefect.data.images import SkippedImage
 from pydefect.errors import InputError
 from pydefect.score_folder import ScoreFolderWriter, check_inputs, write_score_folder
@@ -82,7 +83,7 @@ def test_scores_are_the_results_own(tmp_path: Path) -> None:
     content = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert content["image_threshold"] == content["pixel_threshold"] == THRESHOLD
     assert content["configuration"] == {"gamma": 4}
-    assert content["skipped"] == [{"name": "c.png", "reason": "empty file"}]
+    assert content["skipped"] == [{"name": "c.png", "path": None, "reason": "empty file"}]
     assert [row["score"] for row in content["images"]] == [float(first["score"]), float(second["score"])]
 
 
@@ -317,6 +318,224 @@ def test_files_of_others_stay_and_own_ones_are_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "overlays/b.png").is_file()
     assert (tmp_path / "overlays/a.png").read_bytes() != before
     assert [row["name"] for row in read_rows(tmp_path)] == ["a.png"]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in files_below(out)}
+
+
+def append(out: Path, names: list[str], *, first: int = 0, **settings: object) -> None:
+    """Add images; the grey of each is its number, from the first on."""
+    paths = settings.pop("paths", None)
+    result = make_result(names, [2.0 + first + index for index in range(len(names))], paths=paths)
+    images = images_for(first + len(names))[first:]
+    write_score_folder(result, out, images=images, append=True, **settings)
+
+
+def test_appending_gives_the_folder_of_one_call(tmp_path: Path) -> None:
+    """Names that would be one file name stay apart, across calls too."""
+    count = len(HOSTILE)
+    scores = [2.0 + index for index in range(count)]
+    write_score_folder(make_result(HOSTILE, scores), tmp_path / "one", images=images_for(count), maps=True)
+    for first, last in ((0, 4), (4, 9), (9, count)):
+        append(tmp_path / "calls", HOSTILE[first:last], first=first, maps=True)
+    one, calls = contents(tmp_path / "one"), contents(tmp_path / "calls")
+    assert one.keys() == calls.keys()
+    assert {name for name in one if one[name] != calls[name]} == {"sheet.png"}
+
+
+def test_the_sheet_shows_the_latest_images(tmp_path: Path) -> None:
+    append(tmp_path, ["a.png", "b.png"])
+    append(tmp_path, ["c.png"], first=2)
+    write_score_folder(make_result(["c.png"], [4.0]), tmp_path / "other", images=images_for(3)[2:])
+    sheet = (tmp_path / "sheet.png").read_bytes()
+    assert sheet == (tmp_path / "other/sheet.png").read_bytes()
+    before = contents(tmp_path)
+    with ScoreFolderWriter(tmp_path, append=True):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_pictures_may_be_others_in_every_call(tmp_path: Path) -> None:
+    append(tmp_path, ["a.png"], pictures="none")
+    append(tmp_path, ["A.png", "b.png"], first=1, pictures="defective")
+    assert [row["picture"] for row in read_rows(tmp_path)] == ["", "A-2.png", "b.png"]
+    assert files_below(tmp_path / "masks") == {"A-2.png", "b.png"}
+
+
+def test_pictures_without_a_threshold_keep_the_colours_of_the_first(tmp_path: Path) -> None:
+    for index, name in enumerate(["a.png", "b.png"]):
+        result = make_result([name], [2.0 + 7 * index], threshold=None)
+        write_score_folder(result, tmp_path, images=images_for(2)[index:][:1], append=True)
+        scale = json.loads((tmp_path / "scores.json").read_text())["heat_map_scale"]
+        assert scale == [0, 2]
+        expected = overlay(images_for(2)[index], result.anomaly_maps[0], *scale)
+        assert np.array_equal(read_picture(tmp_path / "overlays" / name), expected)
+
+
+def test_an_image_that_is_listed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    append(out, ["1.png", "part-1"], paths=[Path("day-1/1.png"), None])
+    before = contents(out)
+    for names, paths, named in (
+        (["new.png", "1.png"], [Path("new.png"), tmp_path / "day-1" / "1.png"], "day-1/1.png"),
+        (["another-name"], [Path("day-2/../day-1/1.png")], "1.png"),
+        (["new", "part-1"], [None, None], "part-1"),
+    ):
+        with pytest.raises(InputError, match=f"append: .*{named} is in .*scores.json already; leave out"):
+            append(out, names, paths=paths)
+        assert contents(out) == before
+    # The same name, but another file.
+    append(out, ["1.png"], first=2, paths=[Path("day-2/1.png")])
+    rows = read_rows(out)
+    assert [row["picture"] for row in rows] == ["1.png", "part-1.png", "1-2.png"]
+    assert [row["path"] for row in rows] == ["day-1/1.png", "", "day-2/1.png"]
+    assert tuple(read_picture(out / "overlays/1.png")[30, 10]) == (50,) * 3
+    with ScoreFolderWriter(out, append=True) as writer:
+        assert [row["name"] for row in writer.rows] == ["1.png", "part-1", "1.png"]
+        assert writer.is_listed("any", "day-2/1.png")
+        assert writer.is_listed("part-1")
+        assert not writer.is_listed("1.png")
+        assert not writer.is_listed("part-1", "day-1/part-1")
+
+
+def test_only_scores_of_the_same_detector_are_added(tmp_path: Path) -> None:
+    settings = {"method": "padim", "levels": (1, 2), "seed": 0}
+    append(tmp_path, ["a.png"], configuration=settings)
+    before = contents(tmp_path)
+    for other, differing in (
+        ({**settings, "seed": 1}, "seed"),
+        ({"method": "spade", "levels": [1], "seed": 0}, "levels, method"),
+        ({**settings, "crop": 8}, "crop"),
+        (None, "configuration"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"another detector \(it differs in {differing}\); name another"
+        ):
+            append(tmp_path, ["b.png"], configuration=other)
+    result = make_result(["b.png"], threshold=2.0)
+    for thresholds, image in ((2.0, True), (None, True), (2.0, False)):
+        result = replace(
+            result, image_threshold=thresholds if image else THRESHOLD, pixel_threshold=thresholds
+        )
+        differing = "image_threshold, pixel_threshold" if image else "pixel_threshold"
+        with pytest.raises(InputError, match=rf"\(it differs in {differing}\)"):
+            write_score_folder(result, tmp_path, images=images_for(1), configuration=settings, append=True)
+
+    def add_later() -> None:
+        with ScoreFolderWriter(tmp_path, configuration=settings, append=True) as writer:
+            writer.add(result, images=images_for(1))
+
+    with pytest.raises(InputError, match="one pair of thresholds"):
+        add_later()
+    assert contents(tmp_path) == before
+    append(tmp_path, ["b.png"], configuration={**settings, "levels": [1, 2]})
+    assert len(read_rows(tmp_path)) == 2
+
+
+def test_a_list_of_no_images_is_of_any_detector(tmp_path: Path) -> None:
+    """A camera that has seen no part yet."""
+    for threshold in (None, 3.0):
+        write_score_folder(make_result([], [], threshold=threshold), tmp_path, append=True)
+    append(tmp_path, ["a.png"], configuration={"seed": 1})
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["configuration"] == {"seed": 1}
+    assert content["heat_map_scale"] == [0.5 * THRESHOLD, 1.5 * THRESHOLD]
+
+
+def test_a_call_that_fails_leaves_the_lists_as_they_were(tmp_path: Path) -> None:
+    append(tmp_path, ["a.png"])
+    before = contents(tmp_path)
+
+    def fail_half_way() -> None:
+        with ScoreFolderWriter(tmp_path, append=True) as writer:
+            writer.add(make_result(["b.png", "A.png"]), images=images_for(2))
+            raise RuntimeError("the camera is gone")
+
+    with pytest.raises(RuntimeError, match="camera"):
+        fail_half_way()
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert {"overlays/b.png", "overlays/A-2.png"} <= after.keys() - before.keys()
+
+
+def test_a_call_that_is_killed_between_the_lists_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    append(tmp_path, ["a.png"])
+    write = score_folder.write_atomically
+
+    def write_until_the_table(path: Path, content: bytes, **how: bool) -> None:
+        if path.name == "scores.csv":
+            raise KeyboardInterrupt
+        write(path, content, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score_folder, "write_atomically", write_until_the_table)
+        with pytest.raises(KeyboardInterrupt):
+            append(tmp_path, ["b.png"], first=1)
+    assert [row["name"] for row in read_rows(tmp_path)] == ["a.png"]
+    # The next call finds the image listed, and completes the table.
+    with ScoreFolderWriter(tmp_path, append=True) as writer:
+        assert writer.is_listed("b.png")
+    assert [row["name"] for row in read_rows(tmp_path)] == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"images": [{"score": 1}]}', '{"images": [7], "skipped": []}', "\udcff"]
+)
+def test_what_is_no_list_is_refused_and_stays(tmp_path: Path, content: str) -> None:
+    (tmp_path / "scores.json").write_text(content, errors="surrogateescape")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"append: .*scores\.json is no list of scores to go on from"):
+        append(tmp_path, ["a.png"])
+    assert contents(tmp_path) == before
+
+
+def test_a_table_alone_is_not_replaced(tmp_path: Path) -> None:
+    append(tmp_path, ["a.png"])
+    (tmp_path / "scores.json").unlink()
+    with pytest.raises(
+        InputError, match=r"append: .* holds a scores\.csv, but no scores\.json to go on from"
+    ):
+        append(tmp_path, ["b.png"])
+    assert len(read_rows(tmp_path)) == 1
+
+
+def test_lists_of_earlier_versions_can_be_added_to(tmp_path: Path) -> None:
+    append(tmp_path, ["a.png"])
+    content = json.loads((tmp_path / "scores.json").read_text())
+    for column in ("regions", "p_value"):
+        del content["images"][0][column]
+    content["skipped"] = [{"name": "c.png", "reason": "empty"}]
+    (tmp_path / "scores.json").write_text(json.dumps(content))
+    append(tmp_path, ["b.png"])
+    assert [row["regions"] for row in read_rows(tmp_path)] == ["", "1"]
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["skipped"] == [{"path": None, "name": "c.png", "reason": "empty"}]
+
+
+def test_one_program_at_a_time_adds_to_a_folder(tmp_path: Path) -> None:
+    """The last to end would drop what the others have added."""
+    with ScoreFolderWriter(tmp_path, append=True) as writer:
+        with pytest.raises(InputError, match="append: another program is adding to"):
+            append(tmp_path, ["b.png"])
+        writer.add(make_result(["a.png"]), images=images_for(1))
+    append(tmp_path, ["b.png"])
+    assert [row["name"] for row in read_rows(tmp_path)] == ["a.png", "b.png"]
+
+
+def test_a_file_that_was_not_whole_yet_is_skipped_no_more(tmp_path: Path) -> None:
+    def skipped() -> list[tuple[str, str | None]]:
+        content = json.loads((tmp_path / "scores.json").read_text())
+        return [(one["path"], one["reason"]) for one in content["skipped"]]
+
+    day_1, day_2 = Path("day-1/1.png"), Path("day-2/1.png")
+    for reason, path in (("cut off", day_1), ("cut off", day_2), ("still cut off", day_2)):
+        with ScoreFolderWriter(tmp_path, append=True) as writer:
+            writer.add_skipped([SkippedImage("1.png", reason, path)])
+    assert skipped() == [("day-1/1.png", "cut off"), ("day-2/1.png", "still cut off")]
+    append(tmp_path, ["1.png"], paths=[day_2])
+    assert skipped() == [("day-1/1.png", "cut off")]
 
 
 def test_images_are_read_again_from_their_files(tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def score(
         Pictures,
         typer.Option(help="Write pictures of all images, of those called defective only, or none at all."),
     ] = Pictures.ALL,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add to the scores in DIR, of the same model; pass over the files that they list already.",
+        ),
+    ] = False,
     maps: Annotated[
         bool, typer.Option("--maps", help="Write the anomaly maps too, as float32 TIFF.")
     ] = False,
@@ -56,8 +63,12 @@ def score(
     and sheet.png with the highest scores. Files of the same names are replaced, others stay. scores.json
     lists every defective region: box, area, centroid, peak and score, in pixels of the image.
 
+    With --append one DIR collects the scores of many calls, and repeating a call scores what has come since.
+    sheet.png then shows the new images.
+
     \b
     pydefect score bottle.safetensors bottle/test --out bottle-scores
+    pydefect score bottle.safetensors line/today --out shift --append --pictures defective
     """
     for path in images:
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
@@ -65,21 +76,26 @@ def score(
             raise typer.BadParameter(f"{out} lies inside the folder of images {path}", param_hint="--out")
 
     import pydefect
+    from pydefect.data.images import ImageCollection
     from pydefect.score_folder import ScoreFolderWriter, check_inputs
 
     check_inputs(out, images)
-    source = _open(images, on_error)
+    files = _files(images)
+    root = images[0] if len(images) == 1 and images[0].is_dir() else None
     detector = pydefect.load(model, device=device, weights=weights)
     calibration = detector.calibration
+    thresholds = (calibration.image_threshold, calibration.pixel_threshold) if calibration else (None, None)
     with ScoreFolderWriter(
         out,
         pictures=pictures.value,
         maps=maps,
-        thresholds=(calibration.image_threshold, calibration.pixel_threshold)
-        if calibration
-        else (None, None),
+        thresholds=thresholds,
         configuration=detector.configuration,
+        append=append,
     ) as folder:
+        earlier = len(folder.rows)
+        new = [file for file in files if not folder.is_listed(str(file), file)]
+        source = ImageCollection(new, on_error=on_error.value, folder=root, length=len(new))
         skipped = score_in_parts(
             detector, source, folder, batch_size=batch_size, on_error=on_error.value, progress=not quiet
         )
@@ -87,10 +103,12 @@ def score(
             say(f"skipped: {one.name}: {one.reason}")
         if not folder.rows:
             raise InputError("images: none of them could be read; no scores were written")
-    print_scores(folder.rows, len(skipped))
-    typer.echo(
-        f"scores: {out / 'scores.csv'}" + ("" if pictures is Pictures.NONE else f", {out / 'sheet.png'}")
-    )
+    scored = folder.rows[earlier:]
+    print_scores(scored, len(skipped), len(files) - len(new))
+    text = f"scores: {out / 'scores.csv'}" + (f" ({len(folder.rows)} images)" if append else "")
+    if scored and pictures is not Pictures.NONE:
+        text += f", {out / 'sheet.png'}" + (" (the new ones)" if earlier else "")
+    typer.echo(text)
 
 
 def score_in_parts(
@@ -127,7 +145,7 @@ def score_in_parts(
     return [*source.skipped, *refused]
 
 
-def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:
+def print_scores(rows: list[dict[str, Any]], skipped: int, listed: int) -> None:
     """Say how many images are defective, and show the highest scores."""
     highest = sorted(rows, key=lambda row: -row["score"])[:_SHOWN]
     width = max((len(row["name"]) for row in highest), default=0)
@@ -140,14 +158,13 @@ def print_scores(rows: list[dict[str, Any]], skipped: int) -> None:
     if rows and rows[0]["image_threshold"] is not None:
         found = sum(row["defective"] for row in rows)
         text += f", {found} defective (score above {rows[0]['image_threshold']:.4f})"
+    text += f", {listed} listed already" if listed else ""
     typer.echo(text + (f", {skipped} skipped" if skipped else ""))
 
 
-def _open(paths: list[Path], on_error: OnError) -> ImageCollection:
-    from pydefect.data.images import list_image_files, open_images
+def _files(paths: list[Path]) -> list[Path]:
+    from pydefect.data.images import list_image_files
 
-    if len(paths) == 1:
-        return open_images(paths[0], on_error=on_error.value)
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -156,7 +173,7 @@ def _open(paths: list[Path], on_error: OnError) -> ImageCollection:
         if not found:
             raise InputError(f"images: no image in the folder {path}")
         files += found
-    return open_images(files, on_error=on_error.value)
+    return files
 
 
 def _batches(images: ImageCollection, size: int) -> Iterator[list[Image]]:

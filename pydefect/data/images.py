@@ -82,10 +82,11 @@ class Image:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image that could not be read under ``on_error="skip"``, and why."""
+    """An image that could not be read under ``on_error="skip"``, and why; `path` as in :class:`Image`."""
 
     name: str
     reason: str
+    path: Path | None = None
 
 
 class ImageCollection:
@@ -127,13 +128,13 @@ class ImageCollection:
             raise TypeError("the number of images of this iterable is not known before it has been read")
         return self._length
 
-    def refuse(self, name: str, reason: str) -> None:
+    def refuse(self, image: Image, reason: str) -> None:
         """Treat an image of the latest iteration that turned out to be of no use as one that cannot be read.
 
         Parameters
         ----------
-        name
-            Of the image.
+        image
+            One that the iteration gave.
         reason
             What is wrong with it.
 
@@ -143,8 +144,8 @@ class ImageCollection:
             With ``on_error="raise"``; with ``"skip"`` it is listed in :attr:`skipped`.
         """
         if self._on_error == "raise":
-            raise InputError(f"{name}: {reason}")
-        self.skipped.append(SkippedImage(name, reason))
+            raise InputError(f"{image.name}: {reason}")
+        self.skipped.append(SkippedImage(image.name, reason, image.path))
 
     def __iter__(self) -> Iterator[Image]:
         one_pass = isinstance(self._items, Iterator)
@@ -167,7 +168,7 @@ class ImageCollection:
                 except InputError as error:
                     if self._on_error == "raise":
                         raise
-                    skipped.append(SkippedImage(name, str(error)))
+                    skipped.append(SkippedImage(name, str(error), path))
                     continue
                 yield Image(pixels, name, path)
 

@@ -263,6 +263,55 @@ def test_score_leaves_out_what_is_smaller_than_the_crop(
     assert sorted(path.name for path in (tmp_path / "r/overlays").iterdir()) == ["1.png", "4.png"]
 
 
+def test_score_adds_to_the_scores_of_a_growing_folder(
+    product: Path, colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: colours())
+    out = tmp_path / "shift"
+
+    def photograph(name: str, red: int) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.full((48, 48, 3), red, np.uint8))
+
+    def score(day: str) -> tuple[str, str]:
+        monkeypatch.chdir(tmp_path)
+        options = ("--append", "--quiet", "--on-error", "skip", "--pictures", "defective")
+        code, output, errors = call("score", "m", day, "--out", out, *options)
+        assert code == 0, errors
+        return output.splitlines()[-2], output.splitlines()[-1]
+
+    photograph("day-1/1.png", 250)
+    (tmp_path / "day-1/2.png").write_bytes(b"")  # its camera is still at it
+    counted, lists = score("day-1")
+    assert counted == "1 images, 1 defective (score above 0.7500), 1 skipped"
+    assert lists == f"scores: {out / 'scores.csv'} (1 images), {out / 'sheet.png'}"
+    photograph("day-1/2.png", 70)
+    photograph("day-1/3.png", 251)
+    counted, lists = score("day-1")
+    assert counted == "2 images, 1 defective (score above 0.7500), 1 listed already"
+    assert lists == f"scores: {out / 'scores.csv'} (3 images), {out / 'sheet.png'} (the new ones)"
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    assert score("day-1/") == ("0 images, 3 listed already", f"scores: {out / 'scores.csv'} (3 images)")
+    assert before == {path: path.read_bytes() for path in out.rglob("*.*")}
+    # The next day's camera counts from 1 again.
+    photograph("day-2/1.png", 252)
+    assert score(str(tmp_path / "day-2"))[0] == "1 images, 1 defective (score above 0.7500)"
+    with (out / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["1.png", "2.png", "3.png", "1.png"]
+    assert [row["picture"] for row in rows] == ["1.png", "", "3.png", "1-2.png"]
+    assert json.loads((out / "scores.json").read_text())["skipped"] == []
+
+    other = colours(scale=2)
+    monkeypatch.setattr(other, "predict_maps", None)
+    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: other)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    code, _, errors = call("score", "m", product / "test", "--out", out, "--append")
+    assert code == 2
+    assert "another detector (it differs in image_threshold, pixel_threshold, scale)" in errors
+    assert before == {path: path.read_bytes() for path in out.rglob("*.*")}
+
+
 def test_score_draws_defective_images_only(product: Path, colours, tmp_path: Path, monkeypatch) -> None:
     detector = colours()
     monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
