@@ -430,6 +430,7 @@ class Detector(ABC):
                         scored_box=self.preprocessing.scored_box(size),
                         network_maps={name: some[index].numpy() for name, some in maps.items()},
                         seconds=seconds,
+                        ignored=self.preprocessing.ignored(size),
                     )
                 began = time.perf_counter()
         finally:

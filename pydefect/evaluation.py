@@ -161,10 +161,13 @@ class _Scored:
         top, left, bottom, right = scored.scored_box
         inside = scored.anomaly_map[top:bottom, left:right]
         if self.kinds is None:
-            mask = read_mask(sample, (height, width))[top:bottom, left:right]
+            mask = read_mask(sample, (height, width))
+            if scored.ignored is not None:
+                mask = mask & ~scored.ignored
+            mask = mask[top:bottom, left:right]
             self.pixels.setdefault(sample.defect, PixelScores()).add(inside, mask)
         else:
-            regions = read_regions(sample, (height, width), self.kinds, scored.scored_box)
+            regions = read_regions(sample, (height, width), self.kinds, scored.scored_box, scored.ignored)
             self.pixels.setdefault(sample.defect, PixelScores()).add(inside, regions=regions)
 
     def image_metrics(self) -> DetectionMetrics:

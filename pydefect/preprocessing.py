@@ -294,7 +294,7 @@ class Preprocessing:
         Returns
         -------
         numpy.ndarray or None
-            [H, W] bool; None: there are none.
+            [H, W] bool, one array for all images of a size and not to be written to; None: there are none.
 
         Raises
         ------
@@ -302,13 +302,7 @@ class Preprocessing:
             If the image does not hold the region or what is ignored, is smaller than the crop, or nothing is
             left of it.
         """
-        pixels = _unseen(self, self._part_size(original_size))
-        if pixels is None:
-            return None
-        ignored = np.zeros(original_size, dtype=np.bool_)
-        (row, column), (top, left, bottom, right) = self._begin, self.scored_box(original_size)
-        ignored[top:bottom, left:right] = pixels[top - row : bottom - row, left - column : right - column]
-        return ignored
+        return _ignored(self, original_size)
 
     def to_original(self, anomaly_map: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
         """Bring a map from the network input's size to the original image.
@@ -354,7 +348,7 @@ class Preprocessing:
             full = anomaly_map.new_zeros(original_size)
             full[top:bottom, left:right] = inside
         ignored = self.ignored(original_size)
-        return full if ignored is None else full.masked_fill_(torch.from_numpy(ignored).to(full.device), 0)
+        return full if ignored is None else full.masked_fill_(torch.tensor(ignored, device=full.device), 0)
 
     def mask_to_input(self, mask: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Bring a mask of the original image to the network input's size, each pixel from the nearest one.
@@ -629,6 +623,19 @@ def _unseen(preprocessing: Preprocessing, part: tuple[int, int]) -> Mask | None:
     for shape in preprocessing.ignore:
         pixels |= _drawn(shape, part, begin)
     return pixels if pixels.any() else None
+
+
+@lru_cache(maxsize=8)
+def _ignored(preprocessing: Preprocessing, original_size: tuple[int, int]) -> Mask | None:
+    """See :meth:`Preprocessing.ignored`."""
+    pixels = _unseen(preprocessing, preprocessing._part_size(original_size))
+    if pixels is None:
+        return None
+    ignored = np.zeros(original_size, dtype=np.bool_)
+    (row, column), (top, left, bottom, right) = preprocessing._begin, preprocessing.scored_box(original_size)
+    ignored[top:bottom, left:right] = pixels[top - row : bottom - row, left - column : right - column]
+    ignored.flags.writeable = False
+    return ignored
 
 
 @lru_cache(maxsize=8)

@@ -34,6 +34,7 @@ from pydefect.visualization import (
     overlay,
     shared_scale,
     shrink,
+    shrink_mask,
     to_rgb8,
 )
 
@@ -406,7 +407,8 @@ class ScoreFolderWriter:
             truth = None if ground_truth is None else ground_truth[index]
             parts = {name: maps[index] for name, maps in result.part_maps.items()}
             pixels = read_image(source) if isinstance(source, Path) else source
-            shown = _Shown(row, to_rgb8(pixels), anomaly_map, box, truth, parts)
+            ignored = result.ignored[index] if result.ignored else None
+            shown = _Shown(row, to_rgb8(pixels), anomaly_map, box, ignored, truth, parts)
             _check_sizes(shown)
             self._sheet.offer(shown)
             if not drawn:
@@ -469,20 +471,20 @@ class ScoreFolderWriter:
 
     def _draw(self, shown: _Shown, scale: tuple[float, float]) -> None:
         name = str(shown.row["picture"])
+        unscored: dict[str, Any] = {"scored_box": shown.scored_box, "ignored": shown.ignored}
         write_picture(
             self.out / "overlays" / name,
-            overlay(shown.picture, shown.anomaly_map, *scale, scored_box=shown.scored_box),
+            overlay(shown.picture, shown.anomaly_map, *scale, **unscored),
         )
         if shown.part_maps:
-            pictures = [fade_unscored(shown.picture, shown.scored_box)]
+            pictures = [fade_unscored(shown.picture, **unscored)]
             pictures += [
-                overlay(shown.picture, part, *scale, scored_box=shown.scored_box)
-                for part in shown.part_maps.values()
+                overlay(shown.picture, part, *scale, **unscored) for part in shown.part_maps.values()
             ]
             write_picture(self.out / "parts" / name, np.hstack(pictures))
         mask = self._mask(shown)
         if mask is not None:
-            marked = draw_contours(fade_unscored(shown.picture, shown.scored_box), mask)
+            marked = draw_contours(fade_unscored(shown.picture, **unscored), mask)
             write_picture(self.out / "contours" / name, marked)
             write_picture(self.out / "masks" / name, mask.astype(np.uint8) * np.uint8(255))
 
@@ -499,6 +501,8 @@ class ScoreFolderWriter:
             "anomaly_map": shown.anomaly_map,
             "scored_box": shown.scored_box,
         }
+        if shown.ignored is not None:
+            arrays["ignored"] = shown.ignored
         arrays |= {_PART + name: part for name, part in shown.part_maps.items()}
         np.savez(self._waiting / f"{len(self._waiting_rows)}.npz", **arrays)
         self._waiting_rows.append(shown.row)
@@ -514,7 +518,9 @@ class ScoreFolderWriter:
                 parts = {
                     name.removeprefix(_PART): kept[name] for name in kept.files if name.startswith(_PART)
                 }
-                self._draw(_Shown(row, kept["picture"], kept["anomaly_map"], box, None, parts), self._scale)
+                ignored = kept.get("ignored")
+                shown = _Shown(row, kept["picture"], kept["anomaly_map"], box, ignored, None, parts)
+                self._draw(shown, self._scale)
 
     def _finish(self) -> None:
         self._draw_waiting()
@@ -531,6 +537,7 @@ class ScoreFolderWriter:
                 scale=self._scale,
                 pixel_threshold=None if self._thresholds is None else self._thresholds[1],
                 scored_boxes=[shown.scored_box for shown in highest],
+                ignored=[shown.ignored for shown in highest],
                 part_maps={
                     name: [shown.part_maps[name] for shown in highest] for name in highest[0].part_maps
                 },
@@ -639,6 +646,7 @@ class _Shown:
     picture: NDArray[np.uint8]
     anomaly_map: NDArray[np.float32]
     scored_box: Box
+    ignored: NDArray[np.bool_] | None
     ground_truth: NDArray[Any] | None
     part_maps: dict[str, NDArray[np.float32]]
 
@@ -671,15 +679,15 @@ class _HighestScores:
 
 def _made_smaller(shown: _Shown) -> _Shown:
     picture, anomaly_map, box = shrink(shown.picture, shown.anomaly_map, shown.scored_box, _SHEET_EDGE)
-    truth = shown.ground_truth
-    if truth is not None and np.shape(truth) != picture.shape[:2]:
-        regions = (np.asarray(truth) != 0).astype(np.float32)
-        truth = cv2.resize(regions, picture.shape[1::-1], interpolation=cv2.INTER_AREA) > 0
+    ignored, truth = (
+        None if mask is None else shrink_mask(mask, (picture.shape[0], picture.shape[1]))
+        for mask in (shown.ignored, shown.ground_truth)
+    )
     parts = {
         name: shrink(shown.picture, part, shown.scored_box, _SHEET_EDGE)[1]
         for name, part in shown.part_maps.items()
     }
-    return _Shown(shown.row, picture, anomaly_map, box, truth, parts)
+    return _Shown(shown.row, picture, anomaly_map, box, ignored, truth, parts)
 
 
 class _PictureNames:

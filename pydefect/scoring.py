@@ -99,6 +99,8 @@ class ScoredImage:
         Reading, scoring and mapping back; of what a batch took together, an equal share.
     part_maps
         The parts of `network_maps`, at the original size as `anomaly_map`; a stream leaves them out.
+    ignored
+        [H, W] bool: pixels of the scored box that were not looked at; None: none.
     """
 
     name: str
@@ -109,6 +111,7 @@ class ScoredImage:
     network_maps: dict[str, NDArray[np.float32]]
     seconds: float
     part_maps: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    ignored: NDArray[np.bool_] | None = None
 
     @property
     def part_scores(self) -> dict[str, float]:
@@ -131,8 +134,8 @@ class Result:
     names
         The paths relative to the folder that was read, or ``image-00003`` for arrays.
     scored_boxes
-        (top, left, bottom, right) in original pixels, half open: what a centre crop left of the image.
-        Without a crop the whole image.
+        (top, left, bottom, right) in original pixels, half open: what the region and the centre crop left of
+        the image. Without them the whole image.
     image_threshold, pixel_threshold
         From the detector's calibration; None without one.
     p_values
@@ -148,6 +151,9 @@ class Result:
         [n] float32 a part: the maximum of each map, at the network's own size.
     part_thresholds
         The score over which a part speaks for a defect; empty without a calibration.
+    ignored
+        Per image [H, W] bool: pixels of the scored box that were not looked at, by the setting `ignore` or a
+        region with corners, whose scores are 0; None where there are none.
     """
 
     image_scores: NDArray[np.float32]
@@ -162,6 +168,7 @@ class Result:
     part_maps: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict)
     part_scores: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     part_thresholds: dict[str, float] = field(default_factory=dict)
+    ignored: list[NDArray[np.bool_] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Count the scored images."""
@@ -255,6 +262,7 @@ class Result:
             paths=[image.path for image in scored],
             names=[image.name for image in scored],
             scored_boxes=[image.scored_box for image in scored],
+            ignored=[image.ignored for image in scored],
             part_maps={
                 name: [image.part_maps[name] for image in scored]
                 for name in (scored[0].part_maps if scored else {})

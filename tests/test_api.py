@@ -211,6 +211,34 @@ def test_a_region_is_learned_and_scored_as_if_it_were_the_image(good, tmp_path, 
     assert result.names == ["image-00001"]
 
 
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("conpatch", {"weights": "random", "resize": 32, "calibration_folds": 2}),
+        ("padim", {"weights": "random", "resize": None, "channels": 4, "calibration_folds": 2}),
+        ("dual_ae", {"resize": 64, "steps": 2}),
+    ],
+)
+def test_what_is_ignored_changes_no_score(good, tmp_path, method, settings):
+    shapes = {"region": [(0, 0), (0, 60), (63, 63), (63, 0)], "ignore": [(10, 20, 30, 50)]}
+    detector = pydefect.fit(good, method=method, progress=False, **shapes, **settings)
+    detector.save(tmp_path / "model.safetensors")
+    ignored = detector.preprocessing.ignored((64, 64))
+    spoiled = [np.where(ignored[..., None], 255 - image, image) for image in good]
+    for one in (detector, pydefect.load(tmp_path / "model.safetensors")):
+        assert one.preprocessing == detector.preprocessing
+        result, other = (pydefect.score(one, images, progress=False) for images in (good, spoiled))
+        np.testing.assert_array_equal(result.image_scores, other.image_scores)
+        for index, anomaly_map in enumerate(result.anomaly_maps):
+            np.testing.assert_array_equal(anomaly_map, other.anomaly_maps[index])
+            np.testing.assert_array_equal(result.ignored[index], ignored)
+            assert not anomaly_map[ignored].any()
+            assert anomaly_map[~ignored].any()
+        for maps in result.part_maps.values():
+            assert not any(part[ignored].any() for part in maps)
+
+
 def test_streaming_scores_one_after_the_other(good, detector):
     """A camera has no end, and its next image may be long in coming: nothing waits for that."""
 

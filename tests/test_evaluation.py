@@ -7,6 +7,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,8 +35,8 @@ class Brightness(Detector):
 
     method = "brightness"
 
-    def __init__(self, crop: tuple[int, int] | None = None) -> None:
-        self.preprocessing = Preprocessing.create(None, crop, (0, 0, 0), (1, 1, 1))
+    def __init__(self, crop: tuple[int, int] | None = None, **shapes: Any) -> None:
+        self.preprocessing = Preprocessing.create(None, crop, (0, 0, 0), (1, 1, 1), **shapes)
         self.calibration = None
         self.device = torch.device("cpu")
         self.training = {}
@@ -148,6 +149,39 @@ def test_metrics_are_those_of_the_images_and_pixels_on_disk(written, crop, box, 
     assert evaluation.peak_rss_mb > 10
     assert evaluation.false_alarms is None
     assert evaluation.misses is None
+
+
+@pytest.mark.parametrize("with_kinds", [False, True])
+def test_what_is_ignored_counts_as_good_and_never_called_defective(written, with_kinds):
+    if with_kinds:
+        kinds_of_defects = {
+            "defect_name": "spot",
+            "pixel_value": 255,
+            "saturation_threshold": 0.2,
+            "relative_saturation": True,
+        }
+        (written / "defects_config.json").write_text(json.dumps([kinds_of_defects]))
+    detector = Brightness(ignore=[(0, 0, 9, 32), (0, 20, 24, 26)])
+    evaluation = pydefect.evaluate(detector, written, progress=False)
+    maps, masks, kinds = maps_and_masks(written)
+    cut = sum(bool(mask[:9].any()) for mask in masks)
+    assert cut, "no spot is cut, nothing is tested"
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        for part in (anomaly_map, mask):
+            part[:9] = part[:, 20:26] = 0
+    pixel_scores, pixel_labels = (np.concatenate([one.ravel() for one in part]) for part in (maps, masks))
+    assert evaluation.pixel == detection_metrics(pixel_labels > 0, pixel_scores)
+    assert evaluation.pixel_aupro == aupro(maps, masks)
+    scores = [anomaly_map.max() for anomaly_map in maps]
+    assert evaluation.image == detection_metrics([kind != "good" for kind in kinds], scores)
+    if with_kinds:
+        chosen = [index for index, kind in enumerate(kinds) if kind in ("bright", "good")]
+        regions = [
+            [(masks[index], max(int(0.2 * np.count_nonzero(masks[index])), 1))] if masks[index].any() else []
+            for index in chosen
+        ]
+        expected = spro([maps[index] for index in chosen], regions, limit=0.3)
+        assert evaluation.pixel_spro_by_defect["bright"][0.3] == expected
 
 
 def test_aupro_over_all_and_of_every_kind(written):
@@ -391,7 +425,7 @@ def test_the_maps_of_a_result_and_of_a_folder_of_scores(spots, tmp_path):
     assert lower.pixel_spro == expected.pixel_spro
     # Scored as a whole data set and as its test part.
     for which in (spots, spots / "test"):
-        with pydefect.score_folder.ScoreFolderWriter(tmp_path / "out", pictures=False, maps=True) as folder:
+        with pydefect.score_folder.ScoreFolderWriter(tmp_path / "out", pictures="none", maps=True) as folder:
             folder.add(pydefect.score(detector, which, progress=False))
         assert pydefect.evaluate_maps(spots, tmp_path / "out" / "maps", progress=False) == expected
 

@@ -153,6 +153,26 @@ def test_what_was_not_scored_is_faded(tmp_path: Path) -> None:
         assert tuple(picture[30, 10]) == (50, 50, 50)
 
 
+@pytest.mark.parametrize("threshold", [THRESHOLD, None])
+def test_what_was_ignored_is_faded(tmp_path: Path, threshold: float | None) -> None:
+    """At once, and where the pictures wait for their colours."""
+    ignored = np.zeros(SIZE, bool)
+    ignored[2:9, 3:12] = True
+    plain = make_result(["a.png", "b.png"], threshold=threshold)
+    result = replace(plain, ignored=[None, ignored])
+    write_score_folder(result, tmp_path / "some", images=images_for(2))
+    with ScoreFolderWriter(tmp_path / "parts") as writer:
+        writer.add(result, images=images_for(2))
+    for folder in ("overlays", "contours") if threshold else ("overlays",):
+        for out in (tmp_path / "some", tmp_path / "parts"):
+            first, second = (read_picture(out / folder / name) for name in ("a.png", "b.png"))
+            assert tuple(first[2, 3]) == (50, 50, 50)
+            assert (second[ignored] == 102).all()
+            assert tuple(second[1, 3]) == (51, 51, 51)
+    write_score_folder(plain, tmp_path / "plain", images=images_for(2))
+    assert (read_picture(tmp_path / "some/sheet.png") != read_picture(tmp_path / "plain/sheet.png")).any()
+
+
 def test_without_a_threshold_there_are_neither_masks_nor_verdicts(tmp_path: Path) -> None:
     write_score_folder(make_result(["a.png"], threshold=None), tmp_path, images=images_for(1))
     assert files_below(tmp_path) == {"scores.csv", "scores.json", "sheet.png", "overlays/a.png"}

@@ -370,7 +370,7 @@ def read_values(path: Path) -> Pixels:
     bits, floating = _tiff_short(data, _BITS_PER_SAMPLE), _tiff_short(data, _SAMPLE_FORMAT) == 3
     if _is_tiff(data) and bits == 16 and floating:
         raise InputError(f"{path}: a TIFF of float16 is not read; write float32, or an .npy file")
-    return _decode(data, path)
+    return _decode(data, str(path))
 
 
 def is_image_file(path: Path) -> bool:
