@@ -89,7 +89,8 @@ def fit(
         Show progress bars on standard error.
     settings
         Fields of the method's configuration, such as :class:`pydefect.conpatch.ConPatchConfig`; each
-        detector class names its own as ``config_type``.
+        detector class names its own as ``config_type``. All have ``resize``, ``crop``, ``region`` and
+        ``ignore`` (``docs/data.md``) and ``false_alarm_rate``.
 
     Returns
     -------
