@@ -1,4 +1,4 @@
-"""What an interruption (Ctrl-C) of a training leaves behind: the state after its last whole step."""
+"""What Ctrl-C leaves: one line of a command, of a training the state after its last whole step."""
 
 from __future__ import annotations
 
@@ -9,9 +9,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
-__all__ = ["saved_between_steps"]
+__all__ = ["INTERRUPTED", "end_while_loading", "saved_between_steps"]
+
+INTERRUPTED = 130
+"""The exit code of an interrupted command, as shells give it."""
+
+
+def end_while_loading(number: int, frame: FrameType | None) -> None:
+    """Handle SIGINT as Python does, but end the process, in one line, where a module is being imported.
+
+    While PyTorch is loaded, a KeyboardInterrupt in it comes out as another error, or aborts the process.
+    """
+    place = frame
+    while place is not None and not place.f_code.co_filename.startswith("<frozen importlib"):
+        place = place.f_back
+    if place is None:
+        signal.default_int_handler(number, frame)
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        os.write(2, b"pydefect: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 @contextmanager
@@ -20,8 +41,9 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
 
     A step that is cut off leaves weights, moments and random streams that belong to no step. So the first
     interruption waits for the step to end, is answered with ``save()``, and ends the training then; a second
-    one ends it at once. On a terminal a line says so. It is Python's own handling that is put off: a program
-    with a handler of its own keeps that, and other threads than the main one get no signals.
+    one ends it at once. On a terminal a line says so. What is put off is Python's own handling, or that of
+    the command line: a program with a handler of its own keeps that, and other threads than the main one get
+    no signals.
 
     Parameters
     ----------
@@ -65,9 +87,10 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
                 # Not print: the signal may have come in the middle of one.
                 os.write(sys.stderr.fileno(), b"\nstopping after this step; Ctrl-C again stops at once\n")
 
-    is_held = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.getsignal(signal.SIGINT)
+    is_held = threading.current_thread() is threading.main_thread() and before in (
+        signal.default_int_handler,
+        end_while_loading,
     )
     if save is None or not is_held:
         yield between_steps
@@ -76,7 +99,7 @@ def saved_between_steps(save: Callable[[], None] | None, interval: float) -> Ite
     try:
         yield between_steps
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
     if interrupted:
         # After the last step, or in what the block does around it: without an error the state is whole.
         save()

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from pydefect.data.ahead import done_ahead
-from pydefect.interruption import saved_between_steps
+from pydefect.interruption import end_while_loading, saved_between_steps
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -72,6 +72,15 @@ def test_the_first_interruption_ends_the_step_and_saves():
     with pytest.raises(KeyboardInterrupt):
         train(5, save, 1e9, interrupt_in=[2])
     assert save == [[0, 1, 2]]
+
+
+def test_the_command_lines_handling_is_put_off_too_and_comes_back():
+    signal.signal(signal.SIGINT, end_while_loading)
+    save = Saved()
+    with pytest.raises(KeyboardInterrupt):
+        train(5, save, 1e9, interrupt_in=[2])
+    assert save == [[0, 1, 2]]
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is end_while_loading
 
 
 def test_the_second_one_ends_it_at_once():
@@ -161,7 +170,7 @@ def test_another_thread_trains_without_signals():
 
 TRAINING = """
 import os, signal
-from pydefect.interruption import saved_between_steps
+from pydefect.interruption import end_while_loading, saved_between_steps
 with saved_between_steps(lambda: print("saved"), 1e9) as between_steps:
     os.kill(os.getpid(), signal.SIGINT)
     print("step done")

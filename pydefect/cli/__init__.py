@@ -24,6 +24,7 @@ from pydefect.cli.pretrain_teacher import pretrain_teacher
 from pydefect.cli.report import report
 from pydefect.cli.score import score
 from pydefect.heap import return_large_blocks
+from pydefect.interruption import INTERRUPTED
 from pydefect.version import VERSION
 
 __all__ = ["app", "main"]
@@ -83,7 +84,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = _show_warning
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before there is a command that would answer it
+        say("pydefect: interrupted")
+        sys.exit(INTERRUPTED)
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_how: Any) -> None:

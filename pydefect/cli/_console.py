@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from pydefect.errors import InputError, PydefectError
+from pydefect.interruption import INTERRUPTED
 from pydefect.places import check_file_writable
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
     "say",
 ]
 
-FAILURE, WRONG_CALL, INTERRUPTED = 1, 2, 130
+FAILURE, WRONG_CALL = 1, 2
 DEBUG_VARIABLE = "PYDEFECT_DEBUG"
 
 
@@ -119,6 +120,8 @@ class OneLineErrors(TyperGroup):
             code = super().main(args, "pydefect", complete_var, standalone_mode=False, obj=call, **extra)
         except Exception as error:
             code = _report(error, call)
+        if code == INTERRUPTED:
+            say("pydefect: interrupted" + (f"; {call.resume}" if call.resume else ""))
         if standalone_mode:
             raise SystemExit(code or 0)
         return code or 0
@@ -128,7 +131,6 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            say("pydefect: interrupted" + (f"; {ctx.obj.resume}" if ctx.obj.resume else ""))
             raise typer.Exit(INTERRUPTED) from None
 
 

@@ -499,6 +499,25 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert "nowhere" in done.stderr
 
 
+@pytest.mark.parametrize("library", ["typer", "torch"])
+def test_an_interruption_while_a_library_loads_is_answered_in_one_line(library: str, tmp_path: Path) -> None:
+    # What PyTorch makes of it is chance: another error, or the end of the process.
+    (tmp_path / f"{library}.py").write_text(
+        "import signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise RecursionError from None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pydefect", "info"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "pydefect: interrupted\n")
+
+
 @pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
 def test_calibrate_writes_the_model_that_a_link_leads_to(model: Path, tmp_path: Path) -> None:
     copy, link = tmp_path / "flange-3.safetensors", tmp_path / "current.safetensors"
