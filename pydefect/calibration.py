@@ -171,13 +171,42 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Read what :meth:`to_dict` wrote."""
+        """Read what :meth:`to_dict` wrote.
+
+        Raises
+        ------
+        InputError
+            A value makes no sense: it was changed since, or is of another program.
+        """
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         parts = values.get("part_maxima", {})
         fields["part_maxima"] = {name: tuple(maxima) for name, maxima in parts.items()}
-        return cls(**fields)
+        read = cls(**fields)
+        read._check()
+        return read
+
+    def _check(self) -> None:
+        """Raise InputError where a value makes no sense: a NaN among thresholds finds no defect, ever."""
+        for name in ("image_threshold", "pixel_threshold"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value):
+                raise InputError(f"{name}: {value!r} given; allowed are finite numbers")
+        if self.source not in ("held_out", "labelled"):
+            raise InputError(f"source: {self.source!r} given; allowed are 'held_out' and 'labelled'")
+        if not isinstance(self.images, int) or isinstance(self.images, bool) or self.images < 1:
+            raise InputError(f"images: {self.images!r} given; allowed are whole numbers from 1 on")
+        check_terms(self.false_alarm_rate, self.confidence)
+        if self.interval is not None:
+            ends = self.interval
+            if len(ends) != 2 or not all(map(_is_number, ends)) or not 0 <= ends[0] <= ends[1] <= 1:
+                raise InputError(f"interval: {ends!r} given; allowed are 0 <= low <= high <= 1")
+        scores = {name: getattr(self, name) for name in ("image_scores", "map_maxima", "defective_scores")}
+        for name, values in {**scores, **self.part_maxima}.items():
+            finite = all(_is_number(value) and math.isfinite(value) for value in values)
+            if not finite or list(values) != sorted(values):
+                raise InputError(f"{name}: allowed are finite numbers in ascending order")
 
     @cached_property
     def part_thresholds(self) -> dict[str, float]:
@@ -524,13 +553,17 @@ def _check_scores(scores: Sequence[float]) -> None:
         raise InputError("scores: some are not finite")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
+
+
 def _check_rate(rate: Any) -> float:
-    if not isinstance(rate, _NUMBERS) or isinstance(rate, bool) or not 0 <= rate <= 1:
+    if not _is_number(rate) or not 0 <= rate <= 1:
         raise InputError(f"false_alarm_rate: {rate!r} given; allowed are 0 to 1")
     return float(rate)
 
 
 def _check_confidence(confidence: Any) -> float:
-    if not isinstance(confidence, _NUMBERS) or isinstance(confidence, bool) or not 0 < confidence < 1:
+    if not _is_number(confidence) or not 0 < confidence < 1:
         raise InputError(f"confidence: {confidence!r} given; allowed are numbers over 0 and under 1")
     return float(confidence)

@@ -164,6 +164,33 @@ def test_files_from_before_there_were_intervals():
     assert calibration.p_values([0.0, 1.0, 2.0]) == pytest.approx([1.0, 2 / 3, 1 / 3], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_threshold", math.nan),
+        ("pixel_threshold", None),
+        ("source", "guessed"),
+        ("images", -2),
+        ("images", 2.5),
+        ("false_alarm_rate", math.nan),
+        ("confidence", 1.0),
+        ("interval", [0.5, 0.1]),
+        ("interval", [0.5]),
+        ("image_scores", [0.1, math.nan]),
+        ("map_maxima", [0.2, "2.5"]),
+        ("defective_scores", [3.0, 1.0]),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_where_they_are_read(name, value):
+    """Files from before there were digests may have changed; a NaN threshold found no defect, ever."""
+    calibration = held_out_calibration([0.1, 1.5], [0.2, 2.5], 0.5, part_maxima={"local": [1.0, 2.0]})
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
+    with pytest.raises(InputError, match=f"{name}: .*allowed are"):
+        Calibration.from_dict({**calibration.to_dict(), name: value})
+    with pytest.raises(InputError, match="local: allowed are"):
+        Calibration.from_dict({**calibration.to_dict(), "part_maxima": {"local": [math.inf]}})
+
+
 # -- intervals and promises
 # --------------------------------------------------------------------------------------------------
 
