@@ -20,6 +20,7 @@ from pydefect.interruption import INTERRUPTED
 from pydefect.places import check_file_writable
 
 __all__ = [
+    "STANDARD_OUTPUT",
     "BatchSize",
     "Call",
     "Debug",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 FAILURE, WRONG_CALL = 1, 2
+# As an option's file.
+STANDARD_OUTPUT = Path("-")
 DEBUG_VARIABLE = "PYDEFECT_DEBUG"
 
 

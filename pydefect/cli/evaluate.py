@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pydefect.cli._console import (
+    STANDARD_OUTPUT,
     BatchSize,
     Debug,
     Device,
@@ -32,7 +35,12 @@ def evaluate(
     ],
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures here too; replaced if it exists."),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the figures here too; replaced if it exists. -: print them, and all else to standard "
+            "error.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -57,7 +65,8 @@ def evaluate(
     pydefect evaluate bottle.safetensors mvtec_ad/bottle --json bottle.json
     pydefect evaluate bottle.safetensors mvtec_ad/bottle --out runs/bottle
     """
-    if json_file is not None:
+    is_printed = json_file == STANDARD_OUTPUT
+    if json_file is not None and not is_printed:
         check_new_file(json_file, "--json", force=True)
         if out is not None and is_below(json_file, out):
             raise typer.BadParameter(
@@ -75,10 +84,14 @@ def evaluate(
     )
     for skipped in evaluation.skipped:
         say(f"skipped: {skipped.name}: {skipped.reason}")
-    print_evaluation(evaluation)
+    with redirect_stdout(sys.stderr) if is_printed else nullcontext():
+        print_evaluation(evaluation)
     if json_file is not None:
-        content = {"pydefect": pydefect.__version__, **evaluation.to_dict()}
-        write_atomically(json_file, (json.dumps(content, indent=2) + "\n").encode())
+        content = json.dumps({"pydefect": pydefect.__version__, **evaluation.to_dict()}, indent=2)
+        if is_printed:
+            typer.echo(content)
+        else:
+            write_atomically(json_file, f"{content}\n".encode())
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

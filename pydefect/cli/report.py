@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pydefect.cli._console import Debug, Quiet, check_new_file, is_below
+from pydefect.cli._console import STANDARD_OUTPUT, Debug, Quiet, check_new_file, is_below
 
 
 def report(
@@ -23,7 +23,7 @@ def report(
             "--out",
             "-o",
             metavar="FILE",
-            help="The HTML file; replaced if it exists.  [default: report.html in RUN]",
+            help="The HTML file; replaced if it exists. -: standard output.  [default: report.html in RUN]",
         ),
     ] = None,
     data: Annotated[
@@ -46,6 +46,9 @@ def report(
     pydefect report runs/bottle --out bottle.html
     pydefect report runs
     """
+    is_printed = out == STANDARD_OUTPUT
+    if is_printed:
+        out = Path("/dev/stdout")
     if out is not None:
         check_new_file(out, "--out", force=True)
 
@@ -65,4 +68,5 @@ def report(
         )
     else:
         page = write_index(run, images=images, progress=not quiet)
-    typer.echo(f"report: {page}")
+    if not is_printed:
+        typer.echo(f"report: {page}")

@@ -396,6 +396,23 @@ def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp
     assert all(defect in output for defect in DEFECTS)
 
 
+def test_a_dash_is_standard_output(
+    product: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output, errors = call("evaluate", model, product, "--json", "-", "--out", "run", "--quiet")
+    assert code == 0, errors
+    figures = json.loads(output)
+    assert f"{100 * figures['image_auroc']:8.2f}" in errors
+    # Not of the runner's streams: the page is written into what /dev/stdout leads to.
+    done = subprocess.run(
+        [sys.executable, "-m", "pydefect", "report", "run", "--out", "-"], capture_output=True, check=True
+    )
+    assert done.stdout.startswith(b"<!DOCTYPE html>")
+    assert done.stdout.endswith(b"</html>")
+    assert os.listdir() == ["run"]
+
+
 def test_long_names_of_defects_stand_apart_from_their_figures(
     product: Path, model: Path, tmp_path: Path
 ) -> None:
