@@ -10,7 +10,7 @@ import cv2
 import torch
 
 from pydefect import _native
-from pydefect.ops._library import load_cuda_library
+from pydefect.ops._library import load_cuda_library, load_errors
 from pydefect.version import VERSION
 
 __all__ = ["BuildInfo", "build_info", "versions"]
@@ -40,6 +40,8 @@ class BuildInfo:
         CUDA architectures with kernels, as CMake writes them: "80-real" is machine code, "90" also PTX.
     cuda_kernels_loaded : bool
         Whether there is a CUDA device and the build has kernels for it.
+    cuda_load_error : str or None
+        Why the kernels did not load; None: they did, or there was no device or none to load.
     """
 
     version: str
@@ -54,6 +56,7 @@ class BuildInfo:
     nvcc: str | None
     cuda_architectures: tuple[str, ...]
     cuda_kernels_loaded: bool
+    cuda_load_error: str | None
 
     def as_dict(self) -> dict[str, object]:
         """Return the facts as a dictionary, in the order above."""
@@ -88,6 +91,7 @@ def build_info() -> BuildInfo:
         nvcc=facts["nvcc"] or None,
         cuda_architectures=tuple(facts["cuda_architectures"]),
         cuda_kernels_loaded=load_cuda_library(),
+        cuda_load_error=load_errors.get("cuda"),
     )
 
 

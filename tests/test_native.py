@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pydefect import _native
 from pydefect.buildinfo import build_info
+from pydefect.cli import app
 from pydefect.ops import _library
 
 
@@ -117,6 +119,29 @@ def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         ImportError, match=r"libbroken\.so does not load: .*too short.*needs 2\.11 or later; this is"
     ):
         _library._load("libbroken.so")
+
+
+def test_a_cuda_library_that_does_not_load_leaves_the_cpu(monkeypatch, tmp_path):
+    (tmp_path / "libpydefect_cuda.so").write_bytes(b"no library")
+    monkeypatch.setattr(_library.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_library, "_with_kernels", {"cpu"})
+    _library.load_cuda_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"the CPU works: .*_cuda\.so does not load: .*too short"):
+            assert not _library.load_cuda_library()
+        facts = build_info()
+        with pytest.raises(RuntimeError, match=r"tensors on cuda:0: libpydefect_cuda\.so does not load"):
+            _library.require_kernels(torch.device("cuda", 0))
+        assert not facts.cuda_kernels_loaded
+        assert "too short" in facts.cuda_load_error
+        shown = CliRunner().invoke(app, ["info"])
+        assert shown.exit_code == 0
+        assert "instruction sets" in shown.stdout
+        assert "too short" in shown.stdout
+    finally:
+        _library.load_errors.clear()
+        _library.load_cuda_library.cache_clear()
 
 
 def test_missing_cuda_kernels_say_what_to_do(monkeypatch):

@@ -62,6 +62,7 @@ def _facts() -> dict[str, dict[str, Any]]:
             "nvcc": build.nvcc,
             "kernels built for": build.cuda_architectures,
             "kernels loaded": build.cuda_kernels_loaded,
+            "load error": build.cuda_load_error,
         },
         "imagenet weights": {
             name: None if (file := cached_weights(name)) is None else str(file) for name in IMAGENET_WEIGHTS

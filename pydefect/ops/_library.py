@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from importlib import resources
 
 import torch
@@ -14,6 +15,8 @@ _CUDA_LIBRARY = "libpydefect_cuda.so"
 # Types of devices; filled when the libraries are loaded. A plain global: torch.compile reads it where it
 # could not trace the loading.
 _with_kernels: set[str] = set()
+# Of types of devices whose library is there and does not load, the reason.
+load_errors: dict[str, str] = {}
 
 
 def _load(name: str) -> bool:
@@ -53,8 +56,16 @@ def load_cpu_library() -> None:
 
 @functools.cache
 def load_cuda_library() -> bool:
-    """Load the operators' CUDA kernels where there is a CUDA device; tell whether they are there."""
-    loaded = torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+    """Load the operators' CUDA kernels where there is a CUDA device; tell whether they are there.
+
+    Where they do not load, a warning says why, and the CPU's do their work.
+    """
+    try:
+        loaded = torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+    except ImportError as error:
+        load_errors["cuda"] = str(error)
+        warnings.warn(f"no CUDA kernels, the CPU works: {error}", stacklevel=2)
+        return False
     if loaded:
         _with_kernels.add("cuda")
     return loaded
@@ -71,6 +82,8 @@ def has_kernels(device: torch.device) -> bool:
 def require_kernels(device: torch.device) -> None:
     """Raise a RuntimeError that says what to do where this build has no kernels for `device`."""
     if device.type == "cuda" and not has_kernels(device):
+        if "cuda" in load_errors:
+            raise RuntimeError(f"no CUDA kernels for tensors on {device}: {load_errors['cuda']}")
         raise RuntimeError(
             f"this build of pydefect has no CUDA kernels for tensors on {device}: move them to the CPU, "
             "or install pydefect from source where nvcc is found"
