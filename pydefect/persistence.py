@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,19 @@ __all__ = [
     "Checkpoint",
     "folder_written_atomically",
     "load_tensors",
+    "remove_left",
     "replace_metadata",
     "save_tensors",
+    "working_folder",
     "write_atomically",
 ]
 
 _METADATA_KEY = "pydefect"
 _DIGEST_KEY = "sha256"
+
+# In a working folder.
+_NEW, _OLD, _LOCK = "new", "old", "pydefect.lock"
+_RANDOM_LETTERS = 8  # that tempfile puts at the end of a name
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: bool = True) -> None:
@@ -95,10 +103,8 @@ def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     # other folders.
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
-    ) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
+    with working_folder(path.parent, f".{path.name}.") as temporary:
+        new, old = temporary / _NEW, temporary / _OLD
         new.mkdir()
         try:
             yield new
@@ -115,6 +121,54 @@ def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             if old.exists():
                 old.rename(path)
             raise
+
+
+@contextmanager
+def working_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Make a folder for what is not finished yet, and remove what killed programs have left.
+
+    Parameters
+    ----------
+    parent, prefix
+        The folder that it is made in, and what its name begins with; see :func:`remove_left`.
+
+    Yields
+    ------
+    pathlib.Path
+        The folder, which is removed with all that is in it when the block ends.
+    """
+    remove_left(parent, prefix)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        with ExitStack() as lock:
+            # Where there are no locks there is none to be found, and nobody removes the folder.
+            with suppress(OSError):
+                file = lock.enter_context(open(folder / "unlocked", "wb"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Nobody sees it before it is locked.
+                os.rename(folder / "unlocked", folder / _LOCK)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left(parent: Path, prefix: str) -> None:
+    """Remove those of :func:`working_folder`, by their prefix, whose programs have been killed."""
+    for folder in parent.glob(f"{glob.escape(prefix)}{'?' * _RANDOM_LETTERS}"):
+        if _is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether the program that made a working folder has ended: the system has opened its lock then."""
+    if (folder / _OLD).exists() and (folder / _NEW).exists():  # killed between the two renames
+        return False
+    try:
+        with open(folder / _LOCK, "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _umask() -> int:

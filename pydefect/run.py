@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 import zipfile
 from collections.abc import Mapping
@@ -47,8 +48,9 @@ __all__ = ["Run", "RunImage", "is_run", "machine", "read_run", "write_run"]
 
 FORMAT = 1
 EVALUATION, IMAGES, MAPS = "evaluation.json", "images.jsonl", "maps.npz"
-# What a later run may take away; the page is pydefect.report's.
+# What a later run may take away; the page is pydefect.report's, and the part of one if that was killed.
 _REPLACED = (EVALUATION, IMAGES, MAPS, "report.html")
+_PART_OF_A_PAGE = re.compile(r"\.report\.html\.[a-z0-9_]{8}")
 
 _LARGEST_EXPONENT = (
     15  # a map's largest value becomes at least 2**14 and less than 2**15: float16 ends at 65504
@@ -354,13 +356,17 @@ def check_place(folder: Path) -> None:
         raise InputError(f"out: {str(folder)!r} is where a file system is mounted; name a folder in it")
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     # The folder is replaced as a whole, with all that is in it.
-    others = [path.name for path in found if path.name not in _REPLACED or not path.is_file()]
+    others = [path.name for path in found if not (_is_replaced(path.name) and path.is_file())]
     if others or (found and not _was_written_here(folder)):
         which = f" ({others[0]})" if others else ""
         raise InputError(
             f"out: {str(folder)!r} holds something else than a run{which}; name a new or empty folder, or an "
             "earlier run"
         )
+
+
+def _is_replaced(name: str) -> bool:
+    return name in _REPLACED or _PART_OF_A_PAGE.fullmatch(name) is not None
 
 
 def _was_written_here(folder: Path) -> bool:

@@ -8,7 +8,6 @@ import heapq
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from pydefect.data.images import SkippedImage, open_images, read_image
 from pydefect.errors import InputError
-from pydefect.persistence import write_atomically
+from pydefect.persistence import remove_left, working_folder, write_atomically
 from pydefect.places import check_writable
 from pydefect.scoring import Region, Result
 from pydefect.version import VERSION
@@ -73,6 +72,8 @@ _LIST = "scores.json"
 _SHEET_EDGE = 1024
 # What the arrays of a map's parts are called where they wait.
 _PART = "part-"
+# What the names of folders begin with in which images wait.
+_UNFINISHED = ".unfinished-"
 # In bytes, of one part of a path: most file systems allow 255, and endings come on top.
 _LONGEST_NAME = 180
 
@@ -304,6 +305,7 @@ class ScoreFolderWriter:
 
     def __enter__(self) -> ScoreFolderWriter:
         self.out.mkdir(parents=True, exist_ok=True)
+        remove_left(self.out, _UNFINISHED)
         if self._append:
             with ExitStack() as stack:
                 stack.enter_context(_alone_in(self.out))
@@ -494,8 +496,7 @@ class ScoreFolderWriter:
 
     def _put_aside(self, shown: _Shown) -> None:
         if self._waiting is None:
-            folder = tempfile.TemporaryDirectory(prefix=".unfinished-", dir=self.out)
-            self._waiting = Path(self._open.enter_context(folder))
+            self._waiting = self._open.enter_context(working_folder(self.out, _UNFINISHED))
         arrays: dict[str, Any] = {
             "picture": shown.picture,
             "anomaly_map": shown.anomaly_map,

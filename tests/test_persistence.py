@@ -178,6 +178,41 @@ def test_a_folder_is_replaced_where_its_name_leads_from_the_current_folder(tmp_p
     assert not [name for name in [*os.listdir(tmp_path), *os.listdir(place.parent)] if name[0] == "."]
 
 
+@pytest.fixture
+def killed(tmp_path) -> Path:
+    """What a program leaves that was killed while it wrote the folder ``run``."""
+    code = (
+        "import os, signal, sys; from pydefect.persistence import folder_written_atomically as written\n"
+        "with written('run') as new: (new / 'part').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "new" / "part").exists()
+    return left
+
+
+def test_what_a_killed_program_left_is_removed(tmp_path, killed):
+    with folder_written_atomically(tmp_path / "other"):
+        assert killed.exists()
+    with folder_written_atomically(tmp_path / "run"):
+        assert not killed.exists()
+    assert sorted(os.listdir(tmp_path)) == ["other", "run"]
+
+
+def test_what_others_use_or_made_is_not_removed(tmp_path, killed):
+    path = tmp_path / "run"
+    # Killed between the two renames: the earlier run is in it alone.
+    (killed / "old").mkdir()
+    kept = tmp_path / ".run.original"
+    kept.mkdir()
+    with folder_written_atomically(path) as first, folder_written_atomically(path) as second:
+        (first / "of").write_text("the first")
+        (second / "of").write_text("the second")
+    # The inner block ends first.
+    assert (path / "of").read_text() == "the first"
+    assert sorted(tmp_path.iterdir()) == sorted([killed, kept, path])
+
+
 def test_no_infinity_in_the_metadata(tmp_path):
     """It is no JSON: other readers of the file would stumble."""
     with pytest.raises(ValueError, match="JSON"):

@@ -144,6 +144,8 @@ def test_nothing_else_is_replaced(colours, product, tmp_path):
     (tmp_path / "letters" / "mine.txt").write_text("precious")
     run = tmp_path / "run"
     pydefect.evaluate(colours(), product, out=run, progress=False)
+    # What a killed `pydefect report` left is no one's work.
+    (run / ".report.html.k1l2ed_0").write_text("<!DOCTYPE")
     pydefect.evaluate(colours(), product, out=run, progress=False)
     (run / "notes.txt").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "letters")

@@ -267,6 +267,15 @@ def test_an_empty_result_is_a_folder_too(tmp_path: Path) -> None:
         assert read_rows(tmp_path) == []
 
 
+def test_what_a_killed_program_put_aside_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".unfinished-k1l2ed_0"
+    left.mkdir()
+    # Nobody holds this lock.
+    (left / "pydefect.lock").touch()
+    write_score_folder(make_result(["a"], threshold=None), tmp_path, images=images_for(1))
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("threshold", [THRESHOLD, None])
 def test_parts_give_the_same_folder_as_the_whole(tmp_path: Path, threshold: float | None) -> None:
     names = ["a.png", "b/c.png", "d.jpg"]
