@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -194,8 +193,8 @@ class FeatureCache:
     device
         In whose memory.
     folder
-        Where the file is made, in a temporary folder that is removed with the cache; None: the system's
-        temporary folder.
+        Where the file is made, which has no name and is gone with the cache, or with its process; None: the
+        system's temporary folder.
 
     Notes
     -----
@@ -280,9 +279,8 @@ class FeatureCache:
 
     def _spill(self, flat: Tensor) -> None:
         if self._file is None:
-            folder = tempfile.mkdtemp(prefix="pydefect-features-", dir=self._parent)
-            weakref.finalize(self, shutil.rmtree, folder, True)
-            self._file = open(Path(folder) / "features.float16", "w+b")  # noqa: SIM115 - lives as long as the cache
+            # Without a name: the system takes it away however the process ends.
+            self._file = tempfile.TemporaryFile(dir=self._parent)  # noqa: SIM115 - lives as long as the cache
         try:
             self._file.seek(self._on_disk * self._image_bytes)
             self._file.write(flat.cpu().numpy().tobytes())
@@ -290,7 +288,7 @@ class FeatureCache:
             raise OSError(
                 error.errno,
                 f"{error.strerror} (features over cache_memory_mb go there; TMPDIR names another place)",
-                self._file.name,
+                os.fspath(self._parent or tempfile.gettempdir()),
             ) from error
         self._on_disk += 1
 
