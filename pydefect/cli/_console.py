@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -166,8 +167,9 @@ def _one_line(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Write a line for people to stderr; stdout holds results only."""
-    typer.echo(text, err=True)
+    """Write a line for people to stderr, if anyone still reads it; stdout holds results only."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def duration(seconds: float) -> str:

@@ -84,14 +84,14 @@ def evaluate(
     )
     for skipped in evaluation.skipped:
         say(f"skipped: {skipped.name}: {skipped.reason}")
+    # First: who reads what is printed may be gone.
+    figures = json.dumps({"pydefect": pydefect.__version__, **evaluation.to_dict()}, indent=2)
+    if json_file is not None and not is_printed:
+        write_atomically(json_file, f"{figures}\n".encode())
     with redirect_stdout(sys.stderr) if is_printed else nullcontext():
         print_evaluation(evaluation)
-    if json_file is not None:
-        content = json.dumps({"pydefect": pydefect.__version__, **evaluation.to_dict()}, indent=2)
-        if is_printed:
-            typer.echo(content)
-        else:
-            write_atomically(json_file, f"{content}\n".encode())
+    if is_printed:
+        typer.echo(figures)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

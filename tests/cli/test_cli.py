@@ -413,6 +413,21 @@ def test_a_dash_is_standard_output(
     assert os.listdir() == ["run"]
 
 
+def test_readers_that_have_gone_take_no_results_with_them(product: Path, model: Path, tmp_path: Path) -> None:
+    """As ``| head`` does. A fit's warning ended it before its model was saved."""
+    read, write = os.pipe()
+    os.close(read)
+    program = [sys.executable, "-m", "pydefect"]
+    fit = [*program, "fit", product, "--out", tmp_path / "m", *FAST]
+    evaluate = [*program, "evaluate", model, product, "--json", tmp_path / "figures.json"]
+    for arguments, closed, other in ((fit, "stderr", "stdout"), (evaluate, "stdout", "stderr")):
+        done = subprocess.run(arguments, text=True, check=False, **{closed: write, other: subprocess.PIPE})
+        assert "Traceback" not in getattr(done, other)
+    os.close(write)
+    assert pydefect.load(tmp_path / "m").training["images"] == 6
+    assert json.loads((tmp_path / "figures.json").read_text())["images"] == 9
+
+
 def test_long_names_of_defects_stand_apart_from_their_figures(
     product: Path, model: Path, tmp_path: Path
 ) -> None:
