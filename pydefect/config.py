@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from pydefect.errors import InputError
+from pydefect.errors import InputError, nearest
 from pydefect.preprocessing import Preprocessing, Shape, check_shape, check_shapes
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Settings:
             if name not in known:
                 raise InputError(
                     f"{name}: not a setting of {cls.TITLE}; allowed are {', '.join(sorted(known))}"
+                    f"{nearest(name, known)}"
                 )
         return cls(**{**cls.PRESETS[preset], **settings})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError", "ModelFileError", "PydefectError", "WeightsNotFoundError"]
+from collections.abc import Iterable
+
+__all__ = ["InputError", "ModelFileError", "PydefectError", "WeightsNotFoundError", "nearest"]
 
 
 class PydefectError(Exception):
@@ -22,3 +24,11 @@ class ModelFileError(InputError):
 
 class WeightsNotFoundError(InputError, FileNotFoundError):
     """Weights that are neither cached nor downloadable: the message says which file belongs where."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the one that may have been meant, if any is near."""
+    import difflib  # nobody has to wait for it who makes no mistake
+
+    found = difflib.get_close_matches(name.lower(), names, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""

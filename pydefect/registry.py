@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from pydefect.errors import InputError
+from pydefect.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from pydefect.detector import Detector
@@ -107,7 +107,9 @@ def detector_type(method: Any) -> type[Detector]:
     """
     declared = declared_methods()
     if not isinstance(method, str) or (method not in METHODS and method not in declared):
-        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(method_names())}")
+        names = method_names()
+        meant = nearest(str(method), names)
+        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(names)}{meant}")
     packages = [*(["pydefect"] if method in METHODS else []), *map(package_name, declared.get(method, []))]
     if len(packages) > 1:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -50,6 +51,8 @@ class Call:
     debug: bool = False
     resume: str | None = None
     """What to say after an interruption."""
+    context: typer.Context | None = None
+    """Of the command, once it is known which."""
 
 
 class OnError(str, Enum):
@@ -60,6 +63,7 @@ class OnError(str, Enum):
 
 
 def _set_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.obj.context = ctx
     if value:
         ctx.obj.debug = True
     return value
@@ -143,11 +147,13 @@ def _report(error: Exception, call: Call) -> int:
     if _is_usage_error(error):
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context else ""
-        say(f"pydefect: error: {_one_line(error.format_message())}{hint}")  # type: ignore[attr-defined]
+        say(f"pydefect: error: {_one_line(_usage_text(error))}{hint}")
         return WRONG_CALL
     if call.debug:
         traceback.print_exception(error)
     text = _one_line(str(error))
+    if isinstance(error, InputError) and call.context is not None:
+        text = _as_typed(text, call.context)
     if not isinstance(error, PydefectError | OSError):
         # Nobody wrote this message for a user: at least say what it is and how to see more.
         text = f"{type(error).__name__}{': ' if text else ''}{text}"
@@ -160,6 +166,30 @@ def _is_usage_error(error: Exception) -> bool:
     # Some versions of Typer carry click inside, others use the installed one: there is no class to import
     # that serves both.
     return hasattr(error, "format_message") and getattr(error, "exit_code", None) == WRONG_CALL
+
+
+def _usage_text(error: Any) -> str:
+    text: str = error.format_message()
+    # Versions of Typer that check by pydantic leave out what was given.
+    details = getattr(error.__cause__, "errors", None)
+    given = f"'{details()[0]['input']}'" if callable(details) else ""
+    return text if given in text else f"{text}; {given} given"
+
+
+def _as_typed(text: str, context: typer.Context) -> str:
+    """Begin a message that begins with an argument of the function behind the command with its option."""
+    found = re.match(r"\w+(?=: | is )", text)
+    if found is None:
+        return text
+    name, rest = found[0], text[found.end() :]
+    for parameter in context.command.params:
+        # A list of methods may have one that is unknown.
+        if parameter.name in (name, f"{name}s"):
+            is_option = parameter.param_type_name == "option"
+            typed = max(parameter.opts, key=len) if is_option else getattr(parameter, "metavar", None)
+            return f"{(typed or name).rstrip('.')}{rest}"
+    given = [entry.partition("=")[0].strip() for entry in context.params.get("settings") or ()]
+    return f"--set {text}" if name in given else text
 
 
 def _one_line(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -394,6 +395,39 @@ def test_evaluate_prints_a_table_and_writes_json(product: Path, model: Path, tmp
     assert figures["configuration"]["representation_dim"] == 64
     assert f"{100 * figures['image_auroc']:8.2f}" in output
     assert all(defect in output for defect in DEFECTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fit", "DATA", "--out", "m", "--seed", "-1"], "'--seed': .*-1"),
+        (
+            ["fit", "DATA", "--out", "m", "--device", "tpu"],
+            "--device: 'tpu' given; allowed are 'auto', 'cpu'",
+        ),
+        (["fit", "DATA", "--out", "m", "--set", "gamma=abc"], "--set gamma: 'abc' given; allowed are 1 and"),
+        (["fit", "DATA", "--out", "m", "--set", "gama=2"], "--set gama: .*; did you mean 'gamma'"),
+        (["fit", "DATA", "--out", "m", "--method", "Conpach"], "--method: .*; did you mean 'conpatch'"),
+        (["fit", "DATA", "--out", "m", "--weights", "none.pth"], "--weights: no file 'none.pth'; give a"),
+        (["calibrate", "MODEL", "--confidence", "2"], "--confidence: 2.0 given; allowed are numbers over 0"),
+        (["score", "m", "DATA/test", "--out", "scores"], "MODEL: no file 'm'"),
+        (["score", "MODEL", "DATA/test", "--out", "s", "--batch-size", "0"], "'--batch-size': .*0"),
+        (["benchmark", "--data", "DATA", "--out", "b", "--methods", "padimm"], "--methods: .* mean 'padim'"),
+    ],
+)
+def test_an_error_names_the_option_as_it_was_typed(
+    arguments: list[str],
+    said: str,
+    product: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [text.replace("DATA", str(product)).replace("MODEL", str(model)) for text in arguments]
+    code, output, errors = call(*arguments)
+    assert (code, output) == (2, "")
+    assert re.match(f"pydefect: error: (Invalid value for )?{said}", errors), errors
 
 
 def test_a_dash_is_standard_output(
