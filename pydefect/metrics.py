@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -269,9 +270,9 @@ class PixelScores:
     """
 
     def __init__(self, *, threads: int | None = None) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads: {threads} given; it must be at least 1")
-        self._threads = _default_threads() if threads is None else threads
+        if threads is not None and (not isinstance(threads, int | np.integer) or threads < 1):
+            raise InputError(f"threads: {threads!r} given; it must be a whole number of at least 1")
+        self._threads = _default_threads() if threads is None else int(threads)
         self._native = _native.ScoreSet()
         self._images = 0
         self._metrics: DetectionMetrics | None = None
@@ -362,6 +363,9 @@ class PixelScores:
         PixelScores
         """
         result = PixelScores(threads=self._threads)
+        for part in others:
+            if not isinstance(part, PixelScores):
+                raise InputError(f"others: {type(part).__name__} given; allowed are PixelScores")
         for part in (self, *others):
             result._native.merge(part._native)
             result._images += part._images
@@ -553,6 +557,7 @@ class PixelScores:
         self._metrics, self._areas, self._points = None, {}, None
 
     def _area(self, kind: str, limit: float) -> float:
+        limit = _number(limit, "limit", "it must be greater than 0 and at most 1")
         if not 0 < limit <= 1:
             raise InputError(f"limit: {limit} given; it must be greater than 0 and at most 1")
         if kind == "spro" and not self.regions:
@@ -640,7 +645,8 @@ def _default_threads() -> int:
 
 def _pairs(anomaly_maps: Iterable[ArrayLike], others: Iterable[Any], name: str) -> Iterator[tuple[Any, Any]]:
     missing = object()
-    for pair in zip_longest(anomaly_maps, others, fillvalue=missing):
+    each = _each(anomaly_maps, "anomaly_maps", "maps"), _each(others, name, f"{name}, one an image")
+    for pair in zip_longest(*each, fillvalue=missing):
         if pair[0] is missing:
             raise InputError(f"{name}: more than anomaly maps; there must be one an image")
         if pair[1] is missing:
@@ -652,18 +658,48 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
-def _as_float32(values: ArrayLike) -> NDArray[np.float32]:
-    with np.errstate(over="ignore"):  # infinity is answered where scores are read
-        return np.asarray(values, dtype=np.float32)
+def _each(values: Iterable[Any], name: str, what: str) -> Iterator[Any]:
+    try:
+        return iter(values)
+    except TypeError:
+        raise InputError(f"{name}: {type(values).__name__} given; it must be an iterable of {what}") from None
+
+
+def _number(value: Any, name: str, allowed: str) -> Any:
+    if isinstance(value, Real):
+        return value
+    # A tensor or an array of one number serves too.
+    array = _as_array(value, name)
+    if array.ndim or array.dtype.kind not in "iuf":
+        raise InputError(f"{name}: {value!r} given; {allowed}")
+    return float(array)
+
+
+def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: {type(values).__name__} given that is no array: {error}") from error
+
+
+def _as_float32(values: ArrayLike, name: str) -> NDArray[np.float32]:
+    given = _as_array(values, name)
+    if given.dtype.kind not in "biufO":
+        raise InputError(f"{name}: dtype {given.dtype} given; it must be one of real numbers")
+    try:
+        with np.errstate(over="ignore"):  # infinity is answered where scores are read
+            return given.astype(np.float32, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name}: it must be an array of real numbers: {error}") from error
 
 
 def _labelled(labels: ArrayLike, scores: ArrayLike) -> _native.ScoreSet:
-    given = np.asarray(labels).ravel()
+    given = _as_array(labels, "labels").ravel()
     label_array = np.asarray(given == 1)  # compared, not converted: NumPy 1 converts no words
     odd = given[~label_array & np.asarray(given != 0)][:1].tolist()
     if odd:
         raise InputError(f"labels: {odd[0]!r} is among them; allowed are True and False, or 1 and 0")
-    score_array = _as_float32(scores).ravel()
+    score_array = _as_float32(scores, "scores").ravel()
     if len(label_array) != len(score_array):
         raise InputError(f"scores: {len(score_array)} given for {len(label_array)} labels")
     scored = _native.ScoreSet()
@@ -684,7 +720,7 @@ def _require_both(scored: _native.ScoreSet, name: str, what: str = "") -> None:
 
 
 def _image(anomaly_map: ArrayLike, mask: ArrayLike | None, regions: Iterable[Region] | None) -> _Image:
-    scores = _as_float32(anomaly_map)
+    scores = _as_float32(anomaly_map, "anomaly_map")
     if scores.ndim != 2 or not scores.size:
         raise InputError(
             f"anomaly_map: shape {scores.shape} given; it must be [H, W] with at least one pixel"
@@ -695,24 +731,27 @@ def _image(anomaly_map: ArrayLike, mask: ArrayLike | None, regions: Iterable[Reg
         raise InputError("mask: given together with regions; their union is the mask")
     marked = []
     union = np.zeros(scores.shape, dtype=np.bool_)
-    for index, (region, saturation) in enumerate(regions):
+    for index, pair in enumerate(_each(regions, "regions", "pairs of a mask and its saturation area")):
         name = f"regions[{index}]"
+        try:
+            region, saturation = pair
+        except (TypeError, ValueError):
+            raise InputError(f"{name}: it must be a pair of a mask and its saturation area") from None
         pixels = _mask(region, name, scores.shape)
         area = int(np.count_nonzero(pixels))
         if not area:
             raise InputError(f"{name}: it marks no pixel")
-        if saturation != int(saturation) or not 1 <= saturation <= area:
-            raise InputError(
-                f"{name}: saturation area {saturation} given; it must be a whole number of pixels, 1 to the "
-                f"region's own {area}"
-            )
+        allowed = f"it must be a whole number of pixels, 1 to the region's own {area}"
+        whole = _number(saturation, f"{name}: saturation area", allowed)
+        if not float(whole).is_integer() or not 1 <= whole <= area:
+            raise InputError(f"{name}: saturation area {saturation} given; {allowed}")
         union |= pixels != 0
-        marked.append((pixels, int(saturation)))
+        marked.append((pixels, int(whole)))
     return scores, union, marked
 
 
 def _mask(mask: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    values = np.asarray(mask)
+    values = _as_array(mask, name)
     if values.dtype.kind not in "bui":
         raise InputError(f"{name}: dtype {values.dtype} given; it must be bool or an integer one")
     if values.shape != shape:
@@ -734,6 +773,7 @@ def _metrics_of(scored: _native.ScoreSet) -> DetectionMetrics:
 
 
 def _points_of(scored: _native.ScoreSet, step: float, threads: int | None = None) -> _native._OperatingPoints:
+    step = _number(step, "step", "it must be 0 to 1")
     if not 0 <= step <= 1:
         raise InputError(f"step: {step} given; it must be 0 to 1")
     return scored.operating_points(step, threads or _default_threads())
@@ -780,6 +820,7 @@ def _up_to(
 
 
 def _confusion_of(scored: _native.ScoreSet, threshold: float) -> Confusion:
+    threshold = _number(threshold, "threshold", "it must be a number")
     if np.isnan(threshold):
         raise InputError("threshold: NaN given; it must be a number")
     with np.errstate(over="ignore"):

@@ -40,6 +40,7 @@ RED: Colour = (255, 0, 0)
 
 _LINE_PER_EDGE = 1 / 128  # a contour's width as part of the image's shorter edge: 2 pixels at 256, 8 at 1024
 _THINNEST_LINE = 2  # antialiasing takes the colour out of thinner ones
+_WIDEST_LINE = 32767  # that OpenCV draws
 _FOG = 128  # what unscored pixels fade to: mid grey shows on black and on white backgrounds
 
 
@@ -62,7 +63,7 @@ def to_rgb8(image: NDArray[Any]) -> Picture:
     InputError
         The shape or the type is another.
     """
-    pixels = np.asarray(image)
+    pixels = _as_array("image", image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
@@ -218,9 +219,9 @@ def draw_contours(
     mask
         [H, W] of the image's size; true or non-zero is defective.
     colour
-        RGB.
+        RGB, 0 to 255 each.
     width
-        In pixels; None for 1/128 of the image's shorter edge, at least 2.
+        In pixels, 1 or more; None for 1/128 of the image's shorter edge, at least 2.
 
     Returns
     -------
@@ -230,13 +231,21 @@ def draw_contours(
     Raises
     ------
     InputError
-        Image and mask differ in size.
+        Image and mask differ in size, or a value is not allowed.
     """
-    picture = to_rgb8(image)
-    _check_size("mask", mask, picture)
+    ink = _as_array("colour", colour)
+    if ink.shape != (3,) or ink.dtype.kind not in "iuf" or not (ink.min() >= 0 and ink.max() <= 255):
+        raise InputError(f"colour: {colour!r} given; allowed are three numbers of 0 to 255")
+    if width is not None and (not isinstance(width, int | np.integer) or not 1 <= width <= _WIDEST_LINE):
+        raise InputError(f"width: {width!r} given; allowed are whole numbers of 1 to {_WIDEST_LINE}, or None")
+    picture, marked = to_rgb8(image), _as_array("mask", mask)
+    _check_size("mask", marked, picture)
+    if marked.dtype.kind not in "biuf":
+        raise InputError(f"mask is of type {marked.dtype}; allowed are bool and numbers")
     if width is None:
         width = max(_THINNEST_LINE, round(min(picture.shape[:2]) * _LINE_PER_EDGE))
-    cv2.polylines(picture, outlines(mask), isClosed=True, color=colour, thickness=width, lineType=cv2.LINE_AA)
+    curves, shade = outlines(marked), [float(part) for part in ink]
+    cv2.polylines(picture, curves, isClosed=True, color=shade, thickness=int(width), lineType=cv2.LINE_AA)
     return picture
 
 
@@ -593,6 +602,13 @@ def _normalised(anomaly_map: NDArray[Any], low: float, high: float) -> NDArray[n
     # Infinite scores keep their end of the scale; NaN says nothing and gets the low end.
     level: NDArray[np.float32] = np.clip((scores - np.float32(low)) / np.float32(high - low), 0, 1)
     return np.nan_to_num(level, copy=False, nan=0.0)
+
+
+def _as_array(name: str, values: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: {type(values).__name__} given that is no array: {error}") from error
 
 
 def _check_size(name: str, array: NDArray[Any], picture: Picture) -> None:

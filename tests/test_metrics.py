@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -208,6 +209,12 @@ def test_any_shape_counts_flat():
         ([0, float("nan"), 1], [0.1, 0.2, 0.3], "labels: nan is among them; allowed are True"),
         ([-1, 1], [0.1, 0.2], "labels: -1 is among them"),
         (["good", "hole"], [0.1, 0.2], "labels: 'good' is among them"),
+        ([[1], [0, 1]], [0.1, 0.2], "labels: list given that is no array: .*inhomogeneous"),
+        ([0, 1], ["low", "high"], "scores: dtype <U4 given; it must be one of real numbers"),
+        ([0, 1], [[0.1], [0.2, 0.3]], "scores: list given that is no array"),
+        ([0, 1], [1j, 2], "scores: dtype complex128 given"),
+        ([0, 1], {"a": 1}, "scores: it must be an array of real numbers: .*dict"),
+        ([0, 1], torch.ones(2, requires_grad=True), r"scores: Tensor given that is no array: .*detach"),
     ],
 )
 @pytest.mark.parametrize(
@@ -478,6 +485,12 @@ MASK = np.array([[1, 0, 0], [0, 0, 1]])
         ({"regions": [(MASK, 3)]}, r"regions\[0\]: saturation area 3 given"),
         ({"regions": [(MASK, 1.5)]}, r"regions\[0\]: saturation area 1.5 given"),
         ({"regions": [(MASK[:1], 1)]}, r"regions\[0\]: shape \(1, 3\) given"),
+        ({"regions": [(MASK, "all")]}, r"regions\[0\]: saturation area: 'all' given; it must be a whole"),
+        ({"regions": [(MASK, float("nan"))]}, r"regions\[0\]: saturation area nan given"),
+        ({"regions": [np.eye(3)]}, r"regions\[0\]: it must be a pair of a mask and its saturation area"),
+        ({"regions": 3}, "regions: int given; it must be an iterable of pairs of a mask and its"),
+        ({"anomaly_map": "map"}, "anomaly_map: dtype <U3 given; it must be one of real numbers"),
+        ({"mask": [[1], [1, 2]]}, "mask: list given that is no array"),
     ],
 )
 def test_a_wrong_image_leaves_the_set_as_it_was(arguments, message):
@@ -498,7 +511,22 @@ def test_wrong_arguments():
         aupro([IMAGE], [MASK, MASK])
     with pytest.raises(InputError, match="regions: fewer than anomaly maps"):
         spro([IMAGE, IMAGE], [[]])
-    for limit in (0, -0.1, 1.1, float("nan")):
+    for threads in (1.5, "2"):
+        with pytest.raises(InputError, match=f"threads: {threads!r} given; it must be a whole number of at"):
+            PixelScores(threads=threads)
+    with pytest.raises(InputError, match="anomaly_maps: NoneType given; it must be an iterable of maps"):
+        aupro(None, [MASK])
+    with pytest.raises(InputError, match="masks: NoneType given; it must be an iterable of masks, one an"):
+        aupro([IMAGE], None)
+    with pytest.raises(InputError, match="others: str given; allowed are PixelScores"):
+        PixelScores().merged("more")
+    for threshold in ("a", None, np.array([1, 2])):
+        with pytest.raises(InputError, match=r"threshold: .* given; it must be a number"):
+            metrics.confusion([0, 1], [0, 1], threshold)
+    assert metrics.confusion([0, 1], [0, 1], torch.tensor(0.5)) == Confusion(1, 0, 0, 1)
+    with pytest.raises(InputError, match="step: 'fine' given; it must be 0 to 1"):
+        metrics.roc_curve([0, 1], [0, 1], step="fine")
+    for limit in (0, -0.1, 1.1, float("nan"), "0.3", None):
         with pytest.raises(InputError, match=r"limit: .* given; it must be greater than 0 and at most 1"):
             aupro([IMAGE], [MASK], limit=limit)
     with pytest.raises(InputError, match="step: 2 given; it must be 0 to 1"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -346,3 +348,23 @@ def test_a_smaller_map_loses_no_row_and_no_column(large: int, small: int) -> Non
         anomaly_map = np.zeros((large, large), np.float32)
         anomaly_map[place, large - 1 - place] = 10
         assert shrink(grey(large, large), anomaly_map, (0, 0, large, large), small)[1].max() == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"colour": "red"}, "colour: 'red' given; allowed are three numbers of 0 to 255"),
+        ({"colour": (300, -2, 3)}, r"colour: \(300, -2, 3\) given"),
+        ({"width": -1}, "width: -1 given; allowed are whole numbers of 1 to 32767, or None"),
+        ({"width": 2.5}, "width: 2.5 given"),
+        ({"mask": [[1], [1, 2]]}, "mask: list given that is no array"),
+        ({"mask": np.full((20, 20), "x")}, "mask is of type <U1; allowed are bool and numbers"),
+        ({"image": [[1], [1, 2]]}, "image: list given that is no array"),
+    ],
+)
+def test_contours_of_wrong_types_are_refused_in_our_words(arguments: dict[str, Any], message: str) -> None:
+    good = {"image": np.zeros((20, 20), np.uint8), "mask": np.eye(20, dtype=bool)}
+    with pytest.raises(InputError, match=message):
+        draw_contours(**{**good, **arguments})
+    in_an_array = draw_contours(**good, colour=np.array([0, 255, 0]), width=np.int64(2))
+    assert np.array_equal(in_an_array, draw_contours(**good, colour=(0, 255, 0), width=2))
