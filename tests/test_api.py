@@ -181,8 +181,7 @@ def test_nothing_is_shown_without_progress_and_bars_go_to_standard_error(good, d
     assert "scoring" in err
 
 
-@pytest.mark.filterwarnings("ignore:.*held-out images support")
-@pytest.mark.parametrize(
+on_three_methods = pytest.mark.parametrize(
     ("method", "settings"),
     [
         ("conpatch", {"weights": "random", "resize": 32, "calibration_folds": 2}),
@@ -190,6 +189,10 @@ def test_nothing_is_shown_without_progress_and_bars_go_to_standard_error(good, d
         ("dual_ae", {"resize": 64, "steps": 2}),
     ],
 )
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+@on_three_methods
 def test_a_region_is_learned_and_scored_as_if_it_were_the_image(good, tmp_path, method, settings):
     scene = [np.pad(image, ((9, 5), (3, 30), (0, 0)), mode="wrap") for image in good]
     height, width = good[0].shape[:2]
@@ -212,14 +215,7 @@ def test_a_region_is_learned_and_scored_as_if_it_were_the_image(good, tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore:.*held-out images support")
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("conpatch", {"weights": "random", "resize": 32, "calibration_folds": 2}),
-        ("padim", {"weights": "random", "resize": None, "channels": 4, "calibration_folds": 2}),
-        ("dual_ae", {"resize": 64, "steps": 2}),
-    ],
-)
+@on_three_methods
 def test_what_is_ignored_changes_no_score(good, tmp_path, method, settings):
     shapes = {"region": [(0, 0), (0, 60), (63, 63), (63, 0)], "ignore": [(10, 20, 30, 50)]}
     detector = pydefect.fit(good, method=method, progress=False, **shapes, **settings)
