@@ -123,8 +123,8 @@ class MethodConfig(Settings):
     """(top, left, bottom, right) in pixels of the original images, half open: the part of every image that is
     learned and scored, before the resize; or the corners of a polygon, three or more pixels (row, column).
     None: the whole image."""
-    ignore: tuple[Shape, ...] = ()
-    """Boxes or polygons likewise, of which nothing is looked at."""
+    ignore: tuple[Shape, ...] | None = None
+    """Boxes or polygons likewise, of which nothing is looked at; None: there are none."""
     false_alarm_rate: float = 0.01
     """Share of normal images that may be called defective."""
 
@@ -135,12 +135,14 @@ class MethodConfig(Settings):
             object.__setattr__(self, name, _size(name, getattr(self, name)))
         if self.region is not None:
             object.__setattr__(self, "region", check_shape("region", self.region))
-        object.__setattr__(self, "ignore", check_shapes("ignore", self.ignore))
+        # None alone says that nothing is set: so do files of versions that did not know the setting.
+        shapes = None if self.ignore is None else check_shapes("ignore", self.ignore)
+        object.__setattr__(self, "ignore", shapes or None)
 
     @property
     def preprocessing(self) -> Preprocessing:
         """From pixels to network input and back."""
-        return Preprocessing.create(self.resize, self.crop, region=self.region, ignore=self.ignore)
+        return Preprocessing.create(self.resize, self.crop, region=self.region, ignore=self.ignore or ())
 
 
 def _listed(value: Any) -> Any:

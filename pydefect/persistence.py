@@ -282,12 +282,11 @@ class Checkpoint:
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         check_writable(self.folder, "checkpoint")
-        self._run = dict(run)
-        self._key = hashlib.sha256(json.dumps(self._run, sort_keys=True).encode()).hexdigest()
+        self._run = json.loads(json.dumps(run))  # as it comes back
 
     def save(self, stage: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Replace a stage's state."""
-        metadata = {"key": self._key, "run": self._run, "state": dict(state)}
+        metadata = {"run": self._run, "state": dict(state)}
         save_tensors(self.folder / f"{stage}.safetensors", tensors, metadata)
 
     def load(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -305,11 +304,10 @@ class Checkpoint:
         if not path.exists():
             return None
         tensors, metadata = load_tensors(path)
-        if metadata.get("key") != self._key:
-            theirs = metadata.get("run", {})
-            differing = sorted(
-                name for name in {*self._run, *theirs} if self._run.get(name) != theirs.get(name)
-            )
+        theirs = metadata.get("run", {})
+        # A setting that is not set may be one that the version which saved did not know.
+        differing = sorted(name for name in {*self._run, *theirs} if self._run.get(name) != theirs.get(name))
+        if differing:
             raise InputError(
                 f"checkpoint: {str(self.folder)!r} holds another run (it differs in {', '.join(differing)}); "
                 "repeat that run's settings to resume it, or name another folder"

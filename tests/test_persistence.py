@@ -316,6 +316,11 @@ def test_another_run_is_refused_by_what_differs(tmp_path, run, names):
         Checkpoint(tmp_path, run).load("final")
 
 
+def test_a_run_goes_on_in_a_version_with_more_settings(tmp_path):
+    Checkpoint(tmp_path, RUN).save("final", {}, {"epoch": 3})
+    assert Checkpoint(tmp_path, {**RUN, "new_setting": None}).load("final") == ({}, {"epoch": 3})
+
+
 def test_what_a_killed_save_has_left_goes_with_the_next_run(tmp_path):
     checkpoint = Checkpoint(tmp_path, {"run": 1})
     checkpoint.save("training", {"a": torch.zeros(1)}, {})

@@ -189,6 +189,12 @@ def test_json_round_trip(preset):
     assert ConPatchConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
 
 
+def test_nothing_to_ignore_is_no_setting():
+    # Files of versions that did not know it have none, and are those of the same run.
+    for nothing in (None, (), []):
+        assert ConPatchConfig(ignore=nothing).to_dict()["ignore"] is None
+
+
 def test_sizes_and_numbers_as_people_write_them():
     config = ConPatchConfig(resize=[64, 96], crop=48, epochs=np.int64(3), alpha=np.float32(0.5))
     assert (config.resize, config.crop) == ((64, 96), (48, 48))
