@@ -560,23 +560,41 @@ def check_shape(name: str, shape: Sequence[Any]) -> Shape:
     InputError
         It is none of these, is empty, or begins above or left of the image.
     """
-    parts = tuple(shape) if isinstance(shape, list | tuple) else ()
-    if len(parts) == 4 and _are_pixels(parts) and parts[0] < parts[2] and parts[1] < parts[3]:
-        return parts[0], parts[1], parts[2], parts[3]
-    corners = tuple(tuple(part) for part in parts if isinstance(part, list | tuple))
-    if len(corners) >= 3 and all(len(corner) == 2 and _are_pixels(corner) for corner in corners):
-        return tuple((row, column) for row, column in corners)
-    raise InputError(
-        f"{name}: {shape!r} given; allowed are (top, left, bottom, right), top < bottom and left < right, or "
-        "three and more corners (row, column), in whole pixels >= 0 of the original image"
-    )
+    found = _as_shape(shape)
+    if found is None:
+        raise InputError(
+            f"{name}: {shape!r} given; allowed are (top, left, bottom, right), top < bottom and left < "
+            "right, or three and more corners (row, column), in whole pixels >= 0 of the original image"
+        )
+    return found
 
 
 def check_shapes(name: str, shapes: Sequence[Sequence[Any]]) -> tuple[Shape, ...]:
     """Read several boxes and polygons; see :func:`check_shape`."""
-    if not isinstance(shapes, list | tuple):
-        raise InputError(f"{name}: {shapes!r} given; allowed is a list of boxes and polygons")
+    if not isinstance(shapes, list | tuple | np.ndarray) or _as_shape(shapes) is not None:
+        raise InputError(
+            f"{name}: {shapes!r} given; allowed is a list of boxes and polygons, also of one: "
+            "[(top, left, bottom, right)]"
+        )
     return tuple(check_shape(f"{name}[{index}]", shape) for index, shape in enumerate(shapes))
+
+
+def _as_shape(value: Any) -> Shape | None:
+    parts = _plain(value)
+    if not isinstance(parts, tuple):
+        return None
+    if len(parts) == 4 and _are_pixels(parts) and parts[0] < parts[2] and parts[1] < parts[3]:
+        return parts[0], parts[1], parts[2], parts[3]
+    if len(parts) >= 3 and all(isinstance(part, tuple) and len(part) == 2 for part in parts):
+        return parts if all(map(_are_pixels, parts)) else None
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Tuples for lists and arrays, and Python's numbers for NumPy's, in which masks give their places."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _are_pixels(values: Sequence[Any]) -> bool:

@@ -317,7 +317,9 @@ class TestBack:
         ({"region": ((0, 0), (5, 5), (6, 7, 8))}, "three and more corners"),
         ({"region": ((0, 0), (5, 5), 6)}, "three and more corners"),
         ({"region": ()}, r"region: \(\) given"),
-        ({"ignore": (0, 0, 5, 5)}, r"ignore\[0\]: 0 given"),
+        ({"ignore": (0, 0, 5, 5)}, r"ignore: \(0, 0, 5, 5\) given; allowed is a list .* also of one: \["),
+        ({"ignore": [(0, 0), (5, 5), (0, 5)]}, r"ignore: \[\(0, 0\), .* given; allowed is a list"),
+        ({"region": np.array([0.0, 0, 5, 5])}, r"region: array\(.*\) given"),
         ({"ignore": [(0, 0, 5, 5), (5, 5, 5, 9)]}, r"ignore\[1\]: \(5, 5, 5, 9\) given"),
         ({"ignore": "mask.png"}, "ignore: 'mask.png' given; allowed is a list of boxes and polygons"),
         ({"region": "0123"}, "region: '0123' given"),
@@ -385,6 +387,17 @@ def test_nothing_is_left_to_look_at() -> None:
 def test_wrong_pixels(pixels: np.ndarray) -> None:
     with pytest.raises(InputError, match="must be uint8 or float32"):
         Preprocessing()(pixels)
+
+
+def test_shapes_from_numpy() -> None:
+    corners = np.array([[1, 2], [30, 40], [30, 2]], dtype=np.int32)
+    box = (np.int64(1), 2, np.uint8(3), 4)
+    preprocessing = Preprocessing.create(region=corners, ignore=[np.array([0, 0, 5, 5]), box, list(corners)])  # type: ignore[arg-type]
+    triangle = ((1, 2), (30, 40), (30, 2))
+    assert preprocessing == Preprocessing.create(
+        region=triangle, ignore=[(0, 0, 5, 5), (1, 2, 3, 4), triangle]
+    )
+    json.dumps(preprocessing.to_dict())
 
 
 @pytest.mark.parametrize(
