@@ -230,7 +230,8 @@ def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, An
     Raises
     ------
     typer.BadParameter
-        An entry is not of this form, is given twice or belongs to an option of its own.
+        An entry is not of this form, is a list that is no JSON, is given twice or belongs to an option of its
+        own.
     """
     settings: dict[str, Any] = {}
     for entry in given:
@@ -248,6 +249,10 @@ def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, An
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
+            if value.lstrip().startswith(("(", "[")):
+                raise typer.BadParameter(
+                    f"{entry!r} is no list as JSON writes it, such as [1,2]", param_hint="--set"
+                ) from None
             settings[key] = value
     return settings
 

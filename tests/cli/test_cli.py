@@ -94,6 +94,11 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         ),
         ("unknown setting", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gama=2"], "gama"),
         ("wrong value", ["fit", "{data}", "--out", "{tmp}/m", "--set", "bank=huge"], "huge"),
+        (
+            "no JSON",
+            ["fit", "{data}", "--out", "{tmp}/m", "--set", "region=(0,0,9,9)"],
+            "is no list as JSON writes it",
+        ),
         ("no key=value", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma"], "key=value"),
         ("set twice", ["fit", "{data}", "--out", "{tmp}/m", "--set", "gamma=2", "--set", "gamma=3"], "twice"),
         ("set an option", ["fit", "{data}", "--out", "{tmp}/m", "--set", "seed=2"], "--seed"),
