@@ -168,7 +168,7 @@ class Detector(ABC):
     seed
         Of the fit.
     preprocessing
-        From pixels to network input and back.
+        From pixels to network input and back: `config.preprocessing`, which knows region and ignore.
     calibration
         Thresholds; None: the detector scores but does not decide.
     device

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias, TypeGuard
 
 import cv2
@@ -153,7 +153,7 @@ class Preprocessing:
         """(height, width) of every network input; None: each image's own."""
         return self.crop or self.resize or self._region_size
 
-    @property
+    @cached_property
     def least_size(self) -> tuple[int, int]:
         """(height, width) of the smallest image that holds the region and what is ignored."""
         shapes = self.ignore if self.region is None else (self.region, *self.ignore)
@@ -206,8 +206,8 @@ class Preprocessing:
         """
         original = (images.shape[1], images.shape[2])
         self.output_size(original)
-        if self.region is not None:
-            top, left, bottom, right = _box(self.region)
+        if self._region_box is not None:
+            top, left, bottom, right = self._region_box
             images = images[:, top:bottom, left:right]
         height, width = images.shape[1:3]
         # Channels stay last, as the pixels come and as the backbone reads.
@@ -416,15 +416,20 @@ class Preprocessing:
     def _has_shapes(self) -> bool:
         return bool(self.ignore) or (self.region is not None and not _is_box(self.region))
 
+    # Outlines that a program has drawn have thousands of corners: too many to look at for every image.
+    @cached_property
+    def _region_box(self) -> Box | None:
+        return None if self.region is None else _box(self.region)
+
     @property
     def _begin(self) -> tuple[int, int]:
-        return (0, 0) if self.region is None else _box(self.region)[:2]
+        return (0, 0) if self._region_box is None else self._region_box[:2]
 
     @property
     def _region_size(self) -> tuple[int, int] | None:
-        if self.region is None:
+        if self._region_box is None:
             return None
-        top, left, bottom, right = _box(self.region)
+        top, left, bottom, right = self._region_box
         return bottom - top, right - left
 
     def _part_size(self, original_size: tuple[int, int]) -> tuple[int, int]:

@@ -389,6 +389,18 @@ def test_wrong_pixels(pixels: np.ndarray) -> None:
         Preprocessing()(pixels)
 
 
+def test_thousands_of_corners_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocessing = raw(resize=16, region=[(0, 0), (40, 50), (40, 0)], ignore=[[(2, 2), (5, 9), (5, 2)]])
+
+    def there_and_back() -> torch.Tensor:
+        pixels = preprocessing(np.ones((60, 60, 3), dtype=np.uint8))
+        return preprocessing.to_original(pixels[0], (60, 60))
+
+    first = there_and_back()
+    monkeypatch.setattr("pydefect.preprocessing._box", None)
+    assert torch.equal(there_and_back(), first)
+
+
 def test_shapes_from_numpy() -> None:
     corners = np.array([[1, 2], [30, 40], [30, 2]], dtype=np.int32)
     box = (np.int64(1), 2, np.uint8(3), 4)
