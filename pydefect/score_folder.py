@@ -697,13 +697,16 @@ class _PictureNames:
     def __init__(self) -> None:
         self._files: set[str] = set()
         self._taken: set[str] = set()  # files and folders
+        # How far equal names have come: every part of a shift may be a top.png in a folder of its own.
+        self._reached: dict[str, tuple[list[str], str, int]] = {}
 
     def take(self, name: str) -> str:
         parts = [_safe_part(part) for part in name.replace("\\", "/").split("/")]
         parts = [part for part in parts if part] or ["image"]
         parts[-1] = parts[-1].removesuffix(".png") or "image"
-        folders, last = parts[:-1], parts[-1]
-        for number in itertools.count(2):
+        whole = "/".join(parts)
+        folders, last, first = self._reached.get(whole, (parts[:-1], parts[-1], 2))
+        for number in itertools.count(first):
             candidate = "/".join([*folders, f"{last}.png"])
             if any(folder in self._files for folder in _folders_of(candidate.casefold())):
                 folders = [f"{part}-{number}" for part in parts[:-1]]
@@ -711,6 +714,8 @@ class _PictureNames:
                 last = f"{parts[-1]}-{number}"
             else:
                 break
+        if number > 2:
+            self._reached[whole] = folders, last, number
         # Windows and macOS take a.png and A.png for one file.
         key = candidate.casefold()
         self._files.add(key)

@@ -429,6 +429,21 @@ def test_an_image_that_is_listed_is_refused(tmp_path: Path, monkeypatch: pytest.
         assert not writer.is_listed("part-1", "day-1/part-1")
 
 
+def test_names_that_are_all_equal_are_numbered_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def folders_of(key: str) -> list[str]:
+        tried.append(key)
+        return []
+
+    monkeypatch.setattr(score_folder, "_folders_of", folders_of)
+    names = score_folder._PictureNames()
+    assert [names.take("top.png") for _ in range(200)] == ["top.png"] + [
+        f"top-{n}.png" for n in range(2, 201)
+    ]
+    assert len(tried) < 1000
+
+
 def test_only_scores_of_the_same_detector_are_added(tmp_path: Path) -> None:
     settings = {"method": "padim", "levels": (1, 2), "seed": 0}
     append(tmp_path, ["a.png"], configuration=settings)
