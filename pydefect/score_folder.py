@@ -31,6 +31,7 @@ from pydefect.visualization import (
     draw_contours,
     fade_unscored,
     overlay,
+    scored_values,
     shared_scale,
     shrink,
     shrink_mask,
@@ -171,7 +172,10 @@ def write_score_folder(
     scale = None
     if len(result) and pictures != "none":
         scale = shared_scale(
-            result.anomaly_maps, pixel_threshold=result.pixel_threshold, scored_boxes=result.scored_boxes
+            result.anomaly_maps,
+            pixel_threshold=result.pixel_threshold,
+            scored_boxes=result.scored_boxes,
+            ignored=result.ignored or None,
         )
     with ScoreFolderWriter(
         out,
@@ -400,16 +404,15 @@ class ScoreFolderWriter:
             if source is None:
                 continue
             box = result.scored_boxes[index]
+            ignored = result.ignored[index] if result.ignored else None
             if self._scale is None:
-                top, left, bottom, right = box
-                scored = anomaly_map[top:bottom, left:right]
+                scored = scored_values(anomaly_map, box, ignored)
                 self._ranges.append((float(np.median(scored)), float(np.max(scored))))
             if not drawn and not self._sheet.takes(score):
                 continue
             truth = None if ground_truth is None else ground_truth[index]
             parts = {name: maps[index] for name, maps in result.part_maps.items()}
             pixels = read_image(source) if isinstance(source, Path) else source
-            ignored = result.ignored[index] if result.ignored else None
             shown = _Shown(row, to_rgb8(pixels), anomaly_map, box, ignored, truth, parts)
             _check_sizes(shown)
             self._sheet.offer(shown)

@@ -26,6 +26,7 @@ __all__ = [
     "heat_map",
     "outlines",
     "overlay",
+    "scored_values",
     "shared_scale",
     "shrink",
     "shrink_mask",
@@ -89,6 +90,7 @@ def shared_scale(
     *,
     pixel_threshold: float | None = None,
     scored_boxes: Sequence[Box] | None = None,
+    ignored: Sequence[NDArray[Any] | None] | None = None,
 ) -> tuple[float, float]:
     """The scores that get the first and the last colour in a set of pictures that belong together.
 
@@ -102,6 +104,8 @@ def shared_scale(
         pictures of different days can be compared, and none has to wait until the last one is known.
     scored_boxes
         (top, left, bottom, right) of each map, for maps of cropped images: the zeros outside say nothing.
+    ignored
+        [H, W] of each map, or None: where they are true, likewise.
 
     Returns
     -------
@@ -120,13 +124,33 @@ def shared_scale(
     boxes = scored_boxes
     if boxes is None:
         boxes = [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]
-    inside = [
-        np.asarray(anomaly_map)[top:bottom, left:right].ravel()
-        for anomaly_map, (top, left, bottom, right) in zip(anomaly_maps, boxes, strict=True)
-    ]
+    unseen = [None] * len(anomaly_maps) if ignored is None else ignored
+    inside = [scored_values(*one) for one in zip(anomaly_maps, boxes, unseen, strict=True)]
     low = float(np.median([np.median(scores) for scores in inside]))
     high = float(max(np.max(scores) for scores in inside))
     return low, high if high > low else low + 1.0
+
+
+def scored_values(anomaly_map: NDArray[Any], scored_box: Box, ignored: NDArray[Any] | None) -> NDArray[Any]:
+    """The scores of what was looked at; zeros elsewhere say nothing.
+
+    Parameters
+    ----------
+    anomaly_map
+        [H, W].
+    scored_box
+        (top, left, bottom, right) in pixels, half open.
+    ignored
+        [H, W]; where it is true nothing was looked at. None: nowhere.
+
+    Returns
+    -------
+    numpy.ndarray
+        [N], of the map's type.
+    """
+    top, left, bottom, right = scored_box
+    inside = np.asarray(anomaly_map)[top:bottom, left:right]
+    return inside.ravel() if ignored is None else inside[np.asarray(ignored)[top:bottom, left:right] == 0]
 
 
 def heat_map(anomaly_map: NDArray[Any], low: float, high: float) -> Picture:
@@ -450,7 +474,9 @@ def comparison_sheet(
         if values is not None and len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} images")
     if scale is None:
-        scale = shared_scale(anomaly_maps, pixel_threshold=pixel_threshold, scored_boxes=scored_boxes)
+        scale = shared_scale(
+            anomaly_maps, pixel_threshold=pixel_threshold, scored_boxes=scored_boxes, ignored=ignored
+        )
     low, high = scale
 
     titles = ["input"]

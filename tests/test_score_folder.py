@@ -173,6 +173,19 @@ def test_what_was_ignored_is_faded(tmp_path: Path, threshold: float | None) -> N
     assert (read_picture(tmp_path / "some/sheet.png") != read_picture(tmp_path / "plain/sheet.png")).any()
 
 
+def test_without_a_threshold_the_colours_leave_out_what_was_ignored(tmp_path: Path) -> None:
+    ignored = np.ones(SIZE, bool)
+    ignored[:8, :8] = False
+    anomaly_map = np.where(ignored, 0, 3).astype(np.float32)
+    anomaly_map[1, 1] = 9
+    result = replace(make_result(["a.png"], threshold=None), anomaly_maps=[anomaly_map], ignored=[ignored])
+    write_score_folder(result, tmp_path / "some", images=images_for(1))
+    with ScoreFolderWriter(tmp_path / "parts") as writer:
+        writer.add(result, images=images_for(1))
+    for out in ("some", "parts"):
+        assert json.loads((tmp_path / out / "scores.json").read_text())["heat_map_scale"] == [3, 9]
+
+
 def test_without_a_threshold_there_are_neither_masks_nor_verdicts(tmp_path: Path) -> None:
     write_score_folder(make_result(["a.png"], threshold=None), tmp_path, images=images_for(1))
     assert files_below(tmp_path) == {"scores.csv", "scores.json", "sheet.png", "overlays/a.png"}

@@ -84,6 +84,10 @@ def test_without_a_threshold_the_scale_ignores_what_was_not_scored() -> None:
     anomaly_map[5, 5] = 9
     assert shared_scale([anomaly_map], scored_boxes=[(2, 2, 8, 8)]) == (3.0, 9.0)
     assert shared_scale([anomaly_map]) == (0.0, 9.0)
+    ignored = np.ones((10, 10), dtype=bool)
+    ignored[2:8, 2:8] = False
+    assert shared_scale([anomaly_map], ignored=[ignored]) == (3.0, 9.0)
+    assert shared_scale([anomaly_map] * 3, ignored=[ignored, None, ignored]) == (3.0, 9.0)
 
 
 def test_a_constant_map_still_has_a_scale() -> None:
