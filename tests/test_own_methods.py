@@ -132,7 +132,7 @@ def test_the_manuals_command_lines(flange: Path, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("example")
-def test_a_package_is_imported_when_its_method_is_used() -> None:
+def test_a_package_is_imported_when_its_method_is_used(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -145,7 +145,9 @@ def test_a_package_is_imported_when_its_method_is_used() -> None:
         "detector_type('one_gaussian')\n"
         "assert 'one_gaussian' in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "reconpatch, one_gaussian" in " ".join(done.stdout.split())
 

@@ -460,7 +460,8 @@ def test_readers_that_have_gone_take_no_results_with_them(product: Path, model: 
     fit = [*program, "fit", product, "--out", tmp_path / "m", *FAST]
     evaluate = [*program, "evaluate", model, product, "--json", tmp_path / "figures.json"]
     for arguments, closed, other in ((fit, "stderr", "stdout"), (evaluate, "stdout", "stderr")):
-        done = subprocess.run(arguments, text=True, check=False, **{closed: write, other: subprocess.PIPE})
+        pipes = {closed: write, other: subprocess.PIPE}
+        done = subprocess.run(arguments, text=True, check=False, cwd=tmp_path, **pipes)
         assert "Traceback" not in getattr(done, other)
     os.close(write)
     assert pydefect.load(tmp_path / "m").training["images"] == 6
