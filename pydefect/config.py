@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from pydefect.errors import InputError, nearest
-from pydefect.preprocessing import Preprocessing, Shape, check_shape, check_shapes
+from pydefect.preprocessing import Preprocessing
+from pydefect.shapes import Shape, check_shape, check_shapes
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -274,15 +274,12 @@ class Detector(ABC):
     def metadata(self) -> dict[str, Any]:
         """Return what every model file says of itself, as JSON values."""
         place = type(self)
+        is_own = not place.__module__.startswith("pydefect.")
         return {
             "format": 1,
             "method": self.method,
             # For whoever has the file and not the package.
-            **(
-                {}
-                if place.__module__.startswith("pydefect.")
-                else {"class": f"{place.__module__}:{place.__qualname__}"}
-            ),
+            **({"class": f"{place.__module__}:{place.__qualname__}"} if is_own else {}),
             "version": VERSION,
             "seed": self.seed,
             "config": self.config.to_dict(),

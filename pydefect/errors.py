@@ -1,10 +1,14 @@
-"""The exceptions that a user of pydefect meets."""
+"""The exceptions that a user of pydefect meets, and what their messages say alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["InputError", "ModelFileError", "PydefectError", "WeightsNotFoundError", "nearest"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["InputError", "ModelFileError", "PydefectError", "WeightsNotFoundError", "as_array", "nearest"]
 
 
 class PydefectError(Exception):
@@ -24,6 +28,16 @@ class ModelFileError(InputError):
 
 class WeightsNotFoundError(InputError, FileNotFoundError):
     """Weights that are neither cached nor downloadable: the message says which file belongs where."""
+
+
+def as_array(name: str, values: Any) -> NDArray[Any]:
+    """Make an array of an argument, or an :class:`InputError` that names it of what NumPy says."""
+    import numpy as np  # not loaded for an error's sake
+
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: {type(values).__name__} given that is no array: {error}") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ from pydefect.data.layouts import (
 )
 from pydefect.data.maps import find_maps, read_map
 from pydefect.detector import Detector, OnError
-from pydefect.errors import InputError
+from pydefect.errors import InputError, as_array
 from pydefect.metrics import SPRO_LIMIT, Curve, DetectionMetrics, PixelScores, detection_metrics
 from pydefect.progress import ProgressBars
 from pydefect.scoring import ScoredImage
@@ -412,7 +412,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _checked_map(given: ArrayLike, sample: Sample) -> NDArray[np.float32]:
-    values = np.asarray(given)
+    values = as_array(f"maps: that of {sample.image}", given)
     if values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(
             f"maps: that of {sample.image} has the shape {list(values.shape)} and the type {values.dtype}; "

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pydefect import _native
-from pydefect.errors import InputError
+from pydefect.errors import InputError, as_array
 
 __all__ = [
     "Confusion",
@@ -669,21 +669,14 @@ def _number(value: Any, name: str, allowed: str) -> Any:
     if isinstance(value, Real):
         return value
     # A tensor or an array of one number serves too.
-    array = _as_array(value, name)
+    array = as_array(name, value)
     if array.ndim or array.dtype.kind not in "iuf":
         raise InputError(f"{name}: {value!r} given; {allowed}")
     return float(array)
 
 
-def _as_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: {type(values).__name__} given that is no array: {error}") from error
-
-
 def _as_float32(values: ArrayLike, name: str) -> NDArray[np.float32]:
-    given = _as_array(values, name)
+    given = as_array(name, values)
     if given.dtype.kind not in "biufO":
         raise InputError(f"{name}: dtype {given.dtype} given; it must be one of real numbers")
     try:
@@ -694,7 +687,7 @@ def _as_float32(values: ArrayLike, name: str) -> NDArray[np.float32]:
 
 
 def _labelled(labels: ArrayLike, scores: ArrayLike) -> _native.ScoreSet:
-    given = _as_array(labels, "labels").ravel()
+    given = as_array("labels", labels).ravel()
     label_array = np.asarray(given == 1)  # compared, not converted: NumPy 1 converts no words
     odd = given[~label_array & np.asarray(given != 0)][:1].tolist()
     if odd:
@@ -751,7 +744,7 @@ def _image(anomaly_map: ArrayLike, mask: ArrayLike | None, regions: Iterable[Reg
 
 
 def _mask(mask: ArrayLike, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    values = _as_array(mask, name)
+    values = as_array(name, mask)
     if values.dtype.kind not in "bui":
         raise InputError(f"{name}: dtype {values.dtype} given; it must be bool or an integer one")
     if values.shape != shape:

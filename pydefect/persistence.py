@@ -24,6 +24,7 @@ from pydefect.places import check_writable, is_written_into
 
 __all__ = [
     "Checkpoint",
+    "alone_in",
     "folder_written_atomically",
     "load_tensors",
     "remove_left",
@@ -169,6 +170,38 @@ def _is_left(folder: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def alone_in(folder: Path, name: str) -> Iterator[None]:
+    """Keep out other programs that add to a folder's files: the last to end would drop what others added.
+
+    The system takes the lock off a program that is killed. On a file system without locks nobody is kept out.
+
+    Parameters
+    ----------
+    folder
+        Which is there.
+    name
+        Of the argument that asks for it, for the message.
+
+    Raises
+    ------
+    InputError
+        Another program is at it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{name}: another program is adding to {folder}; wait until it has ended"
+                ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

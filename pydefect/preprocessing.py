@@ -11,30 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
 from pydefect.errors import InputError
+from pydefect.shapes import Box, Mask, Shape, bounding_box, check_shape, check_shapes, drawn, is_box, listed
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "Preprocessing",
-    "Shape",
-    "check_shape",
-    "check_shapes",
-    "check_size",
-]
-
-Box: TypeAlias = tuple[int, int, int, int]
-Polygon: TypeAlias = tuple[tuple[int, int], ...]
-Shape: TypeAlias = Box | Polygon
-"""A part of an image in pixels: (top, left, bottom, right), half open, or the corners of a polygon, three or
-more pixels (row, column), which belong to it."""
-Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "check_size"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -157,7 +142,7 @@ class Preprocessing:
     def least_size(self) -> tuple[int, int]:
         """(height, width) of the smallest image that holds the region and what is ignored."""
         shapes = self.ignore if self.region is None else (self.region, *self.ignore)
-        edges = [_box(shape)[2:] for shape in shapes]
+        edges = [bounding_box(shape)[2:] for shape in shapes]
         return max((edge[0] for edge in edges), default=1), max((edge[1] for edge in edges), default=1)
 
     def __call__(self, pixels: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
@@ -392,8 +377,8 @@ class Preprocessing:
             "crop": None if self.crop is None else list(self.crop),
             "mean": list(self.mean),
             "std": list(self.std),
-            "region": None if self.region is None else _listed(self.region),
-            "ignore": [_listed(shape) for shape in self.ignore],
+            "region": None if self.region is None else listed(self.region),
+            "ignore": [listed(shape) for shape in self.ignore],
         }
 
     @classmethod
@@ -414,12 +399,12 @@ class Preprocessing:
 
     @property
     def _has_shapes(self) -> bool:
-        return bool(self.ignore) or (self.region is not None and not _is_box(self.region))
+        return bool(self.ignore) or (self.region is not None and not is_box(self.region))
 
     # Outlines that a program has drawn have thousands of corners: too many to look at for every image.
     @cached_property
     def _region_box(self) -> Box | None:
-        return None if self.region is None else _box(self.region)
+        return None if self.region is None else bounding_box(self.region)
 
     @property
     def _begin(self) -> tuple[int, int]:
@@ -546,105 +531,15 @@ def check_size(name: str, size: int | Sequence[int] | None) -> tuple[int, int] |
     return pair
 
 
-def check_shape(name: str, shape: Sequence[Any]) -> Shape:
-    """Read a box or a polygon as people write it.
-
-    Parameters
-    ----------
-    name
-        Of the argument, for the message.
-    shape
-        (top, left, bottom, right) in pixels, half open, or three and more pixels (row, column).
-
-    Returns
-    -------
-    tuple
-
-    Raises
-    ------
-    InputError
-        It is none of these, is empty, or begins above or left of the image.
-    """
-    found = _as_shape(shape)
-    if found is None:
-        raise InputError(
-            f"{name}: {shape!r} given; allowed are (top, left, bottom, right), top < bottom and left < "
-            "right, or three and more corners (row, column), in whole pixels >= 0 of the original image"
-        )
-    return found
-
-
-def check_shapes(name: str, shapes: Sequence[Sequence[Any]]) -> tuple[Shape, ...]:
-    """Read several boxes and polygons; see :func:`check_shape`."""
-    if not isinstance(shapes, list | tuple | np.ndarray) or _as_shape(shapes) is not None:
-        raise InputError(
-            f"{name}: {shapes!r} given; allowed is a list of boxes and polygons, also of one: "
-            "[(top, left, bottom, right)]"
-        )
-    return tuple(check_shape(f"{name}[{index}]", shape) for index, shape in enumerate(shapes))
-
-
-def _as_shape(value: Any) -> Shape | None:
-    parts = _plain(value)
-    if not isinstance(parts, tuple):
-        return None
-    if len(parts) == 4 and _are_pixels(parts) and parts[0] < parts[2] and parts[1] < parts[3]:
-        return parts[0], parts[1], parts[2], parts[3]
-    if len(parts) >= 3 and all(isinstance(part, tuple) and len(part) == 2 for part in parts):
-        return parts if all(map(_are_pixels, parts)) else None
-    return None
-
-
-def _plain(value: Any) -> Any:
-    """Tuples for lists and arrays, and Python's numbers for NumPy's, in which masks give their places."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _are_pixels(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
-
-
-def _is_box(shape: Shape) -> TypeGuard[Box]:
-    return isinstance(shape[0], int)
-
-
-def _box(shape: Shape) -> Box:
-    """The smallest box round a shape."""
-    if _is_box(shape):
-        return shape
-    rows, columns = zip(*shape, strict=True)
-    return min(rows), min(columns), max(rows) + 1, max(columns) + 1
-
-
-def _listed(shape: Shape) -> list[Any]:
-    return [list(part) if isinstance(part, tuple) else part for part in shape]
-
-
-def _drawn(shape: Shape, size: tuple[int, int], begin: tuple[int, int]) -> Mask:
-    """[height, width] bool: the pixels of a shape, seen from where the part begins."""
-    pixels = np.zeros(size, dtype=np.uint8)
-    if _is_box(shape):
-        top, left, bottom, right = (
-            max(0, edge - start) for edge, start in zip(shape, begin * 2, strict=True)
-        )
-        pixels[top:bottom, left:right] = 1
-    else:
-        corners = np.array(shape, dtype=np.int32) - np.array(begin, dtype=np.int32)
-        cv2.fillPoly(pixels, [corners[:, ::-1]], 1)
-    return pixels.astype(np.bool_)
-
-
 @lru_cache(maxsize=8)
 def _unseen(preprocessing: Preprocessing, part: tuple[int, int]) -> Mask | None:
     """The ignored pixels of what is left before the resize; None: there are none."""
     region, begin = preprocessing.region, preprocessing._begin
     pixels = np.zeros(part, dtype=np.bool_)
-    if region is not None and not _is_box(region):
-        pixels |= ~_drawn(region, part, begin)
+    if region is not None and not is_box(region):
+        pixels |= ~drawn(region, part, begin)
     for shape in preprocessing.ignore:
-        pixels |= _drawn(shape, part, begin)
+        pixels |= drawn(shape, part, begin)
     return pixels if pixels.any() else None
 
 

@@ -120,7 +120,10 @@ def detector_type(method: Any) -> type[Detector]:
         entry = METHODS[method]
         found: type[Detector] = getattr(importlib.import_module(entry.module), entry.name)
         return found
-    (point,) = declared[method]
+    return _loaded(declared[method][0], method)
+
+
+def _loaded(point: EntryPoint, method: str) -> type[Detector]:
     what = f"method: {method!r}, which {package_name(point)} declares as {point.value!r}"
     try:
         loaded = point.load()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import heapq
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +20,12 @@ from numpy.typing import NDArray
 
 from pydefect.data.images import SkippedImage, open_images, read_image
 from pydefect.errors import InputError
-from pydefect.persistence import remove_left, working_folder, write_atomically
+from pydefect.persistence import alone_in, remove_left, working_folder, write_atomically
 from pydefect.places import check_writable
 from pydefect.scoring import Region, Result
+from pydefect.shapes import Box
 from pydefect.version import VERSION
 from pydefect.visualization import (
-    Box,
     comparison_sheet,
     draw_contours,
     fade_unscored,
@@ -312,7 +311,7 @@ class ScoreFolderWriter:
         remove_left(self.out, _UNFINISHED)
         if self._append:
             with ExitStack() as stack:
-                stack.enter_context(_alone_in(self.out))
+                stack.enter_context(alone_in(self.out, "append"))
                 self._take_up()
                 self._open = stack.pop_all()
         return self
@@ -606,27 +605,6 @@ def _differing(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None)
         return [] if ours is theirs else ["configuration"]
     ours = json.loads(json.dumps(ours))  # as it was written
     return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep out other programs that add to the lists: the last to end would drop what the others added.
-
-    The system takes the lock off a program that is killed.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"append: another program is adding to {folder}; wait until it has ended"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
 
 
 def _listed(region: Region) -> dict[str, float]:

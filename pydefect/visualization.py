@@ -17,7 +17,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pydefect.errors import InputError
+from pydefect.errors import InputError, as_array
+from pydefect.shapes import Box
 
 __all__ = [
     "comparison_sheet",
@@ -34,7 +35,6 @@ __all__ = [
 ]
 
 Picture: TypeAlias = NDArray[np.uint8]
-Box: TypeAlias = tuple[int, int, int, int]
 Colour: TypeAlias = tuple[int, int, int]
 
 RED: Colour = (255, 0, 0)
@@ -64,7 +64,7 @@ def to_rgb8(image: NDArray[Any]) -> Picture:
     InputError
         The shape or the type is another.
     """
-    pixels = _as_array("image", image)
+    pixels = as_array("image", image)
     if pixels.ndim == 2:
         pixels = pixels[..., np.newaxis]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
@@ -257,12 +257,12 @@ def draw_contours(
     InputError
         Image and mask differ in size, or a value is not allowed.
     """
-    ink = _as_array("colour", colour)
+    ink = as_array("colour", colour)
     if ink.shape != (3,) or ink.dtype.kind not in "iuf" or not (ink.min() >= 0 and ink.max() <= 255):
         raise InputError(f"colour: {colour!r} given; allowed are three numbers of 0 to 255")
     if width is not None and (not isinstance(width, int | np.integer) or not 1 <= width <= _WIDEST_LINE):
         raise InputError(f"width: {width!r} given; allowed are whole numbers of 1 to {_WIDEST_LINE}, or None")
-    picture, marked = to_rgb8(image), _as_array("mask", mask)
+    picture, marked = to_rgb8(image), as_array("mask", mask)
     _check_size("mask", marked, picture)
     if marked.dtype.kind not in "biuf":
         raise InputError(f"mask is of type {marked.dtype}; allowed are bool and numbers")
@@ -628,13 +628,6 @@ def _normalised(anomaly_map: NDArray[Any], low: float, high: float) -> NDArray[n
     # Infinite scores keep their end of the scale; NaN says nothing and gets the low end.
     level: NDArray[np.float32] = np.clip((scores - np.float32(low)) / np.float32(high - low), 0, 1)
     return np.nan_to_num(level, copy=False, nan=0.0)
-
-
-def _as_array(name: str, values: Any) -> NDArray[Any]:
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name}: {type(values).__name__} given that is no array: {error}") from error
 
 
 def _check_size(name: str, array: NDArray[Any], picture: Picture) -> None:

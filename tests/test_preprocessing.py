@@ -397,7 +397,7 @@ def test_thousands_of_corners_are_looked_at_once(monkeypatch: pytest.MonkeyPatch
         return preprocessing.to_original(pixels[0], (60, 60))
 
     first = there_and_back()
-    monkeypatch.setattr("pydefect.preprocessing._box", None)
+    monkeypatch.setattr("pydefect.preprocessing.bounding_box", None)
     assert torch.equal(there_and_back(), first)
 
 

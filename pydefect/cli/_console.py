@@ -62,7 +62,8 @@ class OnError(str, Enum):
     SKIP = "skip"
 
 
-def _set_debug(ctx: typer.Context, value: bool) -> bool:
+def _begin_command(ctx: typer.Context, value: bool) -> bool:
+    """Tell the call which command it is, and --debug, which every command has."""
     ctx.obj.context = ctx
     if value:
         ctx.obj.debug = True
@@ -74,7 +75,7 @@ Debug = Annotated[
     typer.Option(
         "--debug",
         help=f"Show the traceback of an error. {DEBUG_VARIABLE}=1 does the same.",
-        callback=_set_debug,
+        callback=_begin_command,
         is_eager=True,
     ),
 ]

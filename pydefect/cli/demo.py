@@ -160,6 +160,5 @@ def _write_sheet(detector: Detector, dataset: Dataset, path: Path) -> None:
         part_maps=result.part_maps,
         pixel_threshold=result.pixel_threshold,
         scored_boxes=result.scored_boxes,
-        ignored=result.ignored,
     )
     write_picture(path, sheet)

@@ -46,6 +46,8 @@ IMAGE_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", 
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
+_Encoded: TypeAlias = bytes | bytearray | memoryview  # the content of an image file
+
 _ALLOWED_SOURCES = (
     "a folder, an image file, a list of paths, a uint8, uint16, bool or float array [H, W], [H, W, 1|3|4], "
     "[N, H, W] or [N, H, W, 1|3|4], a torch tensor, the bytes of an image file, or an iterable of these"
@@ -228,7 +230,7 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         return source
     if isinstance(source, str | os.PathLike):
         return _open_path(source, on_error)
-    if isinstance(source, Image | bytes | bytearray | memoryview):
+    if isinstance(source, Image | _Encoded):
         source = [source]
     source = _as_array_if_pil(source, "source")
     if isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype.kind in "UO":
@@ -452,7 +454,7 @@ def _open_item(item: Any, position: int, number: int, folder: Path | None) -> It
         path = Path(item)
         name = path.relative_to(folder).as_posix() if folder else os.fspath(item)
         yield name, path, lambda: read_image(path)
-    elif isinstance(item, bytes | bytearray | memoryview):
+    elif isinstance(item, _Encoded):
         name = f"image-{number:05d}"
         yield name, None, lambda: _decoded_rgb(bytes(item), name)
     else:
@@ -462,7 +464,7 @@ def _open_item(item: Any, position: int, number: int, folder: Path | None) -> It
 
 
 def _count(item: Any, position: int) -> int:
-    single = isinstance(item, Image | str | os.PathLike | bytes | bytearray | memoryview)
+    single = isinstance(item, Image | str | os.PathLike | _Encoded)
     return 1 if single else len(_arrays_of_item(item, position))
 
 
