@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pydefect.cuda_graphs import ReplayedSteps
+from pydefect.dual_ae.muon import Muon
 
 __all__ = ["Optimiser", "Optimisers"]
 
@@ -56,7 +57,7 @@ class Optimisers:
         Its convolutions' weights are channels last in memory where Muon is asked for.
     optimiser
         ``"muon"``: the convolutions' weights move in directions whose singular values are all alike, by the
-        size of Adam's steps (``torch.optim.Muon``, ``match_rms_adamw``).
+        size of Adam's steps (:class:`pydefect.dual_ae.muon.Muon`).
     rate
         Learning rate.
     decay
@@ -113,12 +114,7 @@ class Optimisers:
         for number, stream in enumerate(streams):
             mine = range(number, len(self._matrices), len(streams))
             if mine:
-                muon = torch.optim.Muon(
-                    [self._matrices[one] for one in mine],
-                    lr=self._rate,
-                    weight_decay=muon_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+                muon = Muon([self._matrices[one] for one in mine], self._rate, muon_decay)
                 self._parts.append(_Part("muon", muon, mine, [1.0], stream))
         self._parts.append(_Part("adam", adam, range(len(self._others)), shares))
         if captured:
