@@ -54,7 +54,10 @@ def test_the_module_shares_no_types_with_others():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these levels are x86-64's")
 def test_x86_levels_are_compiled():
-    assert build_info().cpu_levels_compiled == ("portable", "avx2", "avx512", "avx512bf16")
+    levels = build_info().cpu_levels_compiled
+    # Compilers of before 2021, and systems other than Linux, leave out the last.
+    assert ("portable", "avx2", "avx512", "avx512bf16", "amx")[: len(levels)] == levels
+    assert len(levels) >= 4
 
 
 def test_the_source_folder_says_that_it_is_not_compiled(tmp_path):

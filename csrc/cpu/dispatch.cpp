@@ -3,8 +3,23 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef PYDEFECT_AMX_KERNELS
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pydefect::cpu {
 namespace {
+
+#ifdef PYDEFECT_AMX_KERNELS
+
+// Linux saves the tiles of those processes only that have asked it to: ARCH_REQ_XCOMP_PERM for XTILEDATA.
+bool tiles_are_permitted() {
+  static const bool permitted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return permitted;
+}
+
+#endif
 
 bool runs_here(Level level) {
   switch (level) {
@@ -18,6 +33,11 @@ bool runs_here(Level level) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
     case Level::avx512bf16:
       return runs_here(Level::avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
+#ifdef PYDEFECT_AMX_KERNELS
+    case Level::amx:
+      return runs_here(Level::avx512bf16) && __builtin_cpu_supports("amx-tile") &&
+             __builtin_cpu_supports("amx-bf16") && tiles_are_permitted();
 #endif
     default:
       return false;
@@ -41,6 +61,8 @@ Level choose_level() {
 
 const char* name(Level level) {
   switch (level) {
+    case Level::amx:
+      return "amx";
     case Level::avx512bf16:
       return "avx512bf16";
     case Level::avx512:
@@ -53,7 +75,10 @@ const char* name(Level level) {
 }
 
 const std::vector<Level>& compiled_levels() {
-#ifdef PYDEFECT_X86_KERNELS
+#if defined(PYDEFECT_AMX_KERNELS)
+  static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512, Level::avx512bf16,
+                                         Level::amx};
+#elif defined(PYDEFECT_X86_KERNELS)
   static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512, Level::avx512bf16};
 #else
   static const std::vector<Level> levels{Level::portable};

@@ -2,12 +2,15 @@
 // reports the same facts.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <string>
 #include <vector>
 
 namespace pydefect::cpu {
 
-enum class Level { portable, avx2, avx512, avx512bf16 };
+// amx: the loops of avx512bf16, but for those that a kernel's table has for matrix instructions.
+enum class Level { portable, avx2, avx512, avx512bf16, amx };
 
 const char* name(Level level);
 
@@ -21,11 +24,11 @@ std::vector<Level> usable_levels();
 // std::runtime_error for a level that is unknown or not usable here. Read once, at the first call.
 Level active_level();
 
-// The table of inner loops of `level`, out of those of all compiled levels, lowest first.
+// The table of inner loops of `level`, out of those of all levels that have one, lowest first.
 template <class Kernel, class... Higher>
 const Kernel& kernel_at(Level level, const Kernel& portable, const Higher&... higher) {
   const Kernel* const kernels[] = {&portable, &higher...};
-  return *kernels[static_cast<int>(level)];
+  return *kernels[std::min(static_cast<size_t>(level), sizeof...(higher))];
 }
 
 #ifdef PYDEFECT_X86_KERNELS

@@ -48,7 +48,7 @@ constexpr int64_t kFewQueries = 16;
 constexpr int64_t kLongestList = 1024;
 // Rows of the bank that its centre is the mean of, at most: any centre will do.
 constexpr int64_t kCentreRows = 1024;
-// KnnKernel's rows and columns are at most this.
+// KnnScoring's rows and KnnKernel's columns are at most this.
 constexpr int64_t kMostColumns = 32;
 // Queries that try out a search, spread over all of them.
 constexpr int64_t kTrialQueries = 56;
@@ -314,7 +314,7 @@ class Search {
         k_(k),
         head_(head),
         head_words_(divide_up(head, scoring.elements)),
-        words_(head_words_ + (whole() ? 0 : 1)),
+        words_(round_up(head_words_ + (whole() ? 0 : 1), scoring.block)),
         panel_size_((1 + words_) * kernel.columns),
         centre_(centre_of(bank)),
         squared_norms_(static_cast<size_t>(bank.rows)),
@@ -332,7 +332,7 @@ class Search {
     if (!whole() && !one_part()) return false;
     const int64_t step = divide_up(queries.rows, kTrialQueries);
     const Matrix some{queries.data, queries.rows / step, queries.width, step * queries.stride};
-    Shortlists lists = lists_for(divide_up(some.rows, kernel_.rows));
+    Shortlists lists = lists_for(divide_up(some.rows, scoring_.rows));
     std::vector<float> rests(static_cast<size_t>(some.rows));
     start(some, 0, some.rows, lists, rests);
     const AlignedBuffer<float> packed = packed_queries(some, 0, some.rows, rests);
@@ -357,9 +357,9 @@ class Search {
   }
 
   void run(const Matrix& queries, const Answer& answer) {
-    const int64_t tiles = divide_up(queries.rows, kernel_.rows);
+    const int64_t tiles = divide_up(queries.rows, scoring_.rows);
     const int64_t group_tiles = std::clamp<int64_t>(tiles / kFewGroups, 1, kTilesPerGroup);
-    const int64_t group_queries = group_tiles * kernel_.rows;
+    const int64_t group_queries = group_tiles * scoring_.rows;
     const int64_t groups = divide_up(tiles, group_tiles);
     // Where the bank comes in parts, the lists of all queries wait for the last one.
     std::vector<Shortlists> waiting;
@@ -406,7 +406,7 @@ class Search {
 
   bool whole() const { return head_ == bank_.width; }
   bool one_part() const { return part_rows_ >= bank_.rows; }
-  Shortlists lists_for(int64_t tiles) const { return {tiles * kernel_.rows, k_, bank_.rows}; }
+  Shortlists lists_for(int64_t tiles) const { return {tiles * scoring_.rows, k_, bank_.rows}; }
 
   Measured measure(const float* row) const {
     const PackedSize head = scoring_.measure(row, head_, centre_.data());
@@ -467,17 +467,19 @@ class Search {
         }
         to += kernel_.columns;
         scoring_.pack_bank(bank_.row(first), bank_.stride, filled, head_, centre_.data(), to);
-        if (!whole()) pack_rests(rests_.data() + first, filled, kernel_.columns, to);
+        const auto word = [&](int64_t w, int64_t c) -> float& { return to[w * kernel_.columns + c]; };
+        finish_packing(rests_.data() + first, filled, kernel_.columns, word);
       }
     });
   }
 
-  // Writes the word behind the head's of `columns` packed vectors.
-  void pack_rests(const float* rests, int64_t filled, int64_t columns, float* to) const {
-    for (int64_t c = 0; c < columns; ++c) {
-      const float rest = c < filled ? rests[c] : 0.0f;
+  // Writes the words behind the head's of `vectors` packed ones: the norm of the rest, and zeros.
+  template <class Word>
+  void finish_packing(const float* rests, int64_t filled, int64_t vectors, const Word& word) const {
+    for (int64_t w = head_words_; w < words_; ++w) {
+      const bool of_rests = w == head_words_ && !whole();
       // Beside a bf16 number in the upper half of the word stands a zero in the lower one.
-      to[head_words_ * columns + c] = rest;
+      for (int64_t v = 0; v < vectors; ++v) word(w, v) = of_rests && v < filled ? rests[v] : 0.0f;
     }
   }
 
@@ -490,35 +492,37 @@ class Search {
       lists.start(query - first, size, score_margin(size, bank_size_, bank_.width));
       rests[static_cast<size_t>(query - first)] = measured.rest;
     }
-    for (int64_t slot = last - first; slot % kernel_.rows != 0; ++slot) lists.close(slot);
+    for (int64_t slot = last - first; slot % scoring_.rows != 0; ++slot) lists.close(slot);
   }
 
   AlignedBuffer<float> packed_queries(const Matrix& queries, int64_t first, int64_t last,
                                       const std::vector<float>& rests) const {
-    const int64_t tile_size = kernel_.rows * words_;
-    const int64_t tiles = divide_up(last - first, kernel_.rows);
+    const int64_t tile_size = scoring_.rows * words_;
+    const int64_t tiles = divide_up(last - first, scoring_.rows);
     AlignedBuffer<float> packed(tiles * tile_size + 16);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t query = first + t * kernel_.rows;
-      const int64_t filled = std::min<int64_t>(kernel_.rows, last - query);
+      const int64_t query = first + t * scoring_.rows;
+      const int64_t filled = std::min<int64_t>(scoring_.rows, last - query);
       float* const to = packed.data() + t * tile_size;
       scoring_.pack_queries(queries.row(query), queries.stride, filled, head_, centre_.data(), to);
-      if (!whole()) pack_rests(rests.data() + t * kernel_.rows, filled, kernel_.rows, to);
+      const auto word = [&](int64_t w, int64_t r) -> float& { return to[scoring_.query_word(w, r)]; };
+      finish_packing(rests.data() + t * scoring_.rows, filled, scoring_.rows, word);
     }
     return packed;
   }
 
   // Shows the packed part of the bank to packed queries.
   void show_panels(const AlignedBuffer<float>& packed, int64_t queries, Shortlists& lists) const {
-    const int64_t tile_size = kernel_.rows * words_;
-    const int64_t tiles = divide_up(queries, kernel_.rows);
-    float scores[kMostColumns * kMostColumns];
+    const int64_t tile_size = scoring_.rows * words_;
+    const int64_t tiles = divide_up(queries, scoring_.rows);
+    alignas(64) float scores[kMostColumns * kMostColumns];
     uint32_t hits[kMostColumns];
+    if (scoring_.begin != nullptr) scoring_.begin();
     for (int64_t p = 0; p < packed_panels_; ++p) {
       const float* panel = panels_.data() + p * panel_size_;
       const int64_t first_row = packed_row_ + p * kernel_.columns;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t slot = t * kernel_.rows;
+        const int64_t slot = t * scoring_.rows;
         uint32_t hit_rows = scoring_.score_tile(packed.data() + t * tile_size, panel, words_,
                                                 lists.thresholds() + slot, scores, hits);
         for (; hit_rows != 0; hit_rows &= hit_rows - 1) {
@@ -527,6 +531,7 @@ class Search {
         }
       }
     }
+    if (scoring_.end != nullptr) scoring_.end();
   }
 
   // The best by their heads are measured. What can be nearer than the k-th of them scores above a threshold:
@@ -588,6 +593,11 @@ class Search {
 void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, bool bf16,
                           const Answer& answer) {
   const bool narrow = bf16 && kernel.bf16.elements != 0;
+  if (narrow && active_level() == Level::amx) {
+    // Scoring whole vectors is faster here than measuring what their heads leave.
+    Search search(kernel, kernel.amx, bank, answer.k, bank.width);
+    if (search.pays(queries)) return search.run(queries, answer);
+  }
   if (bank.width >= kWide && queries.rows >= kManyQueries) {
     const int64_t head = round_up(bank.width / 8, 32);
     Search search(kernel, narrow ? kernel.bf16 : kernel.float32, bank, answer.k, head);

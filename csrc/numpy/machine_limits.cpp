@@ -75,9 +75,12 @@ double copy_gbs(int threads) {
 
 MachineLimits measure_machine_limits(int threads) {
   using namespace cpu;
-  const MachineLimitsKernel& kernel = PYDEFECT_KERNEL_AT(usable_levels().back(), machine_limits_kernel);
+  const Level level = usable_levels().back();
+  const MachineLimitsKernel& kernel = PYDEFECT_KERNEL_AT(level, machine_limits_kernel);
   return {gflops(threads, kernel.float32, kernel.float32_operations),
-          gflops(threads, kernel.bf16, kernel.bf16_operations), copy_gbs(threads)};
+          level == Level::amx ? gflops(threads, kernel.amx, kernel.amx_operations)
+                              : gflops(threads, kernel.bf16, kernel.bf16_operations),
+          copy_gbs(threads)};
 }
 
 }  // namespace pydefect

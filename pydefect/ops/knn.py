@@ -39,10 +39,10 @@ def knn(
         pair in float64: far slower, and neighbours that rounding alone tells apart may come in another order.
     precision : {"float32", "bf16"}
         How candidates are found; the answer is the same bit for bit. "bf16" scores them by bfloat16
-        products, at about twice the rate, and measures every row whose score the roundings leave in
-        question (by a rigorous bound, ``csrc/knn_certificate.h``). Some of the queries are tried first:
-        where too many rows stay in question, which dense clusters bring about, the search is made in
-        float32. So it is on processors without AVX512_BF16 and on CUDA.
+        products, at up to twice the rate (more on processors with AMX), and measures every row whose
+        score the roundings leave in question (by a rigorous bound, ``csrc/knn_certificate.h``). Some of the
+        queries are tried first: where too many rows stay in question, which dense clusters bring about, the
+        search is made in float32. So it is on processors without AVX512_BF16 and on CUDA.
 
     Returns
     -------

@@ -5,6 +5,7 @@
 
 #include "pack.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace pydefect::cpu::PYDEFECT_LEVEL {
 namespace {
@@ -166,8 +167,15 @@ void pack(const float* from, int64_t stride, int64_t filled, int64_t width, cons
 }
 
 template <int rows, int vectors>
-constexpr KnnScoring float32_scoring{1, pack<Simd, rows>, pack<Simd, vectors * Simd::lanes>, measure,
-                                     score_tile<Simd, rows, vectors>};
+constexpr KnnScoring float32_scoring{1,
+                                     rows,
+                                     1,
+                                     pack<Simd, rows>,
+                                     pack<Simd, vectors * Simd::lanes>,
+                                     measure,
+                                     score_tile<Simd, rows, vectors>,
+                                     nullptr,
+                                     nullptr};
 
 #if defined(__AVX512BF16__)
 
@@ -204,8 +212,15 @@ PackedSize measure_bf16(const float* row, int64_t width, const float* centre) {
 }
 
 template <int rows, int vectors>
-constexpr KnnScoring bf16_scoring{2, pack_bf16<rows>, pack_bf16<vectors * 16>, measure_bf16,
-                                  score_tile<SimdPairs, rows, vectors>};
+constexpr KnnScoring bf16_scoring{2,
+                                  rows,
+                                  1,
+                                  pack_bf16<rows>,
+                                  pack_bf16<vectors * 16>,
+                                  measure_bf16,
+                                  score_tile<SimdPairs, rows, vectors>,
+                                  nullptr,
+                                  nullptr};
 
 #else
 
@@ -214,9 +229,85 @@ constexpr KnnScoring bf16_scoring{};
 
 #endif
 
+#if defined(__AMX_BF16__)
+
+// A tile register holds 16 rows of 64 bytes. Four of the eight hold the sums of 32 queries and 32 rows of the
+// bank, the others the words of a block of both.
+constexpr int kTileRows = 32, kTileColumns = 32, kBlock = 16;
+
+void end_tiles() {
+  _tile_release();
+}
+
+void pack_blocks(const float* from, int64_t stride, int64_t filled, int64_t width, const float* centre,
+                 float* to) {
+  for (int64_t d = 0; d < width; d += 2 * kBlock) {
+    for (int64_t r = 0; r < kTileRows; ++r, to += kBlock) {
+      __m512 low = Simd::zero(), high = Simd::zero();
+      if (r < filled) {
+        low = centred<Simd>(from + r * stride, centre, d, width);
+        if (d + 16 < width) high = centred<Simd>(from + r * stride, centre, d + 16, width);
+      }
+      Simd::store(to, reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high, low)));
+    }
+  }
+}
+
+uint32_t score_tile_amx(const float* queries, const float* panel, int64_t words, const float* thresholds,
+                        float* scores, uint32_t* hits) {
+  constexpr int64_t line = sizeof(float) * kTileColumns;
+  // A stride of 0: every row of sums starts with the same numbers.
+  _tile_loadd(0, panel, 0);
+  _tile_loadd(1, panel + 16, 0);
+  _tile_loadd(2, panel, 0);
+  _tile_loadd(3, panel + 16, 0);
+  panel += kTileColumns;
+  for (int64_t w = 0; w < words; w += kBlock) {
+    _tile_loadd(4, queries, 64);
+    _tile_loadd(6, panel, line);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 16, line);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, queries + 16 * kBlock, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    queries += kTileRows * kBlock;
+    panel += kTileColumns * kBlock;
+  }
+  _tile_stored(0, scores, line);
+  _tile_stored(1, scores + 16, line);
+  _tile_stored(2, scores + 16 * kTileColumns, line);
+  _tile_stored(3, scores + 16 * kTileColumns + 16, line);
+  uint32_t any = 0;
+  for (int r = 0; r < kTileRows; ++r) {
+    const __m512 threshold = Simd::broadcast(thresholds[r]);
+    const float* of_row = scores + r * kTileColumns;
+    hits[r] = Simd::greater(Simd::load(of_row), threshold) | Simd::greater(Simd::load(of_row + 16), threshold)
+                                                                 << 16;
+    any |= (hits[r] != 0 ? 1u : 0u) << r;
+  }
+  return any;
+}
+
+constexpr KnnScoring amx_scoring{2,
+                                 kTileRows,
+                                 kBlock,
+                                 pack_blocks,
+                                 pack_bf16<kTileColumns>,
+                                 measure_bf16,
+                                 score_tile_amx,
+                                 load_tile_configuration,
+                                 end_tiles};
+
+#else
+
+constexpr KnnScoring amx_scoring{};
+
+#endif
+
 template <int rows, int vectors>
-constexpr KnnKernel kernel{rows, vectors * Simd::lanes, float32_scoring<rows, vectors>,
-                           bf16_scoring<rows, vectors>, squared_distances<Simd>};
+constexpr KnnKernel kernel{vectors * Simd::lanes, float32_scoring<rows, vectors>, bf16_scoring<rows, vectors>,
+                           amx_scoring, squared_distances<Simd>};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "simd.h"
+#include "tiles.h"
 
 namespace pydefect::cpu::PYDEFECT_LEVEL {
 namespace {
@@ -50,6 +51,33 @@ float bf16_peak(int64_t rounds) {
 
 #endif
 
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kTileOperations = 2 * 16 * 16 * 32;
+
+float amx_peak(int64_t rounds) {
+  load_tile_configuration();
+  // Zeros: the sums stay what they are.
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  for (int64_t round = 0; round < rounds; ++round) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  alignas(64) float sums[16 * 16];
+  _tile_stored(0, sums, 64);
+  _tile_release();
+  return sums[0];
+}
+
+#endif
+
 }  // namespace
 
 const MachineLimitsKernel machine_limits_kernel{
@@ -60,8 +88,13 @@ const MachineLimitsKernel machine_limits_kernel{
     // Two products a lane.
     4 * kSums * Simd::lanes,
 #else
-    nullptr,
-    0,
+    nullptr,      0,
+#endif
+#if defined(__AMX_BF16__)
+    amx_peak,
+    4 * kTileOperations,
+#else
+    nullptr,      0,
 #endif
 };
 

@@ -16,6 +16,10 @@ struct MachineLimitsKernel {
   // The same with bf16 products that are added up in float32; null where the level has no such instruction.
   float (*bf16)(int64_t rounds);
   int64_t bf16_operations;
+
+  // The same with matrix instructions, for processors that have them.
+  float (*amx)(int64_t rounds);
+  int64_t amx_operations;
 };
 
 PYDEFECT_KERNEL(MachineLimitsKernel, machine_limits_kernel)
