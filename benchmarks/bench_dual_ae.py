@@ -6,6 +6,9 @@ are when written with PyTorch's operators: the student three times with all its 
 ``cosine_similarity``, the modules' pure-PyTorch twins, float32. Losses and maps are compared with it before
 anything is timed. The teacher sees the augmented image only, as in a fit, where its maps of the images
 themselves are kept.
+
+On a processor pydefect has a Muon and gradients of the PDN of its own. They are timed alone, in groups where
+"reference" is PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from pydefect.dual_ae import DualAEConfig, reunion
+from pydefect.dual_ae import DualAEConfig, pdn, reunion
 from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic
+from pydefect.dual_ae.muon import Muon, cpu_has_amx
 from pydefect.dual_ae.network import DualNetwork
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.scorer import Scorer
 from pydefect.dual_ae.trainer import build_network, step_losses
+from pydefect.features import Precision, cpu_has_bfloat16
 from pydefect.ops import reference
 
 CONTENDERS = ["plain", "pydefect", "pydefect bf16"]
@@ -42,8 +47,8 @@ def build(
     return config, network, teacher
 
 
-def images_of(seed: int, batch: int, device: str) -> Tensor:
-    images = torch.randn(batch, 3, 256, 256, generator=torch.Generator().manual_seed(seed)).to(device)
+def images_of(seed: int, batch: int, device: str, size: int = 256) -> Tensor:
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -151,3 +156,76 @@ def bench_score(
         f"dual_ae score {additions} batch {batch}",
         plainly if contender == "plain" else partial(scorer, images),
     )
+
+
+def muon_of(contender: str, matrix: nn.Parameter) -> torch.optim.Optimizer:
+    rate, decay = 1e-3, 0.5
+    if contender == "reference":
+        return torch.optim.Muon([matrix], lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    optimiser = Muon([matrix], rate, decay)
+    optimiser._as_torch = False
+    return optimiser
+
+
+def moved(contender: str, start: Tensor, gradient: Tensor) -> Tensor:
+    matrix = nn.Parameter(start.clone())
+    matrix.grad = gradient
+    muon_of(contender, matrix).step()
+    return matrix.detach() - start
+
+
+@pytest.mark.parametrize("contender", ["pydefect", "reference"])
+# The last convolution of the student and one of an autoencoder's.
+@pytest.mark.parametrize(("rows", "columns"), [(768, 4096), (64, 1024)])
+def bench_muon(rows: int, columns: int, contender: str, device: str, measure: Callable[..., None]) -> None:
+    if device != "cpu":
+        pytest.skip("a card takes PyTorch's own")
+    if contender == "reference" and rows > 64 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("PyTorch's takes minutes without AVX-512")
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
+    some = start[:64, :1024], gradient[:64, :1024]
+    expected = moved("reference", *some)
+    difference = moved(contender, *some) - expected
+    # PyTorch's products are bfloat16. The largest difference seen was 0.004.
+    assert float(difference.norm() / expected.norm()) < 0.02
+    matrix = nn.Parameter(start)
+    matrix.grad = gradient
+    # With AMX the package takes PyTorch's: float32 is timed all the same, but no target is held against it.
+    named = "pydefect float32" if contender == "pydefect" and cpu_has_amx() else contender
+    measure(f"dual_ae muon {rows}x{columns}", muon_of(contender, matrix).step, contender=named)
+
+
+@pytest.mark.parametrize("contender", ["pydefect", "reference"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def bench_pdn(
+    precision: Precision,
+    contender: str,
+    device: str,
+    measure: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if device != "cpu":
+        pytest.skip("a card takes PyTorch's own")
+    if precision == "bfloat16" and not cpu_has_bfloat16():
+        pytest.skip("no instructions for bfloat16 here")
+    torch.manual_seed(0)
+    network = PDN(padding=True).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(pdn, "_Convolution", nn.Conv2d)
+    twin = PDN(padding=True).to(memory_format=torch.channels_last)
+    twin.load_state_dict(network.state_dict())
+    # As many as a step has of one image: itself, augmented, and one for the penalty.
+    images = images_of(0, 3, device, 128)
+    along = torch.randn_like(twin(images).detach())
+
+    def step(network: PDN) -> tuple[Tensor, ...]:
+        with arithmetic(precision, images.device):
+            described = network(images)
+        gradients = torch.autograd.grad(described, list(network.parameters()), along.to(described.dtype))
+        return described.detach(), *gradients
+
+    bound = 0.02 if precision == "bfloat16" else 1e-4
+    timed = network if contender == "pydefect" else twin
+    for found, expected in zip(step(timed), step(twin), strict=True):
+        assert float((found - expected).abs().max() / expected.abs().max()) < bound
+    measure(f"dual_ae pdn {precision} 3x3x128x128 forward+backward", partial(step, timed))

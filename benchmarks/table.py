@@ -119,6 +119,8 @@ TARGETS = (
     Target("dual_ae step cpu", "EfficientAD-S*", 2, ours="pydefect dual_ae bfloat16"),
     Target("dual_ae score batch 1 *", "EfficientAD-S*", 1.8, ours="pydefect dual_ae bfloat16"),
     Target("dual_ae score batch 8 *", "EfficientAD-S*", 1.8, ours="pydefect dual_ae bfloat16"),
+    Target("dual_ae muon *", REFERENCE, 1),
+    Target("dual_ae pdn *", REFERENCE, 1),
     Target("auroc 100x1024x1024 *", "scikit-learn*", 10),
     Target("aupro 100x1024x1024 *", "anomalib*", 20),
 )
