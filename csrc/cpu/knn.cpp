@@ -592,12 +592,14 @@ class Search {
 
 void search_by_candidates(const KnnKernel& kernel, const Matrix& queries, const Matrix& bank, bool bf16,
                           const Answer& answer) {
-  const bool narrow = bf16 && kernel.bf16.elements != 0;
-  if (narrow && active_level() == Level::amx) {
+  const bool tiles = active_level() == Level::amx;
+  if (bf16 && tiles) {
     // Scoring whole vectors is faster here than measuring what their heads leave.
     Search search(kernel, kernel.amx, bank, answer.k, bank.width);
     if (search.pays(queries)) return search.run(queries, answer);
   }
+  // Beside tiles, the other bf16 instructions are no faster than float32's.
+  const bool narrow = bf16 && !tiles && kernel.bf16.elements != 0;
   if (bank.width >= kWide && queries.rows >= kManyQueries) {
     const int64_t head = round_up(bank.width / 8, 32);
     Search search(kernel, narrow ? kernel.bf16 : kernel.float32, bank, answer.k, head);

@@ -147,23 +147,24 @@ class PDN(nn.Sequential):
     def __init__(self, size: Size = "small", out_channels: int = PDN_CHANNELS, padding: bool = False) -> None:
         pad = int(padding)
         first, second = (128, 256) if size == "small" else (256, 512)
+        # ReLUs in place take a processor several times as long in bfloat16.
         layers: list[nn.Module] = [
             _Convolution(3, first, 4, padding=3 * pad),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             _Halving(2, 2, padding=pad),
             _Convolution(first, second, 4, padding=3 * pad),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             _Halving(2, 2, padding=pad),
         ]
         if size == "medium":
-            layers += [_Convolution(second, second, 1), nn.ReLU(inplace=True)]
+            layers += [_Convolution(second, second, 1), nn.ReLU()]
         layers += [
             _Convolution(second, second, 3, padding=pad),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             _Convolution(second, out_channels, 4),
         ]
         if size == "medium":
-            layers += [nn.ReLU(inplace=True), _Convolution(out_channels, out_channels, 1)]
+            layers += [nn.ReLU(), _Convolution(out_channels, out_channels, 1)]
         super().__init__(*layers)
         self.size = size
         self.out_channels = out_channels
