@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from pydefect.dual_ae import DualAEConfig, pdn, reunion
 from pydefect.dual_ae.frozen import NormalisedTeacher, arithmetic
-from pydefect.dual_ae.muon import Muon, cpu_has_amx
+from pydefect.dual_ae.muon import Muon
 from pydefect.dual_ae.network import DualNetwork
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.scorer import Scorer
 from pydefect.dual_ae.trainer import build_network, step_losses
-from pydefect.features import Precision, cpu_has_bfloat16
+from pydefect.features import Precision, cpu_has_amx, cpu_has_bfloat16
 from pydefect.ops import reference
 
 CONTENDERS = ["plain", "pydefect", "pydefect bf16"]

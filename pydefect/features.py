@@ -22,6 +22,7 @@ __all__ = [
     "PatchFeatureExtractor",
     "Precision",
     "check_levels",
+    "cpu_has_amx",
     "cpu_has_bfloat16",
     "patch_vectors",
     "resolve_precision",
@@ -61,6 +62,11 @@ def resolve_precision(precision: Literal["auto", "float32", "bfloat16"], device:
 def cpu_has_bfloat16() -> bool:
     """Tell whether this processor multiplies bfloat16 numbers with instructions of its own."""
     return "avx512bf16" in _native.build_info()["cpu_levels_usable"]
+
+
+def cpu_has_amx() -> bool:
+    """Tell whether this processor multiplies matrices of bfloat16 numbers with instructions of its own."""
+    return "amx" in _native.build_info()["cpu_levels_usable"]
 
 
 def cuda_has_bfloat16() -> bool:

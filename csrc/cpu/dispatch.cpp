@@ -75,14 +75,15 @@ const char* name(Level level) {
 }
 
 const std::vector<Level>& compiled_levels() {
-#if defined(PYDEFECT_AMX_KERNELS)
-  static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512, Level::avx512bf16,
-                                         Level::amx};
-#elif defined(PYDEFECT_X86_KERNELS)
-  static const std::vector<Level> levels{Level::portable, Level::avx2, Level::avx512, Level::avx512bf16};
-#else
-  static const std::vector<Level> levels{Level::portable};
+  static const std::vector<Level> levels{
+      Level::portable,
+#ifdef PYDEFECT_X86_KERNELS
+      Level::avx2,     Level::avx512, Level::avx512bf16,
 #endif
+#ifdef PYDEFECT_AMX_KERNELS
+      Level::amx,
+#endif
+  };
   return levels;
 }
 

@@ -350,8 +350,8 @@ class Search {
       show_panels(packed, some.rows, lists);
       count();
     }
-    // Scoring whole vectors in float32 takes as long as measuring a third of the bank, in bf16 half as long.
-    // Of what whole vectors in bf16 or heads save half must be left.
+    // Scoring whole vectors in float32 takes as long as measuring a third of the bank, in bf16 half as long,
+    // by tiles less. Of what whole vectors in bf16 or heads save half must be left.
     const int64_t saved = !whole() && scoring_.elements == 1 ? bank_.rows / 3 : bank_.rows / 6;
     return measured <= some.rows * (k_ + saved / 2);
   }

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "cpu_has_amx", "orthogonalised"]
+from pydefect.features import cpu_has_amx
+
+__all__ = ["Muon", "orthogonalised"]
 
 # Those of torch.optim.Muon: the polynomial's slope at zero is as steep as it can be.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -95,8 +97,3 @@ class Muon(torch.optim.Muon):
                 length = 0.2 * math.sqrt(max(matrix.shape))
                 matrix.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-rate * length)
         return loss
-
-
-def cpu_has_amx() -> bool:
-    """Tell whether this processor multiplies matrices of bfloat16 numbers with instructions of its own."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

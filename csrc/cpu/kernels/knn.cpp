@@ -173,9 +173,7 @@ constexpr KnnScoring float32_scoring{1,
                                      pack<Simd, rows>,
                                      pack<Simd, vectors * Simd::lanes>,
                                      measure,
-                                     score_tile<Simd, rows, vectors>,
-                                     nullptr,
-                                     nullptr};
+                                     score_tile<Simd, rows, vectors>};
 
 #if defined(__AVX512BF16__)
 
@@ -212,15 +210,8 @@ PackedSize measure_bf16(const float* row, int64_t width, const float* centre) {
 }
 
 template <int rows, int vectors>
-constexpr KnnScoring bf16_scoring{2,
-                                  rows,
-                                  1,
-                                  pack_bf16<rows>,
-                                  pack_bf16<vectors * 16>,
-                                  measure_bf16,
-                                  score_tile<SimdPairs, rows, vectors>,
-                                  nullptr,
-                                  nullptr};
+constexpr KnnScoring bf16_scoring{
+    2, rows, 1, pack_bf16<rows>, pack_bf16<vectors * 16>, measure_bf16, score_tile<SimdPairs, rows, vectors>};
 
 #else
 
@@ -234,10 +225,6 @@ constexpr KnnScoring bf16_scoring{};
 // A tile register holds 16 rows of 64 bytes. Four of the eight hold the sums of 32 queries and 32 rows of the
 // bank, the others the words of a block of both.
 constexpr int kTileRows = 32, kTileColumns = 32, kBlock = 16;
-
-void end_tiles() {
-  _tile_release();
-}
 
 void pack_blocks(const float* from, int64_t stride, int64_t filled, int64_t width, const float* centre,
                  float* to) {
@@ -296,8 +283,8 @@ constexpr KnnScoring amx_scoring{2,
                                  pack_bf16<kTileColumns>,
                                  measure_bf16,
                                  score_tile_amx,
-                                 load_tile_configuration,
-                                 end_tiles};
+                                 configure_tiles,
+                                 release_tiles};
 
 #else
 

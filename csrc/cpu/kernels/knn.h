@@ -39,8 +39,8 @@ struct KnnScoring {
                          uint32_t* hits);          // [rows]
 
   // Called by a thread before its first tile and after its last one; null where there is nothing to do.
-  void (*begin)();
-  void (*end)();
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 
   int64_t query_word(int64_t word, int64_t row) const {
     return (word / block * rows + row) * block + word % block;

@@ -56,7 +56,7 @@ float bf16_peak(int64_t rounds) {
 constexpr int64_t kTileOperations = 2 * 16 * 16 * 32;
 
 float amx_peak(int64_t rounds) {
-  load_tile_configuration();
+  configure_tiles();
   // Zeros: the sums stay what they are.
   _tile_zero(0);
   _tile_zero(1);
@@ -72,7 +72,7 @@ float amx_peak(int64_t rounds) {
   }
   alignas(64) float sums[16 * 16];
   _tile_stored(0, sums, 64);
-  _tile_release();
+  release_tiles();
   return sums[0];
 }
 

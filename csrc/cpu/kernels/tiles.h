@@ -22,8 +22,12 @@ struct TileConfiguration {
 // what they would have to write behind these.
 alignas(64) const TileConfiguration tile_configuration;
 
-void load_tile_configuration() {
+void configure_tiles() {
   _tile_loadconfig(&tile_configuration);
+}
+
+void release_tiles() {
+  _tile_release();
 }
 
 }  // namespace
