@@ -28,7 +28,7 @@ from pydefect.dual_ae.network import DualNetwork
 from pydefect.dual_ae.pdn import PDN
 from pydefect.dual_ae.scorer import Scorer
 from pydefect.dual_ae.trainer import build_network, step_losses
-from pydefect.features import Precision, cpu_has_amx, cpu_has_bfloat16
+from pydefect.features import Precision, cpu_has_bfloat16
 from pydefect.ops import reference
 
 CONTENDERS = ["plain", "pydefect", "pydefect bf16"]
@@ -162,9 +162,7 @@ def muon_of(contender: str, matrix: nn.Parameter) -> torch.optim.Optimizer:
     rate, decay = 1e-3, 0.5
     if contender == "reference":
         return torch.optim.Muon([matrix], lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    optimiser = Muon([matrix], rate, decay)
-    optimiser._as_torch = False
-    return optimiser
+    return Muon([matrix], rate, decay)
 
 
 def moved(contender: str, start: Tensor, gradient: Tensor) -> Tensor:
@@ -191,9 +189,7 @@ def bench_muon(rows: int, columns: int, contender: str, device: str, measure: Ca
     assert float(difference.norm() / expected.norm()) < 0.02
     matrix = nn.Parameter(start)
     matrix.grad = gradient
-    # With AMX the package takes PyTorch's: float32 is timed all the same, but no target is held against it.
-    named = "pydefect float32" if contender == "pydefect" and cpu_has_amx() else contender
-    measure(f"dual_ae muon {rows}x{columns}", muon_of(contender, matrix).step, contender=named)
+    measure(f"dual_ae muon {rows}x{columns}", muon_of(contender, matrix).step)
 
 
 @pytest.mark.parametrize("contender", ["pydefect", "reference"])

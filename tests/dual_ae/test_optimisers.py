@@ -98,6 +98,31 @@ def test_a_state_with_gentle_layers_is_taken_up_again(network):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("optimiser", ["adam", "muon"])
+def test_what_has_faded_is_put_to_zero(network, optimiser):
+    """A processor takes a hundred times as long for denormal numbers, which nothing else would end."""
+    smallest = torch.finfo(torch.float32).tiny
+    optimisers = Optimisers(network, optimiser, 1e-3, 0.0, muon_decay=0.0)
+    train(network, optimisers, [1e-3])
+    # The channels of the first layer are dead but one, as behind a ReLU that no image excites.
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    number_of_denormals = []
+    for step in range(2000):
+        network[0].weight.grad[0].fill_(1.0 + step % 2)
+        if step == 1500:
+            network[0].weight.data[1:].fill_(1e-33)
+        optimisers.step(1e-3)
+        values = [*optimisers.state().values(), *network.parameters()]
+        number_of_denormals.append(
+            sum(int(((one.abs() > 0) & (one.abs() < smallest)).sum()) for one in values)
+        )
+    assert max(number_of_denormals) == 0
+    assert (network[0].weight[1:] == 0).all()
+    assert (network[0].weight[0].abs() > 0.1).all()
+    assert torch.isfinite(torch.cat([one.detach().flatten() for one in network.parameters()])).all()
+
+
 @pytest.mark.gpu
 def test_the_processor_goes_on_from_a_card_s_state(network):
     """On a card the matrices are shared out among several optimisers, and nobody can tell from the state."""
