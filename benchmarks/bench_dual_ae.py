@@ -208,13 +208,14 @@ def bench_pdn(
     torch.manual_seed(0)
     network = PDN(padding=True).to(memory_format=torch.channels_last)
     monkeypatch.setattr(pdn, "_Convolution", nn.Conv2d)
-    twin = PDN(padding=True).to(memory_format=torch.channels_last)
+    # Its layers one after the other.
+    twin = nn.Sequential(*PDN(padding=True)).to(memory_format=torch.channels_last)
     twin.load_state_dict(network.state_dict())
     # As many as a step has of one image: itself, augmented, and one for the penalty.
     images = images_of(0, 3, device, 128)
     along = torch.randn_like(twin(images).detach())
 
-    def step(network: PDN) -> tuple[Tensor, ...]:
+    def step(network: nn.Module) -> tuple[Tensor, ...]:
         with arithmetic(precision, images.device):
             described = network(images)
         gradients = torch.autograd.grad(described, list(network.parameters()), along.to(described.dtype))

@@ -365,6 +365,40 @@ inline void check_relaxed_contrastive_backward(const Tensor& grad, const Tensor&
 // A Gaussian of this many pixels flattens any image; its width still fits every integer.
 constexpr double kSigmaLimit = 1 << 20;
 
+inline bool is_float(const Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Float;
+}
+
+// The side of maps behind the pooling of 2 x 2 cells, `padding` of them added before and after.
+constexpr int64_t halved(int64_t side, int64_t padding) {
+  return (side + 2 * padding) / 2;
+}
+
+// Maps are [images, height, width, channels] here, as for the modules above, of float32 or bfloat16.
+inline void check_relu_avg_pool(const Tensor& maps, int64_t padding) {
+  const char* op = "relu_avg_pool";
+  check(maps.dim() == 4, op, ": maps must have 4 dimensions, got ", maps.dim());
+  check(is_float(maps) || maps.scalar_type() == torch::headeronly::ScalarType::BFloat16, op,
+        ": maps must be float32 or bfloat16, got ", torch::headeronly::toString(maps.scalar_type()));
+  check(padding == 0 || padding == 1, op, ": padding must be 0 or 1, got ", padding);
+  check(maps.size(3) >= 1, op, ": maps must have at least 1 channel, got 0");
+  const int64_t smallest = 2 - 2 * padding < 1 ? 1 : 2 - 2 * padding;
+  check(maps.size(1) >= smallest && maps.size(2) >= smallest, op,
+        ": maps must have a height and a width of at least ", smallest, ", got ", maps.size(1), " and ",
+        maps.size(2));
+}
+
+inline void check_relu_avg_pool_backward(const Tensor& d_output, const Tensor& maps, int64_t padding) {
+  const char* op = "relu_avg_pool_backward";
+  check_relu_avg_pool(maps, padding);
+  check(d_output.dim() == 4 && d_output.size(0) == maps.size(0) &&
+            d_output.size(1) == halved(maps.size(1), padding) &&
+            d_output.size(2) == halved(maps.size(2), padding) && d_output.size(3) == maps.size(3),
+        op, ": d_output must have the shape of the output");
+  check(d_output.scalar_type() == maps.scalar_type() && d_output.device() == maps.device(), op,
+        ": d_output must have the type and the device of maps");
+}
+
 inline void check_score_maps(const Tensor& distances, int64_t height, int64_t width, double sigma) {
   check(distances.dim() == 4, "score_maps: distances must have 4 dimensions, got ", distances.dim());
   check(distances.scalar_type() == torch::headeronly::ScalarType::Float,

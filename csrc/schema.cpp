@@ -42,6 +42,8 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "relaxed_contrastive_backward(Tensor grad, Tensor z, Tensor z_target, Tensor neighbors, "
       "Tensor inverse_means, Tensor slopes, "
       "float alpha, float sigma, float margin, int similarity_power, bool cross, bool mean) -> Tensor");
+  library.def("relu_avg_pool(Tensor maps, int padding) -> Tensor");
+  library.def("relu_avg_pool_backward(Tensor d_output, Tensor maps, int padding) -> Tensor");
   library.def(
       "score_maps(Tensor distances, SymInt height, SymInt width, float sigma, bool certainty) "
       "-> (Tensor scores, Tensor maps)");

@@ -92,12 +92,8 @@ class DualNetwork(nn.Module):
         StudentPasses
             The last convolution computes only the half of its channels that each needs.
         """
-        *trunk, last = self.student
-        last = cast(nn.Conv2d, last)
-        together = [images, *([] if penalty is None else [penalty]), augmented]
-        x = torch.cat(together)
-        for layer in trunk:
-            x = layer(x)
+        last = cast(nn.Conv2d, self.student[-1])
+        x = self.student.trunk(torch.cat([images, *([] if penalty is None else [penalty]), augmented]))
         ends = len(x) - len(augmented)
         assert last.bias is not None
         halves = zip(last.weight.split(PDN_CHANNELS), last.bias.split(PDN_CHANNELS), strict=True)

@@ -6,12 +6,15 @@ The geometry is that of continuous image coordinates, as in :mod:`pydefect.prepr
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from pydefect.ops import relu_avg_pool
 
 __all__ = ["PDN", "PDN_CHANNELS", "RECEPTIVE_FIELD", "STRIDE", "Size", "first_centre", "output_size"]
 
@@ -23,48 +26,6 @@ STRIDE = 4
 
 # What padding adds before the first pixel: 3 and 1 at stride 1, 3 and 1 at stride 2, 1 at stride 4.
 _PADDED_BEFORE = 3 + 1 + 2 * (3 + 1) + 4
-
-
-class _Halving(nn.AvgPool2d):
-    """The mean of 2 x 2 cells; on a card out of four views of the map.
-
-    PyTorch's kernels for channels_last take a third of a whole training step there, most of it backward.
-    """
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, (H + 2 p) // 2, (W + 2 p) // 2], p the padding."""
-        if not maps.is_cuda:
-            return super().forward(maps)
-        pad = int(self.padding if isinstance(self.padding, int) else self.padding[0])
-        padded = F.pad(maps, (pad, pad, pad, pad)) if pad else maps
-        return cast(Tensor, _Halved.apply(padded))
-
-
-class _Halved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor) -> Tensor:
-        ctx.shape = maps.shape
-        first, second, third, fourth = _quarters(maps)
-        return (first + second).add_(third + fourth).mul_(0.25)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        share = gradients[0] * 0.25
-        result = torch.empty(
-            ctx.shape, dtype=share.dtype, device=share.device, memory_format=torch.channels_last
-        )
-        # An odd last row or column is in no mean.
-        result[:, :, ctx.shape[2] // 2 * 2 :].zero_()
-        result[:, :, :, ctx.shape[3] // 2 * 2 :].zero_()
-        for quarter in _quarters(result):
-            quarter.copy_(share)
-        return result
-
-
-def _quarters(maps: Tensor) -> list[Tensor]:
-    """Views of the four cells of every 2 x 2, [B, C, H // 2, W // 2] each."""
-    height, width = maps.shape[2] // 2 * 2, maps.shape[3] // 2 * 2
-    return [maps[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)]
 
 
 class _Convolution(nn.Conv2d):
@@ -147,14 +108,15 @@ class PDN(nn.Sequential):
     def __init__(self, size: Size = "small", out_channels: int = PDN_CHANNELS, padding: bool = False) -> None:
         pad = int(padding)
         first, second = (128, 256) if size == "small" else (256, 512)
-        # ReLUs in place take a processor several times as long in bfloat16.
+        # The published files' layers. A ReLU and the pooling behind it run as one operation; the other ReLUs
+        # are not in place, which takes a processor several times as long in bfloat16.
         layers: list[nn.Module] = [
             _Convolution(3, first, 4, padding=3 * pad),
             nn.ReLU(),
-            _Halving(2, 2, padding=pad),
+            nn.AvgPool2d(2, 2, padding=pad),
             _Convolution(first, second, 4, padding=3 * pad),
             nn.ReLU(),
-            _Halving(2, 2, padding=pad),
+            nn.AvgPool2d(2, 2, padding=pad),
         ]
         if size == "medium":
             layers += [_Convolution(second, second, 1), nn.ReLU()]
@@ -185,8 +147,18 @@ class PDN(nn.Sequential):
         Tensor
             [B, out_channels, h, w], (h, w) = :func:`output_size`.
         """
-        described: Tensor = super().forward(images)
+        described: Tensor = self[-1](self.trunk(images))
         return described
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """Run all layers but the last: [B, 3, H, W] to [B, C', h', w'], what the last convolution takes."""
+        maps = images
+        for layer, following in pairwise(self):
+            if isinstance(following, nn.AvgPool2d):
+                maps = relu_avg_pool(maps, int(self.padding))
+            elif not isinstance(layer, nn.AvgPool2d):
+                maps = layer(maps)
+        return maps
 
 
 def output_size(image_size: tuple[int, int], padding: bool) -> tuple[int, int]:

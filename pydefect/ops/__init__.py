@@ -12,6 +12,7 @@ from pydefect.ops.kcenter_reduce import kcenter_reduce
 from pydefect.ops.knn import knn
 from pydefect.ops.project_levels import project_levels
 from pydefect.ops.relaxed_contrastive import relaxed_contrastive
+from pydefect.ops.relu_avg_pool import relu_avg_pool
 from pydefect.ops.score_maps import score_maps
 from pydefect.ops.selective_fusion import selective_fusion
 from pydefect.ops.spatial_reunion import spatial_reunion
@@ -25,6 +26,7 @@ __all__ = [
     "knn",
     "project_levels",
     "relaxed_contrastive",
+    "relu_avg_pool",
     "score_maps",
     "selective_fusion",
     "spatial_reunion",

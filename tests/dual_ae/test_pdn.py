@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from pydefect.dual_ae.pdn import (
@@ -12,7 +11,6 @@ from pydefect.dual_ae.pdn import (
     RECEPTIVE_FIELD,
     STRIDE,
     _Convolution,
-    _Halved,
     first_centre,
     output_size,
 )
@@ -92,16 +90,15 @@ def test_channels_last_and_bfloat16_pass_through():
     assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("size", [(8, 10), (9, 10), (8, 11), (7, 5)])
-def test_halving_on_a_card_is_average_pooling(size):
-    maps = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    results = []
-    for halve in (_Halved.apply, lambda x: F.avg_pool2d(x, 2)):
-        x = maps.clone().requires_grad_()
-        halved = halve(x)
-        results.append((halved, torch.autograd.grad(halved.square().sum(), x)[0]))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_it_is_its_layers_one_after_the_other(size, padding):
+    network = PDN(size, 8, padding).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 45, 38).contiguous(memory_format=torch.channels_last)
+    plainly = images
+    for layer in network:
+        plainly = layer(plainly)
+    assert torch.equal(network(images), plainly)
 
 
 @pytest.mark.gpu

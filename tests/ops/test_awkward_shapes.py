@@ -213,6 +213,20 @@ OPERATORS: dict[str, Operator] = {
             ({"B": 1, "C": 2, "E": 2, "H": 2**29, "W": 2**29, "h": 2, "w": 2, "D": 3}, {}),
         ),
     ),
+    "relu_avg_pool": Operator(
+        ops.relu_avg_pool,
+        reference.relu_avg_pool,
+        {"maps": "B C H W"},
+        {"B": st.integers(0, 3), "C": WIDTHS, "H": SIDES, "W": SIDES},
+        # Four numbers in one order. A card's average pooling may have another.
+        _close(1e-6, 1e-6),
+        settings=lambda sizes: {
+            "padding": st.just(1) if min(sizes["H"], sizes["W"]) < 2 else st.integers(0, 1)
+        },
+        channels_last=("maps",),
+        gradients=("maps",),
+        too_large=(({"B": 2**40, "C": 3, "H": 4, "W": 4}, {}),),
+    ),
     "score_maps": Operator(
         ops.score_maps,
         reference.score_maps,

@@ -335,6 +335,9 @@ STREAMED = {
         x[4:8].t().reshape(64, 4, 1, 1),
         x.new_zeros(64),
     ),
+    "relu_avg_pool": lambda x: (
+        ops.relu_avg_pool(x.reshape(1, 64, 20, 16).contiguous(memory_format=torch.channels_last), 1),
+    ),
     "spatial_reunion": lambda x: (
         ops.spatial_reunion(
             x.reshape(1, 64, 20, 16),
@@ -483,6 +486,28 @@ def test_selective_fusion(shape):
     inputs = [random(*shape), random(*shape, seed=1), reduce_weight, reduce_bias]
     inputs += [head, expand_bias, head.flip(0), expand_bias.flip(0)]
     assert_modules_agree(ops.selective_fusion, reference.selective_fusion, 2, *inputs)
+
+
+# Channels that make 16 bytes and that do not, more than a block has of a row; the least a map may have.
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 5, 2, 2), (1, 1, 2, 2), (2, 40, 9, 8), (3, 130, 7, 10), (1, 7, 5, 90), (2, 64, 6, 71)],
+    ids=str,
+)
+def test_relu_avg_pool(shape, dtype, padding):
+    maps = random(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    maps.flatten()[:3] = 0.0
+    results = [
+        gradients(lambda x, pool=pool: pool(x, padding), maps)
+        for pool in (ops.relu_avg_pool, reference.relu_avg_pool)
+    ]
+    (actual, (gradient,)), (expected, (expected_gradient,)) = results
+    # Sums of four in one order and in another, and one rounding of 8 or 24 bits.
+    bits = 2.0**-23 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(actual, expected, rtol=2 * bits, atol=bits)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2 * bits, atol=bits)
 
 
 # The coarse grid as a point, a line, as fine as the map, finer.

@@ -57,6 +57,11 @@ def _relaxed_contrastive() -> tuple[Tensor, Tensor]:
     return z, ops.relaxed_contrastive(z, torch.randn(20, 5))
 
 
+def _relu_avg_pool() -> tuple[Tensor, Tensor]:
+    maps = _map()
+    return maps, ops.relu_avg_pool(maps)
+
+
 CASES = {
     "channel_reunion": _channel_reunion,
     "selective_fusion": _selective_fusion,
@@ -65,6 +70,7 @@ CASES = {
     "project_levels, weight": _project_levels_of_weight,
     "hypersphere": _hypersphere,
     "relaxed_contrastive": _relaxed_contrastive,
+    "relu_avg_pool": _relu_avg_pool,
 }
 
 

@@ -8,6 +8,7 @@ from pydefect.ops.reference.kcenter_reduce import kcenter_reduce
 from pydefect.ops.reference.knn import knn
 from pydefect.ops.reference.project_levels import project_levels
 from pydefect.ops.reference.relaxed_contrastive import relaxed_contrastive
+from pydefect.ops.reference.relu_avg_pool import relu_avg_pool
 from pydefect.ops.reference.score_maps import score_maps
 from pydefect.ops.reference.selective_fusion import selective_fusion
 from pydefect.ops.reference.spatial_reunion import spatial_reunion
@@ -21,6 +22,7 @@ __all__ = [
     "knn",
     "project_levels",
     "relaxed_contrastive",
+    "relu_avg_pool",
     "score_maps",
     "selective_fusion",
     "spatial_reunion",
