@@ -182,11 +182,11 @@ def bench_muon(rows: int, columns: int, contender: str, device: str, measure: Ca
         pytest.skip("PyTorch's takes minutes without AVX-512")
     generator = torch.Generator().manual_seed(0)
     start, gradient = (torch.randn(rows, columns, generator=generator) for _ in range(2))
-    some = start[:64, :1024], gradient[:64, :1024]
+    some = start[:256, :1024], gradient[:256, :1024]
     expected = moved("reference", *some)
     difference = moved(contender, *some) - expected
-    # PyTorch's products are bfloat16. The largest difference seen was 0.004.
-    assert float(difference.norm() / expected.norm()) < 0.02
+    # PyTorch's products are bfloat16, ours may be. Both were up to 0.03 off in the tests on such matrices.
+    assert float(difference.norm() / expected.norm()) < 0.06
     matrix = nn.Parameter(start)
     matrix.grad = gradient
     measure(f"dual_ae muon {rows}x{columns}", muon_of(contender, matrix).step)
@@ -208,6 +208,7 @@ def bench_pdn(
     torch.manual_seed(0)
     network = PDN(padding=True).to(memory_format=torch.channels_last)
     monkeypatch.setattr(pdn, "_Convolution", nn.Conv2d)
+    monkeypatch.setattr(pdn, "_Pooling", nn.AvgPool2d)
     # Its layers one after the other.
     twin = nn.Sequential(*PDN(padding=True)).to(memory_format=torch.channels_last)
     twin.load_state_dict(network.state_dict())

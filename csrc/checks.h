@@ -56,6 +56,10 @@ inline Tensor in_order(const char* op, const std::string& name, const Tensor& te
   }
 }
 
+inline bool is_float(const Tensor& tensor) {
+  return tensor.scalar_type() == torch::headeronly::ScalarType::Float;
+}
+
 inline void check_float_matrix(const char* op, const char* name, const Tensor& tensor) {
   check(tensor.dim() == 2, op, ": ", name, " must have 2 dimensions, got ", tensor.dim());
   check(tensor.scalar_type() == torch::headeronly::ScalarType::Float, op, ": ", name,
@@ -362,13 +366,6 @@ inline void check_relaxed_contrastive_backward(const Tensor& grad, const Tensor&
         "relaxed_contrastive_backward: grad must be one float32");
 }
 
-// A Gaussian of this many pixels flattens any image; its width still fits every integer.
-constexpr double kSigmaLimit = 1 << 20;
-
-inline bool is_float(const Tensor& tensor) {
-  return tensor.scalar_type() == torch::headeronly::ScalarType::Float;
-}
-
 // The side of maps behind the pooling of 2 x 2 cells, `padding` of them added before and after.
 constexpr int64_t halved(int64_t side, int64_t padding) {
   return (side + 2 * padding) / 2;
@@ -398,6 +395,9 @@ inline void check_relu_avg_pool_backward(const Tensor& d_output, const Tensor& m
   check(d_output.scalar_type() == maps.scalar_type() && d_output.device() == maps.device(), op,
         ": d_output must have the type and the device of maps");
 }
+
+// A Gaussian of this many pixels flattens any image; its width still fits every integer.
+constexpr double kSigmaLimit = 1 << 20;
 
 inline void check_score_maps(const Tensor& distances, int64_t height, int64_t width, double sigma) {
   check(distances.dim() == 4, "score_maps: distances must have 4 dimensions, got ", distances.dim());

@@ -15,24 +15,25 @@
 namespace pydefect::cpu {
 namespace {
 
+constexpr const char* kName = "relu_avg_pool";
 constexpr int64_t kGrain = 4;  // rows, below which threads are not worth waking
 
 template <class T>
 void pool_rows(const ReluAvgPoolRows<T>& rows, const Tensor& maps, int64_t padding, Tensor& output) {
   const MapSize size(maps);
-  const MapSize halved(output);
+  const MapSize half(output);
   const std::vector<T> zeros(static_cast<size_t>(size.width * size.channels));
   const T* const from = static_cast<const T*>(maps.const_data_ptr());
   T* const to = static_cast<T*>(output.mutable_data_ptr());
-  torch::stable::parallel_for(0, size.images * halved.height, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, size.images * half.height, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T* const image = from + row / halved.height * size.image();
+      const T* const image = from + row / half.height * size.image();
       const auto row_of = [&](int64_t y) {
         return y >= 0 && y < size.height ? image + y * size.width * size.channels : zeros.data();
       };
-      const int64_t upper = 2 * (row % halved.height) - padding;
+      const int64_t upper = 2 * (row % half.height) - padding;
       rows.pool(row_of(upper), row_of(upper + 1), zeros.data(), size.width, size.channels, padding,
-                halved.width, to + row * halved.width * size.channels);
+                half.width, to + row * half.width * size.channels);
     }
   });
 }
@@ -41,8 +42,8 @@ template <class T>
 void spread_rows(const ReluAvgPoolRows<T>& rows, const Tensor& d_output, const Tensor& maps, int64_t padding,
                  Tensor& d_maps) {
   const MapSize size(maps);
-  const MapSize halved(d_output);
-  const std::vector<T> zeros(static_cast<size_t>(halved.width * size.channels));
+  const MapSize half(d_output);
+  const std::vector<T> zeros(static_cast<size_t>(half.width * size.channels));
   const T* const gradient = static_cast<const T*>(d_output.const_data_ptr());
   const T* const from = static_cast<const T*>(maps.const_data_ptr());
   T* const to = static_cast<T*>(d_maps.mutable_data_ptr());
@@ -50,17 +51,17 @@ void spread_rows(const ReluAvgPoolRows<T>& rows, const Tensor& d_output, const T
     for (int64_t row = begin; row < end; ++row) {
       const int64_t y = (row % size.height + padding) / 2;
       const T* const of_row =
-          y < halved.height ? gradient + row / size.height * halved.image() + y * halved.width * size.channels
-                            : zeros.data();
+          y < half.height ? gradient + row / size.height * half.image() + y * half.width * size.channels
+                          : zeros.data();
       const int64_t at = row * size.width * size.channels;
-      rows.spread(of_row, from + at, zeros.data(), size.width, size.channels, padding, halved.width, to + at);
+      rows.spread(of_row, from + at, zeros.data(), size.width, size.channels, padding, half.width, to + at);
     }
   });
 }
 
 Tensor relu_avg_pool(const Tensor& maps_given, int64_t padding) {
   check_relu_avg_pool(maps_given, padding);
-  const Tensor maps = in_order("relu_avg_pool", "maps", maps_given);
+  const Tensor maps = in_order(kName, "maps", maps_given);
   Tensor output = torch::stable::new_empty(
       maps, {maps.size(0), halved(maps.size(1), padding), halved(maps.size(2), padding), maps.size(3)});
   const ReluAvgPoolKernel& kernel = PYDEFECT_ACTIVE_KERNEL(relu_avg_pool_kernel);
@@ -74,8 +75,8 @@ Tensor relu_avg_pool(const Tensor& maps_given, int64_t padding) {
 
 Tensor relu_avg_pool_backward(const Tensor& d_output_given, const Tensor& maps_given, int64_t padding) {
   check_relu_avg_pool_backward(d_output_given, maps_given, padding);
-  const Tensor d_output = in_order("relu_avg_pool", "d_output", d_output_given);
-  const Tensor maps = in_order("relu_avg_pool", "maps", maps_given);
+  const Tensor d_output = in_order(kName, "d_output", d_output_given);
+  const Tensor maps = in_order(kName, "maps", maps_given);
   Tensor d_maps = torch::stable::empty_like(maps);
   const ReluAvgPoolKernel& kernel = PYDEFECT_ACTIVE_KERNEL(relu_avg_pool_kernel);
   if (is_float(maps)) {

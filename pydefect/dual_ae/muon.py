@@ -20,6 +20,7 @@ _ITERATIONS = 5
 _SMALLEST_NORM = 1e-7
 # Left out, such entries of a matrix of norm 1 change the result by less than rounding does.
 _SMALLEST_ENTRY = 1e-12
+# From where AMX is the faster; for fewer rows PyTorch lays matrices out for longer than it multiplies.
 _ROWS_FOR_BFLOAT16 = 192
 
 

@@ -97,7 +97,7 @@ def test_it_is_its_layers_one_after_the_other(size, padding):
     images = torch.randn(2, 3, 45, 38).contiguous(memory_format=torch.channels_last)
     plainly = images
     for layer in network:
-        plainly = layer(plainly)
+        plainly = nn.AvgPool2d.forward(layer, plainly) if isinstance(layer, nn.AvgPool2d) else layer(plainly)
     assert torch.equal(network(images), plainly)
 
 
