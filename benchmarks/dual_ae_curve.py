@@ -7,10 +7,11 @@
         --fits benchmarks/results/methods.jsonl --out docs/dual_ae-curve.png
 
 ``run`` trains once and measures on the way, at steps that double. A row is one measurement; a run that was
-stopped goes on from its checkpoint (a folder beside the rows) and repeats no measurement. The learning rate
-falls towards the end of ``--steps``, so only a run's last row is what a fit of that length gives, and the
-picture has these alone. Test images are measured and choose nothing within a run. A run whose loss stops
-being finite leaves a row that says so: the question of equation (6)'s normalisation.
+stopped goes on from its checkpoint (a folder beside the rows) and repeats no measurement; ``fit_seconds``
+counts from the measurement before, or from where it last went on. The learning rate falls towards the end
+of ``--steps``, so only a run's last row is what a fit of that length gives, and the picture has these alone.
+Test images are measured and choose nothing within a run. A run whose loss stops being finite leaves a row
+that says so: the question of equation (6)'s normalisation.
 """
 
 from __future__ import annotations
