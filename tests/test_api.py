@@ -327,7 +327,7 @@ def test_a_method_that_cannot_go_on_learning_says_so(good):
         ({"epoch": 3}, "epoch: not a setting of ConPatch; allowed are alpha, "),
         ({"epochs": -3}, "epochs: -3 given; allowed are 0 and more"),
         ({"resize": 32, "crop": 64}, "crop is 64 x 64, larger than resize, which is 32 x 32"),
-        ({"bank": "position_mean"}, "gamma: 4 given; bank='position_mean' has one centre a patch, so only 1"),
+        ({"bank": "position_mean"}, "bank='position_mean' has one centre a patch: allowed are gamma=1"),
     ],
 )
 def test_fit_refuses(good, arguments, message):

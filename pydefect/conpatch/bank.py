@@ -146,8 +146,8 @@ class PositionMeanBank(MemoryBank):
         """Begin with the first image's patches."""
         if size != len(patches):
             raise InputError(
-                f"gamma: {len(patches) / size:g} given; "
-                "bank='position_mean' has one centre a patch, so only 1 is allowed"
+                f"gamma, max_bank_size: {size} centres for {len(patches)} patches an image; "
+                "bank='position_mean' has one centre a patch: allowed are gamma=1 and no smaller limit"
             )
         return cls(patches.clone(), torch.ones((), device=patches.device))
 
@@ -267,9 +267,10 @@ BANKS: dict[str, type[MemoryBank]] = {
 }
 
 
-def bank_size(patches: int, gamma: float) -> int:
-    """M of an image of T patches: T / gamma, rounded, at least 1."""
-    return max(1, round(patches / gamma))
+def bank_size(patches: int, gamma: float, limit: int | None = None) -> int:
+    """M of an image of T patches: T / gamma, rounded, at least 1 and at most ``limit``."""
+    size = max(1, round(patches / gamma))
+    return size if limit is None else min(size, limit)
 
 
 def build_bank(
@@ -277,6 +278,7 @@ def build_bank(
     builder: BankBuilder,
     *,
     gamma: float = 4.0,
+    max_size: int | None = None,
     momentum: float = 0.1,
 ) -> MemoryBank:
     """Build a bank over a stream of images.
@@ -289,22 +291,24 @@ def build_bank(
         ``"ema"``, ``"position_mean"``, ``"kmeans"`` or ``"kcenter"``.
     gamma
         Patches of an image for one centre.
+    max_size
+        Centres at most; None: no limit.
     momentum
         beta of algorithm 1, for ``"ema"``.
 
     Returns
     -------
     MemoryBank
-        M = T / gamma centres.
+        M = T / gamma centres, or ``max_size`` where these are fewer.
 
     Raises
     ------
     InputError
-        ``gamma`` does not fit the builder.
+        ``gamma`` or ``max_size`` does not fit the builder.
     """
     stream = iter(images)
     first = next(stream)
-    size = bank_size(len(first), gamma)
+    size = bank_size(len(first), gamma, max_size)
     bank: MemoryBank
     if builder == "ema":
         bank = EmaBank.start(first, size, momentum)

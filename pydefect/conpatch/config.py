@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "initialisation": "default",
         "bank": "ema",
         "gamma": 4.0,
+        "max_bank_size": None,
         "rebuild_bank": "never",
         "reduction": "paper",
         "contrastive_patches": None,
@@ -56,6 +57,7 @@ class ConPatchConfig(FeatureConfig):
         "representation_dim": (1, math.inf),
         "projection_dim": (1, math.inf),
         "gamma": (1, math.inf),
+        "max_bank_size": (1, math.inf),
         "bank_momentum": (0, 1),
         "alpha": (0, 1),
         "sigma": (1e-12, math.inf),
@@ -99,6 +101,9 @@ class ConPatchConfig(FeatureConfig):
     """See :data:`pydefect.conpatch.bank.BANKS`."""
     gamma: float = 2.0
     """Patches of an image for one centre: M = round(T / gamma); table 11 compares 2, 4, 8."""
+    max_bank_size: int | None = 4096
+    """M at most, None: no limit. T / gamma grows with the input's area, and time and memory with its square:
+    the limit is met by inputs of more than 362 x 362 pixels."""
     bank_momentum: float = 0.1
     """beta of algorithm 1 (``bank="ema"``)."""
     rebuild_bank: Literal["never", "epoch", "end"] = "epoch"

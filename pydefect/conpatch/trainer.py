@@ -187,6 +187,7 @@ class Trainer:
             images(),
             self.config.bank,
             gamma=self.config.gamma,
+            max_size=self.config.max_bank_size,
             momentum=self.config.bank_momentum,
         )
 

@@ -33,11 +33,29 @@ def test_the_size_does_not_depend_on_the_number_of_images(builder, count):
 
 
 @pytest.mark.parametrize(
-    ("patches", "gamma", "size"),
-    [(3136, 4, 784), (3136, 1, 3136), (3136, 2, 1568), (10, 4, 2), (3, 8, 1), (1, 1, 1)],
+    ("patches", "gamma", "limit", "size"),
+    [
+        (3136, 4, None, 784),
+        (3136, 1, None, 3136),
+        (3136, 2, None, 1568),
+        (10, 4, None, 2),
+        (3, 8, None, 1),
+        (1, 1, None, 1),
+        (65536, 2, 8192, 8192),
+        (65536, 8, 8192, 8192),
+        (65536, 16, 8192, 4096),
+        (3, 8, 1, 1),
+    ],
 )
-def test_gamma(patches, gamma, size):
-    assert bank_size(patches, gamma) == size
+def test_gamma_and_the_limit(patches, gamma, limit, size):
+    assert bank_size(patches, gamma, limit) == size
+
+
+@pytest.mark.parametrize("builder", ["ema", "kmeans", "kcenter"])
+def test_a_limit_is_another_gamma(builder):
+    """32 patches with at most 4 centres are 32 patches with gamma 8."""
+    bank = build_bank(images(3), builder, gamma=2, max_size=4)
+    assert torch.equal(bank.centres, build_bank(images(3), builder, gamma=8).centres)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
@@ -209,11 +227,11 @@ def test_the_order_of_the_images_matters_and_is_kept(builder):
     assert not torch.equal(one.centres, swapped.centres)
 
 
-def test_gamma_that_does_not_fit():
-    with pytest.raises(
-        InputError, match=r"gamma: 4 given; bank='position_mean' has one centre a patch, so only 1"
-    ):
-        build_bank(images(1), "position_mean", gamma=4)
+@pytest.mark.parametrize(("settings", "centres"), [({"gamma": 4}, 8), ({"gamma": 1, "max_size": 31}, 31)])
+def test_a_size_that_does_not_fit(settings, centres):
+    message = f"{centres} centres for 32 patches an image; bank='position_mean' has one centre a patch"
+    with pytest.raises(InputError, match=message):
+        build_bank(images(1), "position_mean", **settings)
 
 
 @pytest.mark.parametrize(

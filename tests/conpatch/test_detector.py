@@ -406,6 +406,16 @@ def test_an_update_lets_new_normal_images_score_lower(fit, products, defective):
     assert (detector.score(defective).image_scores < 0.7 * before).all()
 
 
+def test_a_limit_of_the_bank_holds_in_fits_updates_and_files(fit, products, tmp_path):
+    detector = fit(products[:4], bank="kcenter", gamma=1.0, max_bank_size=5, epochs=0)
+    assert len(detector.bank.centres) == 5
+    detector.update(products[4:])
+    detector.save(tmp_path / "model")
+    loaded = pydefect.load(tmp_path / "model")
+    assert len(loaded.bank.centres) == 5
+    assert loaded.configuration["max_bank_size"] == 5
+
+
 def test_one_update_of_two_images_equals_two_updates(fit, products):
     one, two = (fit(products[:4], bank="ema", epochs=0) for _ in range(2))
     one.update(products[4:])

@@ -204,6 +204,7 @@ ABLATIONS = [
     *({"alpha": alpha} for alpha in (0.0, 1.0)),
     *({"representation_dim": dimension, "initialisation": "default"} for dimension in (3, 12, 60)),
     *({"gamma": gamma} for gamma in (1.0, 2.0, 8.0, 1000.0)),
+    {"max_bank_size": 7},
     *(
         {"bank": bank, "rebuild_bank": when}
         for bank in ("ema", "kmeans")
