@@ -19,6 +19,7 @@ import pydefect
 import pydefect.score_folder
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import Dataset, Sample, read_dataset
+from pydefect.data.maps import read_image_scores
 from pydefect.detector import Detector
 from pydefect.errors import InputError
 from pydefect.evaluation import evaluate
@@ -474,6 +475,32 @@ def test_missing_maps_are_named_before_any_is_read(written, tmp_path):
 def test_a_map_that_cannot_be_measured_is_named(written, value, reason):
     with pytest.raises(InputError, match=rf"^maps: that of .*{reason}"):
         pydefect.evaluate_maps(written, lambda _: value, progress=False)
+
+
+def test_image_scores_from_a_file(tmp_path):
+    file = tmp_path / "scores.csv"
+    file.write_text('\ufeffname,score,path\n1,0.5,a.png\n2,-1e3,"b, or c.png"\n', encoding="utf-8")
+    assert read_image_scores(file) == {"a.png": 0.5, "b, or c.png": -1000.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "has no column path and none score"),
+        (b"path,value\na.png,1\n", "has no column score"),
+        (b"path,score\na.png,1\n,2\n", "line 3: there is no path"),
+        (b"path,score\na.png,1\na.png,2\n", r"line 3: a\.png is there twice"),
+        (b"path,score\na.png,high\n", "line 2: the score is 'high'; a number is needed"),
+        (b"path,score\na.png\n", "line 2: the score is None; a number is needed"),
+        (b"path,score\n\xff\xfe,1\n", "cannot be read: 'utf-8' codec"),
+        (b'path,score\n"a.png,1\n', "cannot be read: unexpected end of data"),
+    ],
+)
+def test_a_file_of_image_scores_that_does_not_serve(tmp_path, content, reason):
+    file = tmp_path / "scores.csv"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^image_scores: .*scores\.csv,? {reason}"):
+        read_image_scores(file)
 
 
 def test_what_else_is_wrong_with_maps_is_said(written, tmp_path):

@@ -17,6 +17,7 @@ from pydefect.cli.benchmark import benchmark
 from pydefect.cli.calibrate import calibrate
 from pydefect.cli.demo import demo
 from pydefect.cli.evaluate import evaluate
+from pydefect.cli.evaluate_maps import evaluate_maps
 from pydefect.cli.export import export
 from pydefect.cli.fit import fit
 from pydefect.cli.info import info
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
+app.command()(evaluate_maps)
 app.command()(calibrate)
 app.command()(report)
 app.command()(benchmark)
@@ -67,6 +69,7 @@ def _pydefect(
     pydefect fit GOOD_IMAGES --out MODEL             learn what good looks like
     pydefect score MODEL NEW_IMAGES --out SCORES     find what does not
     pydefect evaluate MODEL DATASET                  measure, where labels are known
+    pydefect evaluate-maps MAPS DATASET              the same of another program's anomaly maps
     pydefect report RUN                              show what `evaluate --out RUN` found, as a page
     pydefect benchmark --data DATASETS --out TABLE   compare methods over data sets
     pydefect calibrate MODEL --normal GOOD_IMAGES    set how often good images may raise an alarm

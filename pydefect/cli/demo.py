@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pydefect.cli._console import Debug, Quiet, say
-from pydefect.cli.evaluate import print_evaluation
+from pydefect.cli._figures import print_evaluation
 from pydefect.cli.fit import print_fit
 from pydefect.places import check_writable
 

@@ -1,7 +1,8 @@
-"""Anomaly maps that another program has written, a file for every image."""
+"""Anomaly maps that another program has written, a file for every image, and its image scores."""
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydefect.data.images import read_values
 from pydefect.data.layouts import Dataset, Sample
 from pydefect.errors import InputError
 
-__all__ = ["ENDINGS", "find_maps", "read_map"]
+__all__ = ["ENDINGS", "find_maps", "read_image_scores", "read_map"]
 
 ENDINGS = (".tiff", ".tif", ".npy")
 """Of files that hold a map, in the order in which they are looked for."""
@@ -100,3 +101,47 @@ def read_map(file: Path) -> np.ndarray[Any, np.dtype[Any]]:
         return np.asarray(np.load(file, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file}: cannot be read as an array: {error}") from error
+
+
+def read_image_scores(file: str | os.PathLike[str]) -> dict[str, float]:
+    """Read the score of every image.
+
+    Parameters
+    ----------
+    file
+        CSV in UTF-8 whose first line names the columns, ``path`` and ``score`` among them, such as the
+        ``scores.csv`` of a folder of scores. Relative paths begin in the current folder.
+
+    Returns
+    -------
+    dict of str to float
+        From the image's path as it is written there.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, lacks a column, or has a path twice or a score that is no number. The message
+        names file and line.
+    """
+    file = Path(file)
+    scores: dict[str, float] = {}
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            rows = csv.DictReader(lines, strict=True)
+            missing = {"path", "score"} - set(rows.fieldnames or ())
+            if missing:
+                raise InputError(f"image_scores: {file} has no column {' and none '.join(sorted(missing))}")
+            for row in rows:
+                path, score = row["path"], row["score"]
+                where = f"image_scores: {file}, line {rows.line_num}"
+                if not path:
+                    raise InputError(f"{where}: there is no path")
+                if path in scores:
+                    raise InputError(f"{where}: {path} is there twice")
+                try:
+                    scores[path] = float(score or "")
+                except ValueError:
+                    raise InputError(f"{where}: the score is {score!r}; a number is needed") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"image_scores: {file} cannot be read: {error}") from error
+    return scores

@@ -57,7 +57,8 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fit"], ["score"], ["evaluate"], ["calibrate"], ["info"], ["demo"]]
+    "arguments",
+    [[], ["fit"], ["score"], ["evaluate"], ["evaluate-maps"], ["calibrate"], ["info"], ["demo"]],
 )
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     code, output, _ = call(*arguments, "--help")
@@ -118,6 +119,14 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         ("json is a folder", ["evaluate", "{model}", "{data}", "--json", "{tmp}"], "--json"),
         ("run is a file", ["evaluate", "{model}", "{data}", "--out", "{model}"], "is a file"),
         ("run replaces images", ["evaluate", "{model}", "{data}", "--out", "{data}"], "something else"),
+        ("maps are a file", ["evaluate-maps", "{model}", "{data}"], "is a file, no folder"),
+        ("no maps", ["evaluate-maps", "{tmp}", "{data}"], "images have no map in"),
+        ("maps of nothing", ["evaluate-maps", "{tmp}", "{tmp}/nowhere"], "nowhere"),
+        (
+            "no scores",
+            ["evaluate-maps", "{tmp}", "{data}", "--image-scores", "{tmp}/s.csv"],
+            "s.csv cannot be read",
+        ),
         ("calibrate by a data set", ["calibrate", "{model}", "--normal", "{data}"], "without a validation"),
         ("calibrate by nothing", ["calibrate", "{model}", "--normal", "{tmp}"], "image"),
         (
@@ -491,6 +500,27 @@ def test_nothing_else_is_put_into_a_run(product: Path, model: Path, tmp_path: Pa
     assert code == 2
     assert "which is replaced as a whole" in errors
     assert not out.exists()
+
+
+def test_evaluate_maps_gives_the_figures_of_evaluate(product: Path, model: Path, tmp_path: Path) -> None:
+    scores = tmp_path / "scores"
+    assert call("score", model, product / "test", "--out", scores, "--maps", "--quiet")[0] == 0
+    files = [tmp_path / "expected.json", tmp_path / "figures.json"]
+    assert call("evaluate", model, product, "--json", files[0], "--quiet")[0] == 0
+    arguments = ["evaluate-maps", scores / "maps", product, "--image-scores", scores / "scores.csv"]
+    code, output, errors = call(*arguments, "--json", files[1], "--quiet")
+    assert (code, errors) == (0, "")
+    expected, figures = (json.loads(file.read_text()) for file in files)
+    unknown = {"false_alarms": None, "misses": None, "seconds_per_image": None, "peak_rss_mb": None}
+    assert figures == {**expected, **unknown, "configuration": {}}
+    assert "test images, 3 good and" in output
+    assert "model's threshold" not in output
+    assert "ms an image" not in output
+    # Without scores the maximum of each map.
+    code, output, errors = call("evaluate-maps", scores / "maps", product, "--json", "-", "--quiet")
+    assert code == 0
+    assert json.loads(output)["pixel_auroc"] == expected["pixel_auroc"]
+    assert "pixels" in errors
 
 
 def test_evaluate_keeps_a_run(product: Path, model: Path, tmp_path: Path) -> None:
