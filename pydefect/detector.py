@@ -400,8 +400,14 @@ class Detector(ABC):
         try:
             began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):
-                with for_inference(self.device):
-                    image_scores, maps = predict(tensors.to(self.device))
+                try:
+                    with for_inference(self.device):
+                        image_scores, maps = predict(tensors.to(self.device))
+                except InputError as error:  # of their size, which is one in a group
+                    for image in group:
+                        collection.refuse(image, str(error).removeprefix("images: "))
+                    began = time.perf_counter()
+                    continue
                 scores = image_scores.tolist()
                 for image, score in zip(group, scores, strict=True):
                     # NaN is not over any threshold: it would pass for good.

@@ -21,7 +21,7 @@ from pydefect.data.images import SkippedImage, open_images
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
-from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.persistence import Checkpoint, opened_checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
 
@@ -273,10 +273,10 @@ class FeatureDetector(Detector):
                 "images": features.digest,
                 "backbone_weights": weights_fingerprint(backbone.state_dict()),
             }
-            kept = Checkpoint(checkpoint, run) if checkpoint is not None else None
-            detector = cls.fit_features(
-                features, extractor, config, seed=seed, device=device, checkpoint=kept, bars=bars
-            )
+            with opened_checkpoint(checkpoint, run) as kept:
+                detector = cls.fit_features(
+                    features, extractor, config, seed=seed, device=device, checkpoint=kept, bars=bars
+                )
         finally:
             bars.close()
         detector.training |= {

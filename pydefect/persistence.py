@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,10 @@ from pydefect.places import check_writable, is_written_into
 __all__ = [
     "Checkpoint",
     "alone_in",
+    "file_version",
     "folder_written_atomically",
     "load_tensors",
+    "opened_checkpoint",
     "remove_left",
     "replace_metadata",
     "save_tensors",
@@ -62,25 +65,31 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: b
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = _new_file(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        # mkstemp makes files for the owner only; a model is an ordinary file.
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if error.errno is None:
             raise
         # A full disk is reported of no file, or of one that is gone.
         raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _new_file(path: Path) -> tuple[int, Path]:
+    """Make an empty file beside another. tempfile's are for their owner only; a model is an ordinary file."""
+    while True:
+        file = path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM_LETTERS // 2)}")
+        with suppress(FileExistsError):
+            return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), file
 
 
 @contextmanager
@@ -114,12 +123,12 @@ def folder_written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
                 raise
             # It is reported of no file, or of one that is gone.
             raise OSError(error.errno, error.strerror, str(path)) from error
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             new.rename(path)
-        except OSError:
-            if old.exists():
+        except BaseException:  # Ctrl-C too: what is in the working folder is removed
+            if old.exists() and not path.exists():
                 old.rename(path)
             raise
 
@@ -174,7 +183,7 @@ def _is_left(folder: Path) -> bool:
 
 @contextmanager
 def alone_in(folder: Path, name: str) -> Iterator[None]:
-    """Keep out other programs that add to a folder's files: the last to end would drop what others added.
+    """Keep out others that add to a folder's files: the last to end would drop what others added.
 
     The system takes the lock off a program that is killed. On a file system without locks nobody is kept out.
 
@@ -188,26 +197,34 @@ def alone_in(folder: Path, name: str) -> Iterator[None]:
     Raises
     ------
     InputError
-        Another program is at it.
+        Another program, or another call of this one, is at it.
     """
     handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
         with suppress(OSError):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(
-                    f"{name}: another program is adding to {folder}; wait until it has ended"
+                    f"{name}: another program is at work in {folder}; wait until it has ended"
                 ) from None
         yield
     finally:
+        _held.discard(handle)
         os.close(handle)
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+# Handles of the locked folders. A forked process has them too, and would keep the lock of a killed one.
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def save_tensors(
@@ -275,10 +292,26 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
+def file_version(path: str | os.PathLike[str]) -> object:
+    """Tell a file from one that is written in its place: compare for equality.
+
+    Raises
+    ------
+    ModelFileError
+        There is none.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ModelFileError(f"model: no file {os.fspath(path)!r}") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def replace_metadata(
     path: str | os.PathLike[str],
     changes: Mapping[str, Any],
     *,
+    version: object,
     out: str | os.PathLike[str] | None = None,
 ) -> None:
     """Change entries of a file's metadata and leave its tensors as they are, atomically.
@@ -289,15 +322,19 @@ def replace_metadata(
         What :func:`save_tensors` wrote.
     changes
         JSON values.
+    version
+        What :func:`file_version` said when the file was read that the changes are of.
     out
         The file to write; None: ``path`` itself.
 
     Raises
     ------
     ModelFileError
-        See :func:`load_tensors`.
+        See :func:`load_tensors`; or the file is another one by now.
     """
     tensors, metadata = load_tensors(path)
+    if file_version(path) != version:
+        raise ModelFileError(f"model: {os.fspath(path)!r} was replaced in the meantime; it stays as it is")
     save_tensors(path if out is None else out, tensors, {**metadata, **changes})
 
 
@@ -346,3 +383,35 @@ class Checkpoint:
                 "repeat that run's settings to resume it, or name another folder"
             )
         return tensors, metadata["state"]
+
+
+@contextmanager
+def opened_checkpoint(
+    folder: str | os.PathLike[str] | None, run: Mapping[str, Any]
+) -> Iterator[Checkpoint | None]:
+    """Keep a training run's folder to oneself: two that save there would end, or overwrite, each other.
+
+    Parameters
+    ----------
+    folder
+        None: nothing is kept.
+    run
+        See :class:`Checkpoint`.
+
+    Yields
+    ------
+    Checkpoint or None
+        None without a folder.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written to, or another training is at work in it.
+    """
+    if folder is None:
+        yield None
+        return
+    checkpoint = Checkpoint(folder, run)
+    checkpoint.folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(checkpoint.folder, "checkpoint"):
+        yield checkpoint

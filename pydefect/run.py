@@ -193,7 +193,7 @@ class Run:
             raise InputError(f"name: {name!r} is no map of this run; it has {', '.join(self.map_names)}")
         try:
             stored = self._maps[_key(name, index)]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"run: {str(self.folder / MAPS)!r} is damaged: {error}") from error
         exponent = self.images[index].map_exponents[name]
         values: NDArray[np.float32] = np.ldexp(stored.astype(np.float32), exponent)
@@ -266,6 +266,8 @@ def write_run(
                 on_scored=keep,
                 with_curves=True,
             )
+        with (unfinished / MAPS).open("rb") as file:
+            os.fsync(file.fileno())  # as the files below: whole after a power cut
         lines = [json.dumps(asdict(image), allow_nan=False) for image in images]
         write_atomically(unfinished / IMAGES, ("\n".join(lines) + "\n").encode())
         facts = {

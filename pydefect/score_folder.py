@@ -29,8 +29,9 @@ from pydefect.visualization import (
     comparison_sheet,
     draw_contours,
     fade_unscored,
+    map_range,
     overlay,
-    scored_values,
+    scale_of_ranges,
     shared_scale,
     shrink,
     shrink_mask,
@@ -384,7 +385,8 @@ class ScoreFolderWriter:
             path = result.paths[index]
             row = {
                 "name": result.names[index],
-                "path": None if path is None else str(path),
+                # Whole: a later call, which appends, may have another current folder.
+                "path": None if path is None else os.path.abspath(path),
                 # Both are the very numbers that were compared: fewer digits would be another number, and
                 # who compares them again could come to another decision.
                 "score": score,
@@ -405,8 +407,7 @@ class ScoreFolderWriter:
             box = result.scored_boxes[index]
             ignored = result.ignored[index] if result.ignored else None
             if self._scale is None:
-                scored = scored_values(anomaly_map, box, ignored)
-                self._ranges.append((float(np.median(scored)), float(np.max(scored))))
+                self._ranges.append(map_range(anomaly_map, box, ignored))
             if not drawn and not self._sheet.takes(score):
                 continue
             truth = None if ground_truth is None else ground_truth[index]
@@ -512,7 +513,7 @@ class ScoreFolderWriter:
 
     def _draw_waiting(self) -> None:
         if self._scale is None and self._ranges:
-            self._scale = shared_scale([np.array([[low, low, high]]) for low, high in self._ranges])
+            self._scale = scale_of_ranges(self._ranges)
         if self._waiting is None or self._scale is None:
             return
         for index, row in enumerate(self._waiting_rows):
@@ -552,7 +553,11 @@ class ScoreFolderWriter:
     def _as_json(self) -> bytes:
         image_threshold, pixel_threshold = self._thresholds or (None, None)
         skipped = [
-            {"name": one.name, "path": None if one.path is None else str(one.path), "reason": one.reason}
+            {
+                "name": one.name,
+                "path": None if one.path is None else os.path.abspath(one.path),
+                "reason": one.reason,
+            }
             for one in self._skipped
         ]
         # A file that was still being written when it was first looked at may have been scored by now.
@@ -689,19 +694,19 @@ class _PictureNames:
         folders, last, first = self._reached.get(whole, (parts[:-1], parts[-1], 2))
         for number in itertools.count(first):
             candidate = "/".join([*folders, f"{last}.png"])
+            # Windows and macOS take a.png and A.png for one file. An image's map is a .tiff of that name.
+            keys = {candidate.casefold(), f"{candidate.removesuffix('.png')}.tiff".casefold()}
             if any(folder in self._files for folder in _folders_of(candidate.casefold())):
                 folders = [f"{part}-{number}" for part in parts[:-1]]
-            elif candidate.casefold() in self._taken:
+            elif not keys.isdisjoint(self._taken):
                 last = f"{parts[-1]}-{number}"
             else:
                 break
         if number > 2:
             self._reached[whole] = folders, last, number
-        # Windows and macOS take a.png and A.png for one file.
-        key = candidate.casefold()
-        self._files.add(key)
-        self._taken.add(key)
-        self._taken.update(_folders_of(key))
+        self._files |= keys
+        self._taken |= keys
+        self._taken.update(_folders_of(candidate.casefold()))
         return candidate
 
 

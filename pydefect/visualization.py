@@ -25,8 +25,10 @@ __all__ = [
     "draw_contours",
     "fade_unscored",
     "heat_map",
+    "map_range",
     "outlines",
     "overlay",
+    "scale_of_ranges",
     "scored_values",
     "shared_scale",
     "shrink",
@@ -125,9 +127,32 @@ def shared_scale(
     if boxes is None:
         boxes = [(0, 0, *np.shape(anomaly_map)) for anomaly_map in anomaly_maps]
     unseen = [None] * len(anomaly_maps) if ignored is None else ignored
-    inside = [scored_values(*one) for one in zip(anomaly_maps, boxes, unseen, strict=True)]
-    low = float(np.median([np.median(scores) for scores in inside]))
-    high = float(max(np.max(scores) for scores in inside))
+    return scale_of_ranges([map_range(*one) for one in zip(anomaly_maps, boxes, unseen, strict=True)])
+
+
+def map_range(
+    anomaly_map: NDArray[Any], scored_box: Box, ignored: NDArray[Any] | None
+) -> tuple[float, float]:
+    """Median and maximum of what was looked at: all that :func:`scale_of_ranges` needs of a map."""
+    scores = scored_values(anomaly_map, scored_box, ignored)
+    return float(np.median(scores)), float(np.max(scores))
+
+
+def scale_of_ranges(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The scale of :func:`shared_scale` without a threshold, for more maps than fit into memory.
+
+    Parameters
+    ----------
+    ranges
+        Of every map, at least one; see :func:`map_range`.
+
+    Returns
+    -------
+    tuple of float
+        (low, high).
+    """
+    low = float(np.median([median for median, _ in ranges]))
+    high = max(highest for _, highest in ranges)
     return low, high if high > low else low + 1.0
 
 

@@ -123,6 +123,21 @@ def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
     assert [skipped.name for skipped in result.skipped] == ["2.png"]
 
 
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_image_of_a_size_that_the_method_cannot_score_is_skipped_or_named(good, batch_size):
+    """PaDiM has a distribution for every position: only the images that it saw tell how many there are."""
+    how = {"weights": "random", "method": "padim", "resize": None, "channels": 8, "calibration_folds": 0}
+    detector = pydefect.fit(good[:3], progress=False, **how)
+    images = [good[0], good[1][:-16], good[2]]
+    result = detector.score(images, batch_size=batch_size, on_error="skip")
+    assert result.names == ["image-00000", "image-00002"]
+    (skipped,) = result.skipped
+    assert skipped.name == "image-00001"
+    assert skipped.reason.startswith("a patch grid of ")
+    with pytest.raises(InputError, match=r"^image-00001: a patch grid of .*, but PaDiM was fitted on"):
+        detector.score(images, batch_size=batch_size)
+
+
 def test_defective_images_in_the_training_folder_are_named(tmp_path):
     rng = np.random.default_rng(0)
     base = render_product(rng, 64)[0].astype(int)

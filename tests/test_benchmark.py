@@ -34,6 +34,7 @@ from pydefect.benchmark.tables import cell
 from pydefect.benchmark.worker import Job, run_job
 from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
+from pydefect.persistence import alone_in
 from pydefect.run import read_run
 
 FAST: dict[str, Any] = {
@@ -360,6 +361,10 @@ def test_bad_arguments_are_refused_before_any_work(data: Path, tmp_path: Path) -
         with pytest.raises(InputError, match=message):
             run_benchmark(variants, of, where, **{"weights": "random", **changes})
     assert not out.exists()
+    out.mkdir()
+    with alone_in(out, "out"), pytest.raises(InputError, match="out: another program is at work in"):
+        run_benchmark([variant], categories, out, weights="random")
+    assert not list(out.iterdir())
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,12 @@ from pydefect import persistence
 from pydefect.errors import InputError, ModelFileError
 from pydefect.persistence import (
     Checkpoint,
+    alone_in,
+    file_version,
     folder_written_atomically,
     load_tensors,
+    opened_checkpoint,
+    replace_metadata,
     save_tensors,
     write_atomically,
 )
@@ -63,7 +69,7 @@ def test_the_folder_is_made_and_the_file_is_an_ordinary_one(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     path = tmp_path / "model"
     write_atomically(path, b"old")
@@ -176,6 +182,25 @@ def test_a_folder_is_replaced_where_its_name_leads_from_the_current_folder(tmp_p
     assert os.listdir(place) == ["new"]
     assert os.listdir(tmp_path / "run") == (["old"] if "away" in path else ["new"])
     assert not [name for name in [*os.listdir(tmp_path), *os.listdir(place.parent)] if name[0] == "."]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_ctrl_c_between_two_renames_loses_neither_folder(tmp_path, monkeypatch, call):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    calls, rename = [], Path.rename
+
+    def interrupted(path, target):
+        calls.append(path)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), folder_written_atomically(tmp_path / "run") as unfinished:
+        (unfinished / "new").touch()
+    assert os.listdir(tmp_path) == ["run"]
+    assert os.listdir(tmp_path / "run") == ["old"]
 
 
 @pytest.fixture
@@ -332,6 +357,57 @@ def test_what_a_killed_save_has_left_goes_with_the_next_run(tmp_path):
         ".other.safetensors.k3x_9",
         "training.safetensors",
     ]
+
+
+def test_one_training_at_a_time_has_a_checkpoint(tmp_path):
+    """The second would remove what the first one is writing."""
+    with opened_checkpoint(tmp_path / "state", RUN) as checkpoint:
+        assert checkpoint is not None
+        second = opened_checkpoint(tmp_path / "state", RUN)
+        with pytest.raises(InputError, match=r"checkpoint: another program is at work in .*state"):
+            second.__enter__()
+        checkpoint.save("final", {}, {"epoch": 3})
+    with opened_checkpoint(tmp_path / "state", RUN) as checkpoint:
+        assert checkpoint is not None
+        assert checkpoint.load("final") == ({}, {"epoch": 3})
+    with opened_checkpoint(None, RUN) as checkpoint:
+        assert checkpoint is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    """One that draws images ahead may outlive the training for a moment, when that is killed."""
+    reading, writing = os.pipe()
+    with alone_in(tmp_path, "out"):
+        child = os.fork()
+        if child == 0:
+            os.write(writing, b".")
+            time.sleep(60)
+            os._exit(0)
+        os.read(reading, 1)
+    try:
+        with alone_in(tmp_path, "out"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_changes_are_of_the_file_that_was_read(tmp_path):
+    path = tmp_path / "model"
+    save_tensors(path, TENSORS, {"calibration": None})
+    version = file_version(path)
+    replace_metadata(path, {"calibration": 1}, version=version)
+    assert load_tensors(path)[1] == {"calibration": 1}
+    before = path.read_bytes()
+    with pytest.raises(ModelFileError, match=r"model: .* was replaced in the meantime; it stays as it is"):
+        replace_metadata(path, {"calibration": 2}, version=version, out=tmp_path / "other")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model"]
+    with pytest.raises(ModelFileError, match="model: no file"):
+        file_version(tmp_path / "nowhere")
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -432,7 +432,11 @@ def test_an_image_that_is_listed_is_refused(tmp_path: Path, monkeypatch: pytest.
     append(out, ["1.png"], first=2, paths=[Path("day-2/1.png")])
     rows = read_rows(out)
     assert [row["picture"] for row in rows] == ["1.png", "part-1.png", "1-2.png"]
-    assert [row["path"] for row in rows] == ["day-1/1.png", "", "day-2/1.png"]
+    assert [row["path"] for row in rows] == [
+        os.path.abspath("day-1/1.png"),
+        "",
+        os.path.abspath("day-2/1.png"),
+    ]
     assert tuple(read_picture(out / "overlays/1.png")[30, 10]) == (50,) * 3
     with ScoreFolderWriter(out, append=True) as writer:
         assert [row["name"] for row in writer.rows] == ["1.png", "part-1", "1.png"]
@@ -574,7 +578,7 @@ def test_lists_of_earlier_versions_can_be_added_to(tmp_path: Path) -> None:
 def test_one_program_at_a_time_adds_to_a_folder(tmp_path: Path) -> None:
     """The last to end would drop what the others have added."""
     with ScoreFolderWriter(tmp_path, append=True) as writer:
-        with pytest.raises(InputError, match="append: another program is adding to"):
+        with pytest.raises(InputError, match="append: another program is at work in"):
             append(tmp_path, ["b.png"])
         writer.add(make_result(["a.png"]), images=images_for(1))
     append(tmp_path, ["b.png"])
@@ -587,12 +591,38 @@ def test_a_file_that_was_not_whole_yet_is_skipped_no_more(tmp_path: Path) -> Non
         return [(one["path"], one["reason"]) for one in content["skipped"]]
 
     day_1, day_2 = Path("day-1/1.png"), Path("day-2/1.png")
+    listed_1, listed_2 = map(os.path.abspath, (day_1, day_2))
     for reason, path in (("cut off", day_1), ("cut off", day_2), ("still cut off", day_2)):
         with ScoreFolderWriter(tmp_path, append=True) as writer:
             writer.add_skipped([SkippedImage("1.png", reason, path)])
-    assert skipped() == [("day-1/1.png", "cut off"), ("day-2/1.png", "still cut off")]
+    assert skipped() == [(listed_1, "cut off"), (listed_2, "still cut off")]
     append(tmp_path, ["1.png"], paths=[day_2])
-    assert skipped() == [("day-1/1.png", "cut off")]
+    assert skipped() == [(listed_1, "cut off")]
+
+
+def test_a_relative_path_is_another_file_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "shift"
+    for line in ("line-1", "line-2"):
+        (tmp_path / line).mkdir()
+        monkeypatch.chdir(tmp_path / line)
+        append(out, ["part.png"], paths=[Path("today/part.png")])
+    monkeypatch.chdir(tmp_path)
+    with ScoreFolderWriter(out, append=True) as writer:
+        assert writer.is_listed("part.png", "line-1/today/part.png")
+        assert not writer.is_listed("part.png", "today/part.png")
+    expected = [str(tmp_path / line / "today" / "part.png") for line in ("line-1", "line-2")]
+    assert [row["path"] for row in read_rows(out)] == expected
+
+
+@pytest.mark.parametrize("names", [["a.tiff/b.png", "a.png"], ["a.png", "a.tiff/b.png"]])
+def test_the_map_of_one_image_is_not_in_the_way_of_another(tmp_path: Path, names: list[str]) -> None:
+    write_score_folder(make_result(names), tmp_path, images=images_for(2), maps=True)
+    rows = read_rows(tmp_path)
+    assert [row["name"] for row in rows] == names
+    for row in rows:
+        assert (tmp_path / "maps" / f"{row['picture'].removesuffix('.png')}.tiff").is_file()
 
 
 def test_images_are_read_again_from_their_files(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from pydefect.visualization import (
     draw_contours,
     fade_unscored,
     heat_map,
+    map_range,
     overlay,
+    scale_of_ranges,
     shared_scale,
     shrink,
     shrink_mask,
@@ -260,6 +262,8 @@ def test_lists_may_be_arrays() -> None:
     maps = [anomaly_map[:48, :48] for anomaly_map in maps]
     images = [image[:48, :48] for image in images]
     boxes = [(0, 0, 48, 40)] * 3
+    ranges = [map_range(one, box, None) for one, box in zip(maps, boxes, strict=True)]
+    assert scale_of_ranges(ranges) == shared_scale(maps, scored_boxes=boxes)
     assert shared_scale(np.stack(maps), scored_boxes=np.array(boxes)) == shared_scale(
         maps, scored_boxes=boxes
     )

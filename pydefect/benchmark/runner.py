@@ -20,7 +20,7 @@ from pydefect.benchmark.results import FAILED, FINISHED, Results
 from pydefect.benchmark.worker import Job
 from pydefect.detector import resolve_device
 from pydefect.errors import InputError
-from pydefect.persistence import write_atomically
+from pydefect.persistence import alone_in, write_atomically
 from pydefect.places import check_writable
 from pydefect.run import is_run
 
@@ -112,7 +112,7 @@ def run_benchmark(
     Raises
     ------
     InputError
-        An argument is not allowed, before any work.
+        An argument is not allowed, or another program is at work in `out`, before any work.
     """
     for name, values in (("variants", variants), ("categories", categories), ("seeds", seeds)):
         if not values:
@@ -127,86 +127,95 @@ def run_benchmark(
     folder = Path(out)
     check_writable(folder, "out")
     backbone_weights = Weights(os.fspath(weights))
-    results = Results(folder / RESULTS)
-    pairs = [
-        Pair(variant, category, seed, backbone_weights, device)
-        for category in categories
-        for seed in seeds
-        for variant in variants
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder, "out"):
+        results = Results(folder / RESULTS)
+        pairs = [
+            Pair(variant, category, seed, backbone_weights, device)
+            for category in categories
+            for seed in seeds
+            for variant in variants
+        ]
 
-    def run_folder(pair: Pair) -> Path:
-        return folder / RUNS / pair.place
+        def run_folder(pair: Pair) -> Path:
+            return folder / RUNS / pair.place
 
-    def is_finished(pair: Pair) -> bool:
-        row = results.finished(pair.key, best_epoch=best_epoch)
-        return row is not None and (not keep_maps or is_run(run_folder(pair)))
+        def is_finished(pair: Pair) -> bool:
+            row = results.finished(pair.key, best_epoch=best_epoch)
+            return row is not None and (not keep_maps or is_run(run_folder(pair)))
 
-    waiting = {pair.key: pair for pair in reversed(pairs) if not is_finished(pair)}
-    queue = list(waiting.values())
-    if threads is None:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        waiting = {pair.key: pair for pair in reversed(pairs) if not is_finished(pair)}
+        queue = list(waiting.values())
+        if threads is None:
+            threads = max(1, (os.cpu_count() or 1) // jobs)
 
-    def start(pair: Pair) -> _Running:
-        work = folder / "work" / pair.place
-        job = Job(
-            root=str(pair.category.dataset.root.absolute()),
-            method=pair.variant.method,
-            preset=pair.variant.preset,
-            settings=dict(pair.variant.settings),
-            weights=pair.weights.source,
-            seed=pair.seed,
-            device=device,
-            batch_size=batch_size,
-            checkpoint=str(work / "checkpoint"),
-            run=str(run_folder(pair)) if keep_maps else None,
-            best_epoch=best_epoch,
-            threads=threads,
-        )
-        write_atomically(work / "job.json", json.dumps(asdict(job)).encode())
-        log = work / "log.txt"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, work / "job.json", work / "result.json", str(os.getpid())],
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
-                # OpenMP reads it when it is loaded; more threads than cores wait for each other.
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                # Ctrl-C in the terminal is for this process, which then ends the others.
-                start_new_session=True,
+        def start(pair: Pair) -> _Running:
+            work = folder / "work" / pair.place
+            job = Job(
+                root=str(pair.category.dataset.root.absolute()),
+                method=pair.variant.method,
+                preset=pair.variant.preset,
+                settings=dict(pair.variant.settings),
+                weights=pair.weights.source,
+                seed=pair.seed,
+                device=device,
+                batch_size=batch_size,
+                checkpoint=str(work / "checkpoint"),
+                run=str(run_folder(pair)) if keep_maps else None,
+                best_epoch=best_epoch,
+                threads=threads,
             )
-        return _Running(pair, process, work, log)
+            write_atomically(work / "job.json", json.dumps(asdict(job)).encode())
+            log = work / "log.txt"
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-c",
+                        _WORKER,
+                        work / "job.json",
+                        work / "result.json",
+                        str(os.getpid()),
+                    ],
+                    stdout=file,
+                    stderr=file,
+                    stdin=subprocess.DEVNULL,
+                    # OpenMP reads it when it is loaded; more threads than cores wait for each other.
+                    env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                    # Ctrl-C in the terminal is for this process, which then ends the others.
+                    start_new_session=True,
+                )
+            return _Running(pair, process, work, log)
 
-    def finish(running: _Running) -> dict[str, Any]:
-        row = {"key": running.pair.key, "label": running.pair.variant.label, **running.pair.facts}
-        result = running.work / "result.json"
-        if running.process.returncode == 0 and result.exists():
-            row |= {"status": FINISHED, **json.loads(result.read_text(encoding="utf-8"))}
-        else:
-            row |= {"status": FAILED, "error": _reason(running.process.returncode, running.log)}
-        row["layout"] = running.pair.category.dataset.layout
-        results.add(row)
-        if row["status"] == FINISHED:
-            shutil.rmtree(running.work)
-        return row
+        def finish(running: _Running) -> dict[str, Any]:
+            row = {"key": running.pair.key, "label": running.pair.variant.label, **running.pair.facts}
+            result = running.work / "result.json"
+            if running.process.returncode == 0 and result.exists():
+                row |= {"status": FINISHED, **json.loads(result.read_text(encoding="utf-8"))}
+            else:
+                row |= {"status": FAILED, "error": _reason(running.process.returncode, running.log)}
+            row["layout"] = running.pair.category.dataset.layout
+            results.add(row)
+            if row["status"] == FINISHED:
+                shutil.rmtree(running.work)
+            return row
 
-    done, total = 0, len(queue)
-    at_work: list[_Running] = []
-    try:
-        while queue or at_work:
-            while queue and len(at_work) < jobs:
-                at_work.append(start(queue.pop()))
-            for running in [one for one in at_work if one.process.poll() is not None]:
-                at_work.remove(running)
-                row = finish(running)
-                done += 1
-                if on_row is not None:
-                    on_row(row, done, total)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        _end([running.process for running in at_work])
-    return [{**results.row(pair.key), "label": pair.variant.label} for pair in pairs]
+        done, total = 0, len(queue)
+        at_work: list[_Running] = []
+        try:
+            while queue or at_work:
+                while queue and len(at_work) < jobs:
+                    at_work.append(start(queue.pop()))
+                for running in [one for one in at_work if one.process.poll() is not None]:
+                    at_work.remove(running)
+                    row = finish(running)
+                    done += 1
+                    if on_row is not None:
+                        on_row(row, done, total)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _end([running.process for running in at_work])
+        return [{**results.row(pair.key), "label": pair.variant.label} for pair in pairs]
 
 
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -87,8 +87,9 @@ def calibrate(
             raise typer.BadParameter(f"{histogram} does not end in .png", param_hint="--histogram")
 
     import pydefect
-    from pydefect.persistence import replace_metadata, write_atomically
+    from pydefect.persistence import file_version, replace_metadata, write_atomically
 
+    version = file_version(model)
     detector = pydefect.load(model, device=device, weights=weights)
     calibration = pydefect.calibrate(
         detector,
@@ -105,7 +106,7 @@ def calibrate(
         from pydefect.charts import score_histogram
 
         write_atomically(histogram, score_histogram(calibration))
-    replace_metadata(model, {"calibration": calibration.to_dict()}, out=out)
+    replace_metadata(model, {"calibration": calibration.to_dict()}, version=version, out=out)
     print_calibration(calibration, false_alarm_rate)
     typer.echo(f"model: {model if out is None else out}")
 

@@ -137,9 +137,14 @@ class ConPatchDetector(FeatureDetector):
         try:
             for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):
                 with for_inference(self.device):
-                    for patches in self.network.representation(self.features(tensors.to(self.device))):
-                        bank.update(patches)
-                done += len(group)
+                    represented = self.network.representation(self.features(tensors.to(self.device)))
+                    for image, patches in zip(group, represented, strict=True):
+                        try:
+                            bank.update(patches)
+                        except InputError as error:
+                            collection.refuse(image, str(error).removeprefix("images: "))
+                        else:
+                            done += 1
                 bars("memory bank", done, total)
         finally:
             bars.close()

@@ -27,7 +27,7 @@ from pydefect.dual_ae.teacher import SHIPPED_TEACHER, load_teacher
 from pydefect.dual_ae.trainer import Trainer, build_network
 from pydefect.errors import InputError, ModelFileError
 from pydefect.features import FeatureCache, resolve_precision
-from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.persistence import opened_checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
 
@@ -208,22 +208,22 @@ class DualAEDetector(Detector):
                 "teacher": weights_fingerprint(teacher.network.state_dict()),
                 "penalty": penalty.identity if penalty else "none",
             }
-            state = Checkpoint(checkpoint, run) if checkpoint is not None else None
-            features = _teacher_features(teacher, seen.cache, train, device, budget - budget // 4, bars)
-            trainer = Trainer(
-                seen.cache,
-                train,
-                features,
-                teacher,
-                penalty,
-                preprocessing,
-                config,
-                seed,
-                device,
-                state,
-                progress=bars,
-            )
-            trainer.train(until)
+            with opened_checkpoint(checkpoint, run) as state:
+                features = _teacher_features(teacher, seen.cache, train, device, budget - budget // 4, bars)
+                trainer = Trainer(
+                    seen.cache,
+                    train,
+                    features,
+                    teacher,
+                    penalty,
+                    preprocessing,
+                    config,
+                    seed,
+                    device,
+                    state,
+                    progress=bars,
+                )
+                trainer.train(until)
             network = trainer.network.eval()
             # On a card they would keep the graph's memory for as long as there is the detector.
             network.zero_grad(set_to_none=True)

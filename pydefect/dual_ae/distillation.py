@@ -41,7 +41,7 @@ from pydefect.dual_ae.teacher import BackboneTeacher
 from pydefect.errors import InputError, PydefectError
 from pydefect.features import resolve_precision
 from pydefect.interruption import saved_between_steps
-from pydefect.persistence import Checkpoint, save_tensors
+from pydefect.persistence import Checkpoint, opened_checkpoint, save_tensors
 from pydefect.places import check_file_writable
 from pydefect.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from pydefect.randomness import seeded
@@ -775,13 +775,12 @@ def pretrain_teacher(
         backbone = build_backbone(source, os.fspath(weights))
         fingerprint = weights_fingerprint(backbone.state_dict())
         target = BackboneTeacher(backbone, True, resolve_precision(config.precision, device)).to(device)
-        kept = None
-        if checkpoint is not None:
-            kept = Checkpoint(checkpoint, _identity(config, collection, source, fingerprint, seed))
         begun = time.perf_counter()
-        distillation = Distillation(config, collection, target, seed, device, kept, progress)
-        resumed = distillation.step
-        network = distillation.run()
+        run = _identity(config, collection, source, fingerprint, seed)
+        with opened_checkpoint(checkpoint, run) as kept:
+            distillation = Distillation(config, collection, target, seed, device, kept, progress)
+            resumed = distillation.step
+            network = distillation.run()
         about: dict[str, Any] = {
             "kind": "teacher",
             "settings": config.to_dict(),

@@ -21,8 +21,10 @@ from pydefect.run import Run, RunImage
 from pydefect.visualization import (
     Picture,
     fade_unscored,
+    map_range,
     outlines,
     overlay,
+    scale_of_ranges,
     shared_scale,
     shrink,
     shrink_mask,
@@ -126,7 +128,8 @@ class ColourScale:
         """The scale round the pixel threshold, or else that of all maps."""
         if thresholds.pixel is not None and thresholds.pixel > 0:
             return cls(*shared_scale([], pixel_threshold=thresholds.pixel))
-        return cls(*shared_scale([run.network_map(index) for index in range(len(run.images))]))
+        maps = (run.network_map(index) for index in range(len(run.images)))
+        return cls(*scale_of_ranges([map_range(one, (0, 0, *one.shape), None) for one in maps]))
 
     @property
     def address(self) -> str:

@@ -51,6 +51,8 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
     """
     check_images(images)
     top = Path(folder)
+    if not top.is_dir():
+        raise InputError(f"run: {str(top)!r} is {'a file' if top.exists() else 'missing'}, no folder")
     found = list(_runs(top, {os.path.realpath(top)}))
     if not found:
         raise InputError(f"run: {str(top)!r} is no run, and there is none below it")
@@ -84,7 +86,7 @@ def write_index(folder: str | os.PathLike[str], *, images: int = 400, progress: 
         title=f"Runs in {top.resolve().name}",
         columns=[name for _, name in columns],
         entries=[
-            Entry(name, quote(report), run, tuple(run.evaluation.get(key) for key, _ in columns))
+            Entry(name, quote(os.fsencode(report)), run, tuple(run.evaluation.get(key) for key, _ in columns))
             for name, report, run in entries
         ],
     )

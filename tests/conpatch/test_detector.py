@@ -450,9 +450,14 @@ def test_an_update_that_fails_leaves_the_bank_as_it_was(fit, products, tmp_path,
 def test_an_image_too_small_for_the_bank(fit, products):
     detector = fit(products[:4], bank="ema", gamma=2.0, epochs=0)
     before = detector.bank.centres.clone()
-    with pytest.raises(InputError, match="images: 64 patches; bank='ema' needs one for each of 160 centres"):
-        detector.update([products[4], np.zeros((32, 32, 3), np.uint8)])
+    small = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(InputError, match=r"^image-00001: 64 patches; bank='ema' needs one"):
+        detector.update([products[4], small])
     assert torch.equal(detector.bank.centres, before)
+    (skipped,) = detector.update([small, products[4]], on_error="skip")
+    assert skipped.name == "image-00000"
+    assert skipped.reason == "64 patches; bank='ema' needs one for each of 160 centres"
+    assert detector.training["images"] == 5
 
 
 # -- model files

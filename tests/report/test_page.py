@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -204,6 +205,8 @@ def test_wrong_calls(run, product, tmp_path):
         write_index(tmp_path)
     with pytest.raises(InputError, match=r"^images: -1 given"):
         write_index(run.folder.parent, images=-1)
+    with pytest.raises(InputError, match=r"run: .*nowhere' is missing, no folder"):
+        write_index(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,6 +242,17 @@ def test_a_run_without_its_images_is_named_and_the_others_are_shown(run, tmp_pat
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(InputError, match="run: no report could be made; the first: a: data: none"):
         write_index(tmp_path, progress=False)
+
+
+def test_a_run_with_maps_that_are_gone_is_named_and_the_others_are_shown(run, tmp_path):
+    """Names of folders may be no text."""
+    other = os.fsdecode(b"\xffb")
+    for name in ("a", other):
+        shutil.copytree(run.folder, tmp_path / name)
+    (tmp_path / "a" / "maps.npz").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"^a: run: .*maps\.npz' is damaged: .*; left out of the page$"):
+        write_index(tmp_path, progress=False)
+    assert [link["href"] for link in Page(tmp_path / "index.html").all("a")] == ["%FFb/report.html"]
 
 
 def test_the_command_line(run, product, tmp_path):
