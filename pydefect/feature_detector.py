@@ -20,7 +20,13 @@ from pydefect.config import MethodConfig
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.errors import InputError, ModelFileError
-from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
+from pydefect.features import (
+    FeatureCache,
+    PatchFeatureExtractor,
+    check_levels,
+    resolve_precision,
+    whole_patches,
+)
 from pydefect.persistence import Checkpoint, opened_checkpoint, save_tensors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
@@ -77,7 +83,7 @@ class TrainingFeatures:
     cache
         Their features.
     size
-        (height, width) of the network's input.
+        (height, width) of the network's input, in whole patches.
     digest
         SHA-256 of their pixels, in order.
     names
@@ -116,6 +122,7 @@ class TrainingFeatures:
         names: list[str] = []
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, EXTRACTION_BATCH):
+            tensors = whole_patches(tensors, extractor.levels)
             size = (tensors.shape[2], tensors.shape[3])
             cache.append(extractor(tensors.to(device)))
             for image in group:
@@ -304,13 +311,19 @@ class FeatureDetector(Detector):
         An image then scores as its copy among the held-out ones did: unrounded, it would lie beside the
         threshold that copies set.
         """
-        return [level.half().float() for level in self.extractor(images)]
+        whole = whole_patches(images, self.extractor.levels)
+        return [level.half().float() for level in self.extractor(whole)]
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
         check_network_inputs(images, self.preprocessing.input_size, self.device)
-        return self.score_features(self.features(images), (images.shape[2], images.shape[3]))
+        height, width = images.shape[2:]
+        levels = self.features(images)
+        stride = 2 ** (self.extractor.levels[0] + 1)
+        grid = levels[0].shape[2:]
+        image_scores, maps = self.score_features(levels, (grid[0] * stride, grid[1] * stride))
+        return image_scores, maps[:, :height, :width].contiguous()
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:
         """Write the model file; see :meth:`pydefect.detector.Detector.save`."""

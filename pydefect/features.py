@@ -26,6 +26,7 @@ __all__ = [
     "cpu_has_bfloat16",
     "patch_vectors",
     "resolve_precision",
+    "whole_patches",
 ]
 
 Precision = Literal["float32", "bfloat16"]
@@ -158,6 +159,33 @@ class PatchFeatureExtractor(nn.Module):
 
     def _averaged(self, level: Tensor) -> Tensor:
         return F.avg_pool2d(level, 3, stride=1, padding=1) if self.average else level
+
+
+def whole_patches(images: Tensor, levels: Sequence[int]) -> Tensor:
+    """Extend network inputs to the right and below, so that the patches of all levels cover them exactly.
+
+    A backbone's grid has a patch for every 4, 8 or 16 pixels, begun ones included. Maps are interpolated as
+    if the grid ended where the input does; where it ends some pixels later, everything would move to the
+    left and up, and each level by another amount.
+
+    Parameters
+    ----------
+    images
+        [B, 3, H, W] normalised network inputs.
+    levels
+        Ascending out of 1, 2, 3.
+
+    Returns
+    -------
+    Tensor
+        [B, 3, H', W'], the next multiples of the last level's stride; zeros, the mean colour, are added.
+        `images` itself where nothing is missing.
+    """
+    stride = 2 ** (levels[-1] + 1)
+    below, right = (-length % stride for length in images.shape[2:])
+    if not below and not right:
+        return images
+    return F.pad(images, (0, right, 0, below)).contiguous(memory_format=torch.channels_last)
 
 
 def patch_vectors(levels: Sequence[Tensor], mode: Literal["bilinear", "nearest"] = "bilinear") -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pydefect
 from pydefect import features
 from pydefect.backbones import build_backbone
 from pydefect.conpatch import ConPatchConfig
@@ -23,7 +24,13 @@ from pydefect.conpatch.network import ConPatchNetwork
 from pydefect.conpatch.trainer import build_network, represent
 from pydefect.data.images import open_images
 from pydefect.errors import InputError, PydefectError
-from pydefect.features import FeatureCache, PatchFeatureExtractor, check_levels, resolve_precision
+from pydefect.features import (
+    FeatureCache,
+    PatchFeatureExtractor,
+    check_levels,
+    resolve_precision,
+    whole_patches,
+)
 from pydefect.preprocessing import Preprocessing
 
 
@@ -308,3 +315,47 @@ def test_float16_may_let_k_centre_choose_otherwise_but_not_worse(real):
         real.fit(cache, "kcenter")[1].squared_radius.sqrt() for cache in (FeatureCache(), Float32Cache())
     ]
     assert float(radii[0] / radii[1]) == pytest.approx(1, abs=0.03)
+
+
+# -- sizes that are no whole number of patches
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("levels", "size", "whole"),
+    [
+        ((1,), (8, 9), (8, 12)),
+        ((1, 2), (33, 40), (40, 40)),
+        ((1, 2, 3), (33, 48), (48, 48)),
+        ((3,), (1, 1), (16, 16)),
+        ((2, 3), (32, 48), (32, 48)),
+    ],
+)
+def test_inputs_are_extended_to_whole_patches(levels, size, whole):
+    images = torch.randn(2, 3, *size)
+    extended = whole_patches(images, levels)
+    assert extended.shape[2:] == whole
+    assert torch.equal(extended[:, :, : size[0], : size[1]], images)
+    assert int(extended.count_nonzero()) == images.numel()
+    assert (extended is images) == (size == whole)
+
+
+@pytest.mark.parametrize("method", ["conpatch", "patchcore", "padim", "spade", "cfa", "reconpatch"])
+def test_maps_of_any_size_lie_where_those_of_whole_patches_do(method):
+    """They were stretched: a map of 33 x 40 pixels was interpolated as if 48 x 48 were 33 x 40."""
+    random = np.random.default_rng(0)
+    images = [random.random((33, 40, 3), dtype=np.float32) for _ in range(4)]
+    how = {
+        "weights": "random",
+        "resize": None,
+        "levels": (1, 2, 3),
+        "calibration_folds": 0,
+        "progress": False,
+    }
+    detector = pydefect.fit(images, method=method, **how)
+    given = torch.randn(2, 3, 33, 40)
+    scores, maps = detector.predict(given)
+    whole_scores, whole_maps = detector.predict(F.pad(given, (0, 8, 0, 15)))
+    assert maps.shape == (2, 33, 40)
+    assert torch.equal(maps, whole_maps[:, :33, :40])
+    assert torch.equal(scores, whole_scores)
