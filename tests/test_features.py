@@ -342,7 +342,7 @@ def test_inputs_are_extended_to_whole_patches(levels, size, whole):
 
 @pytest.mark.parametrize("method", ["conpatch", "patchcore", "padim", "spade", "cfa", "reconpatch"])
 def test_maps_of_any_size_lie_where_those_of_whole_patches_do(method):
-    """They were stretched: a map of 33 x 40 pixels was interpolated as if 48 x 48 were 33 x 40."""
+    """They were squeezed: what the patches say of 48 x 48 pixels was shown on 33 x 40."""
     random = np.random.default_rng(0)
     images = [random.random((33, 40, 3), dtype=np.float32) for _ in range(4)]
     how = {
