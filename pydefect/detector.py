@@ -68,13 +68,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+# Of a batch's images at their own size, beyond which it is not filled up: four of 20 megapixels in 8 bits.
+_HELD_BYTES = 256 << 20
+
+
 def batches(
     images: ImageCollection, preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[tuple[list[Image], Tensor]]:
     """Group consecutive images of one network size.
 
-    A full batch does not wait for the image after it, which a camera may take much later. An image smaller
-    than the crop is refused as one that cannot be read.
+    A full batch does not wait for the image after it, which a camera may take much later. Of photographs so
+    large that few of them fill :data:`_HELD_BYTES` a batch has fewer. An image smaller than the crop is
+    refused as one that cannot be read.
 
     Yields
     ------
@@ -83,6 +88,7 @@ def batches(
     """
     pending: list[Image] = []
     tensors: list[Tensor] = []
+    held = 0
     for image in images:
         try:
             tensor = preprocessing(image.pixels)
@@ -91,12 +97,13 @@ def batches(
             continue
         if tensors and tensor.shape != tensors[0].shape:
             yield pending, _stack(tensors)
-            pending, tensors = [], []
+            pending, tensors, held = [], [], 0
         pending.append(image)
         tensors.append(tensor)
-        if len(tensors) == batch_size:
+        held += image.pixels.nbytes
+        if len(tensors) == batch_size or held >= _HELD_BYTES:
             yield pending, _stack(tensors)
-            pending, tensors = [], []
+            pending, tensors, held = [], [], 0
     if tensors:
         yield pending, _stack(tensors)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -126,7 +127,8 @@ class TrainingFeatures:
             size = (tensors.shape[2], tensors.shape[3])
             cache.append(extractor(tensors.to(device)))
             for image in group:
-                digest.update(str(image.pixels.shape).encode() + image.pixels.tobytes())
+                digest.update(str(image.pixels.shape).encode())
+                digest.update(np.ascontiguousarray(image.pixels).data)  # its bytes, not a copy of them
                 names.append(Path(image.name).name)
             bars("backbone features", len(cache), total)
         bars.close()

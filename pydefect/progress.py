@@ -11,8 +11,8 @@ __all__ = ["ProgressBars"]
 
 
 class ProgressBars:
-    """Shows one bar after the other: a bar appears with the first step of its description and goes with the
-    last.
+    """Shows one bar after the other: a bar appears with the first call of its description and goes with the
+    last step.
 
     Parameters
     ----------
@@ -32,8 +32,10 @@ class ProgressBars:
             return
         if description != self._description:
             self.close()
-            # A resumed stage begins in the middle.
-            self._bar = tqdm(total=total, initial=done - 1, desc=description, leave=False, dynamic_ncols=True)
+            # A resumed stage begins in the middle; a first step that takes long is announced with none done.
+            self._bar = tqdm(
+                total=total, initial=max(0, done - 1), desc=description, leave=False, dynamic_ncols=True
+            )
             self._description = description
         assert self._bar is not None
         self._bar.update(done - self._bar.n)

@@ -16,8 +16,11 @@ import torch
 
 import pydefect
 from pydefect import InputError, ModelFileError, WeightsNotFoundError
+from pydefect import detector as module
+from pydefect.data import open_images
 from pydefect.data.procedural import render_product, write_dataset
 from pydefect.detector import resolve_device
+from pydefect.preprocessing import Preprocessing
 
 PACKAGE = Path(pydefect.__file__).parent
 SMALL = {
@@ -121,6 +124,14 @@ def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
     result = pydefect.score(detector, tmp_path, on_error="skip", progress=False)
     assert result.names == ["0.png", "1.png", "3.png"]
     assert [skipped.name for skipped in result.skipped] == ["2.png"]
+
+
+def test_batches_of_large_photographs_are_smaller(good, monkeypatch):
+    monkeypatch.setattr(module, "_HELD_BYTES", 2 * good[0].nbytes)
+    images, preprocessing = open_images([*good[:3], good[0][:8, :8]]), Preprocessing.create(resize=16)
+    groups = [len(group) for group, _ in module.batches(images, preprocessing, 8)]
+    assert groups == [2, 2]
+    assert [len(group) for group, _ in module.batches(images, preprocessing, 1)] == [1] * 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

@@ -23,3 +23,13 @@ def test_services_have_no_standard_error(monkeypatch):
     bars = ProgressBars()
     bars("training", 1, 2)
     bars.close()
+
+
+def test_a_bar_shows_before_its_first_step_has_ended(capsys):
+    bars = ProgressBars()
+    bars("training", 0, 3)
+    assert "training:   0%" in capsys.readouterr().err
+    bars("training", 3, 3)
+    bars("scoring", 0, 2)
+    assert "scoring:   0%" in capsys.readouterr().err
+    bars.close()

@@ -182,25 +182,24 @@ def whitening(covariance: Tensor, regularisation: float) -> Tensor:
     Parameters
     ----------
     covariance
-        [T, C, C] float32.
+        [T, C, C] float32, which is overwritten: it may be most of the memory.
     regularisation
         > 0.
 
     Returns
     -------
     Tensor
-        [T, C, C] float32, lower triangular: ||W (x - mean)|| is the Mahalanobis distance (2), and never the
-        root of something negative.
+        `covariance`, of which every matrix is lower triangular now: ||W (x - mean)|| is the Mahalanobis
+        distance (2), and never the root of something negative.
     """
     identity = torch.eye(covariance.shape[1], dtype=torch.float64, device=covariance.device)
-    factors = torch.empty_like(covariance)
     for start in range(0, len(covariance), _POSITIONS):
         part = covariance[start : start + _POSITIONS].double() + regularisation * identity
         triangular = torch.linalg.cholesky(part)
-        factors[start : start + _POSITIONS] = torch.linalg.solve_triangular(
+        covariance[start : start + _POSITIONS] = torch.linalg.solve_triangular(
             triangular, identity.expand_as(part), upper=False
         )
-    return factors
+    return covariance
 
 
 class PaDiMDetector(BaselineDetector):

@@ -77,6 +77,8 @@ def train(
         epoch = len(history) + 1
         order = torch.randperm(len(indices), generator=context.generator(epoch)).tolist()
         steps = -(-len(order) // config.batch_size)
+        if step == 0:
+            context.report(f"epoch {epoch}", 0, steps)
         with saved_between_steps(save if context.checkpoint else None, _CHECKPOINT_INTERVAL) as between_steps:
             while step < steps:
                 chosen = order[step * config.batch_size : (step + 1) * config.batch_size]

@@ -178,6 +178,7 @@ class Trainer:
 
     def _build_bank(self) -> MemoryBank:
         def images() -> Iterator[Tensor]:
+            self._report("memory bank", 0, len(self.indices))
             patches = represent(self.network, self.cache, self.indices, self.device)
             for done, image in enumerate(patches, start=1):
                 yield image
@@ -207,6 +208,8 @@ class Trainer:
             order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)
         ]
         save = self._save if self.checkpoint else None
+        if self._step == 0:
+            self._report(f"epoch {epoch}", 0, len(batches))
         with saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps:
             while self._step < len(batches):
                 levels = self.cache.get([self.indices[i] for i in batches[self._step]], self.device)

@@ -86,7 +86,8 @@ class TrainingImages:
         for group, tensors in batches(collection, preprocessing, _BATCH):
             cache.append([tensors])
             for image in group:
-                digest.update(str(image.pixels.shape).encode() + image.pixels.tobytes())
+                digest.update(str(image.pixels.shape).encode())
+                digest.update(np.ascontiguousarray(image.pixels).data)  # its bytes, not a copy of them
                 names.append(Path(image.name).name)
             bars(f"reading {what}", len(cache), total)
         bars.close()

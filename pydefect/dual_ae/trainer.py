@@ -213,6 +213,8 @@ class Trainer:
         end = steps if until is None else min(until, steps)
         interval = math.ceil(steps / _RECORDS)
         save = self._save if self.checkpoint else None
+        if self.progress is not None and self.step == 0:
+            self.progress("training", 0, steps)
         with (
             saved_between_steps(save, _CHECKPOINT_INTERVAL) as between_steps,
             closing(self._penalties(range(self.step, end))) as penalties,

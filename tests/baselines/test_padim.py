@@ -35,7 +35,7 @@ def test_whitening_is_the_inverse_of_the_regularised_covariance(monkeypatch):
     monkeypatch.setattr(padim, "_POSITIONS", 2)
     values = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
     covariance = values.transpose(1, 2) @ values  # of rank 3
-    factors = whitening(covariance, 0.01)
+    factors = whitening(covariance.clone(), 0.01)
     inverse = torch.linalg.inv(covariance.double() + 0.01 * torch.eye(8, dtype=torch.float64))
     torch.testing.assert_close((factors.transpose(1, 2) @ factors).double(), inverse, rtol=1e-3, atol=1e-3)
     assert torch.equal(factors, factors.tril())
