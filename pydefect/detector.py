@@ -29,7 +29,15 @@ from pydefect.version import VERSION
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Detector", "OnError", "batches", "check_network_inputs", "known_length", "resolve_device"]
+__all__ = [
+    "HELD_BYTES",
+    "Detector",
+    "OnError",
+    "batches",
+    "check_network_inputs",
+    "known_length",
+    "resolve_device",
+]
 
 OnError = Literal["raise", "skip"]
 
@@ -69,7 +77,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 # Of a batch's images at their own size, beyond which it is not filled up: four of 20 megapixels in 8 bits.
-_HELD_BYTES = 256 << 20
+HELD_BYTES = 256 << 20
 
 
 def batches(
@@ -78,7 +86,7 @@ def batches(
     """Group consecutive images of one network size.
 
     A full batch does not wait for the image after it, which a camera may take much later. Of photographs so
-    large that few of them fill :data:`_HELD_BYTES` a batch has fewer. An image smaller than the crop is
+    large that few of them fill :data:`HELD_BYTES` a batch has fewer. An image smaller than the crop is
     refused as one that cannot be read.
 
     Yields
@@ -101,7 +109,7 @@ def batches(
         pending.append(image)
         tensors.append(tensor)
         held += image.pixels.nbytes
-        if len(tensors) == batch_size or held >= _HELD_BYTES:
+        if len(tensors) == batch_size or held >= HELD_BYTES:
             yield pending, _stack(tensors)
             pending, tensors, held = [], [], 0
     if tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -177,6 +176,13 @@ def _files(paths: list[Path]) -> list[Path]:
 
 
 def _batches(images: ImageCollection, size: int) -> Iterator[list[Image]]:
-    remaining = iter(images)
-    while batch := list(itertools.islice(remaining, size)):
+    from pydefect.detector import HELD_BYTES
+
+    batch: list[Image] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == size or sum(one.pixels.nbytes for one in batch) >= HELD_BYTES:
+            yield batch
+            batch = []
+    if batch:
         yield batch
