@@ -211,8 +211,9 @@ def alone_in(folder: Path, name: str) -> Iterator[None]:
                 ) from None
         yield
     finally:
-        _held.discard(handle)
-        os.close(handle)
+        if handle in _held:  # else this is a forked process, which has let go of it
+            _held.remove(handle)
+            os.close(handle)
 
 
 # Handles of the locked folders. A forked process has them too, and would keep the lock of a killed one.
