@@ -27,7 +27,6 @@ from peak_memory import peak_mib
 from tqdm import tqdm
 
 import pydefect
-from pydefect.conpatch import ConPatchDetector
 from pydefect.data import read_dataset
 from pydefect.data.images import read_image
 from pydefect.data.layouts import read_mask
@@ -93,27 +92,22 @@ def draw(category: Path, root: Path) -> None:
         write(root / "ground_truth" / sample.defect / f"{number:03}_mask.png", tray(masks))
 
 
+def timed(call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What a call returns, its seconds, and the MiB that it takes at most."""
+    returned: list[Any] = []
+    began = time.perf_counter()
+    peak = peak_mib(lambda: returned.append(call()))
+    return returned[0], time.perf_counter() - began, peak
+
+
 def measured(root: Path, category: str, resize: int, bank: int, weights: str, threads: int) -> Row:
     """Fit and evaluate at one size; the model's own threshold decides."""
     torch.set_num_threads(threads)
-    found: dict[str, Any] = {}
-
-    def timed(name: str, call: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        found[name] = call()
-        found[f"{name} seconds"] = time.perf_counter() - began
-        return 0.0
-
-    def fit() -> Any:
-        settings = {"resize": resize, "max_bank_size": bank}
-        return pydefect.fit(root, weights=weights, seed=0, progress=False, **settings)
-
-    fit_peak = peak_mib(lambda: timed("detector", fit))
-    detector: ConPatchDetector = found["detector"]
-    score_peak = peak_mib(
-        lambda: timed("evaluation", lambda: pydefect.evaluate(detector, root, progress=False))
+    settings = {"resize": resize, "max_bank_size": bank}
+    detector, fit_seconds, fit_peak = timed(
+        lambda: pydefect.fit(root, weights=weights, seed=0, progress=False, **settings)
     )
-    evaluation = found["evaluation"]
+    evaluation, _, score_peak = timed(lambda: pydefect.evaluate(detector, root, progress=False))
     good = evaluation.images - evaluation.defective
     image = read_image(next((root / "train" / "good").iterdir()))
     return Row(
@@ -130,7 +124,7 @@ def measured(root: Path, category: str, resize: int, bank: int, weights: str, th
         aupro=round(100 * evaluation.pixel_aupro, 2),
         false_alarms=f"{evaluation.false_alarms} of {good}",
         missed=f"{evaluation.misses} of {evaluation.defective}",
-        fit_seconds=round(found["detector seconds"], 1),
+        fit_seconds=round(fit_seconds, 1),
         score_ms=round(1000 * evaluation.seconds_per_image, 1),
         fit_peak_mib=fit_peak,
         score_peak_mib=score_peak,

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
-    "HELD_BYTES",
     "Detector",
     "OnError",
     "batches",
     "check_network_inputs",
+    "is_full",
     "known_length",
     "resolve_device",
 ]
@@ -77,7 +77,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 # Of a batch's images at their own size, beyond which it is not filled up: four of 20 megapixels in 8 bits.
-HELD_BYTES = 256 << 20
+_HELD_BYTES = 256 << 20
+
+
+def is_full(batch: Sequence[Image], batch_size: int) -> bool:
+    """Whether a batch has as many images as were asked for, or 256 MB of pixels: few large photographs do."""
+    return len(batch) == batch_size or sum(image.pixels.nbytes for image in batch) >= _HELD_BYTES
 
 
 def batches(
@@ -85,9 +90,8 @@ def batches(
 ) -> Iterator[tuple[list[Image], Tensor]]:
     """Group consecutive images of one network size.
 
-    A full batch does not wait for the image after it, which a camera may take much later. Of photographs so
-    large that few of them fill :data:`HELD_BYTES` a batch has fewer. An image smaller than the crop is
-    refused as one that cannot be read.
+    A full batch (:func:`is_full`) does not wait for the image after it, which a camera may take much later.
+    An image smaller than the crop is refused as one that cannot be read.
 
     Yields
     ------
@@ -96,7 +100,6 @@ def batches(
     """
     pending: list[Image] = []
     tensors: list[Tensor] = []
-    held = 0
     for image in images:
         try:
             tensor = preprocessing(image.pixels)
@@ -105,13 +108,12 @@ def batches(
             continue
         if tensors and tensor.shape != tensors[0].shape:
             yield pending, _stack(tensors)
-            pending, tensors, held = [], [], 0
+            pending, tensors = [], []
         pending.append(image)
         tensors.append(tensor)
-        held += image.pixels.nbytes
-        if len(tensors) == batch_size or held >= HELD_BYTES:
+        if is_full(pending, batch_size):
             yield pending, _stack(tensors)
-            pending, tensors, held = [], [], 0
+            pending, tensors = [], []
     if tensors:
         yield pending, _stack(tensors)
 

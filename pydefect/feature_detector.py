@@ -321,10 +321,8 @@ class FeatureDetector(Detector):
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
         check_network_inputs(images, self.preprocessing.input_size, self.device)
         height, width = images.shape[2:]
-        levels = self.features(images)
-        stride = 2 ** (self.extractor.levels[0] + 1)
-        grid = levels[0].shape[2:]
-        image_scores, maps = self.score_features(levels, (grid[0] * stride, grid[1] * stride))
+        whole = whole_patches(images, self.extractor.levels)
+        image_scores, maps = self.score_features(self.features(whole), (whole.shape[2], whole.shape[3]))
         return image_scores, maps[:, :height, :width].contiguous()
 
     def save(self, path: str | os.PathLike[str], *, include_backbone: bool = True) -> None:

@@ -133,7 +133,18 @@ def shared_scale(
 def map_range(
     anomaly_map: NDArray[Any], scored_box: Box, ignored: NDArray[Any] | None
 ) -> tuple[float, float]:
-    """Median and maximum of what was looked at: all that :func:`scale_of_ranges` needs of a map."""
+    """Median and maximum of what was looked at: all that :func:`scale_of_ranges` needs of a map.
+
+    Parameters
+    ----------
+    anomaly_map, scored_box, ignored
+        See :func:`scored_values`.
+
+    Returns
+    -------
+    tuple of float
+        (median, maximum).
+    """
     scores = scored_values(anomaly_map, scored_box, ignored)
     return float(np.median(scores)), float(np.max(scores))
 

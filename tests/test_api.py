@@ -127,7 +127,7 @@ def test_unreadable_images_can_be_left_out(good, tmp_path, detector):
 
 
 def test_batches_of_large_photographs_are_smaller(good, monkeypatch):
-    monkeypatch.setattr(module, "HELD_BYTES", 2 * good[0].nbytes)
+    monkeypatch.setattr(module, "_HELD_BYTES", 2 * good[0].nbytes)
     images, preprocessing = open_images([*good[:3], good[0][:8, :8]]), Preprocessing.create(resize=16)
     groups = [len(group) for group, _ in module.batches(images, preprocessing, 8)]
     assert groups == [2, 2]

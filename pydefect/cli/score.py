@@ -176,12 +176,12 @@ def _files(paths: list[Path]) -> list[Path]:
 
 
 def _batches(images: ImageCollection, size: int) -> Iterator[list[Image]]:
-    from pydefect.detector import HELD_BYTES
+    from pydefect.detector import is_full
 
     batch: list[Image] = []
     for image in images:
         batch.append(image)
-        if len(batch) == size or sum(one.pixels.nbytes for one in batch) >= HELD_BYTES:
+        if is_full(batch, size):
             yield batch
             batch = []
     if batch:
