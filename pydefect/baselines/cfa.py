@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from pydefect.baselines.detector import BaselineDetector, Context, PatchModel, each_image
 from pydefect.baselines.training import train
 from pydefect.feature_detector import FeatureConfig
 from pydefect.features import FeatureCache
+from pydefect.kmeans import kmeans
 from pydefect.ops import assign_unique, hypersphere, knn, project_levels, score_maps
 from pydefect.randomness import seeded
 
@@ -134,7 +134,7 @@ class Cfa(PatchModel):
         descriptor.to(context.device)
         with torch.inference_mode():
             images = (descriptor(levels)[0] for levels in each_image(cache, indices, context, "memory bank"))
-            bank = build_bank(images, config, context.seed)
+            bank = build_bank(images, config)
         # A tensor of inference mode cannot enter the graph of a loss.
         bank = bank.clone()
 
@@ -179,7 +179,7 @@ class Cfa(PatchModel):
         return cls(descriptor, state["bank"], config, {})
 
 
-def build_bank(images: Iterator[Tensor], config: CfaConfig, seed: int) -> Tensor:
+def build_bank(images: Iterator[Tensor], config: CfaConfig) -> Tensor:
     """Build the memory bank over a stream of images.
 
     Parameters
@@ -188,8 +188,6 @@ def build_bank(images: Iterator[Tensor], config: CfaConfig, seed: int) -> Tensor
         [T, D] float32 each; at least one.
     config
         ``bank``, ``bank_compression``, ``bank_momentum``.
-    seed
-        Of k-means.
 
     Returns
     -------
@@ -199,21 +197,18 @@ def build_bank(images: Iterator[Tensor], config: CfaConfig, seed: int) -> Tensor
     first = next(images)
     count = max(1, len(first) // config.bank_compression)
     if config.bank == "ema":
-        centres = _kmeans(first, count, seed)
+        centres = _means(first, count)
         for patches in images:
             centres = torch.lerp(centres, patches[assign_unique(centres, patches)], config.bank_momentum)
         return centres
     mean = first
     for number, patches in enumerate(images, start=2):
         mean = torch.lerp(mean, patches, 1 / number)
-    return mean if config.bank_compression == 1 else _kmeans(mean, count, seed)
+    return _means(mean, count)
 
 
-def _kmeans(patches: Tensor, count: int, seed: int) -> Tensor:
-    if count == len(patches):
-        return patches
-    found = KMeans(count, n_init=1, random_state=seed).fit(patches.cpu().numpy())
-    return torch.from_numpy(found.cluster_centers_).to(patches)
+def _means(patches: Tensor, count: int) -> Tensor:
+    return patches if count == len(patches) else kmeans(patches, count)[0]
 
 
 def soft_boundary_loss(patches: Tensor, bank: Tensor, radius: Tensor, config: CfaConfig) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pydefect.errors import InputError
-from pydefect.ops import assign_unique, kcenter_greedy, kcenter_reduce, knn
+from pydefect.kmeans import assigned_patches, kmeans, nearest_centres
+from pydefect.ops import assign_unique, kcenter_reduce
 
 __all__ = [
     "BANKS",
@@ -57,49 +58,6 @@ class MemoryBank(ABC):
         """Read what :meth:`state` returned."""
 
 
-# Lloyd's iterations at most. Over a product image the assignment stands after five to seven.
-_ITERATIONS = 20
-
-
-def _nearest_centres(patches: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest centre and its index, [T] each: what every builder spends its time
-    on."""
-    distances, indices = knn(patches, centres, 1, precision="bf16")
-    return distances[:, 0], indices[:, 0]
-
-
-def _received(patches: Tensor, nearest: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sum [size, D] and number [size] of the patches at each centre."""
-    if patches.is_cuda:
-        # index_add_ adds in whatever order there; a product adds in one.
-        belongs = (nearest == torch.arange(size, device=nearest.device).unsqueeze(1)).to(patches.dtype)
-        return belongs @ patches, belongs.sum(1)
-    sums = patches.new_zeros(size, patches.shape[1]).index_add_(0, nearest, patches)
-    counts = patches.new_zeros(size).index_add_(0, nearest, torch.ones_like(patches[:, 0]))
-    return sums, counts
-
-
-def _kmeans(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Centres [size, D] of one image, and how many patches each stands for, [size].
-
-    Lloyd's algorithm from the k-centres of the image, without a random number. With a centre for every four
-    patches it ends within 2 % of the sum of squares that greedy k-means++ leads to, and 3 to 5 % below plain
-    k-means++.
-    """
-    centres = patches[kcenter_greedy(patches, size)]
-    nearest = _nearest_centres(patches, centres)[1]
-    for _ in range(_ITERATIONS):
-        sums, counts = _received(patches, nearest, size)
-        # A centre that no patch is nearest to stays: a constant image has one place for all of them.
-        means = sums / counts.clamp_min(1).unsqueeze(1)
-        centres = torch.where(counts.unsqueeze(1) > 0, means, centres)
-        before, nearest = nearest, _nearest_centres(patches, centres)[1]
-        if torch.equal(nearest, before):
-            break
-    # A centre always stands for something.
-    return centres, _received(patches, nearest, size)[1].clamp_min(1)
-
-
 class EmaBank(MemoryBank):
     """Exponential moving average of each centre's own patch: algorithm 1 as printed, one thing apart.
 
@@ -113,7 +71,7 @@ class EmaBank(MemoryBank):
     @classmethod
     def start(cls, patches: Tensor, size: int, momentum: float) -> EmaBank:
         """Begin with the k-means centres of the first image (line 1)."""
-        return cls(_kmeans(patches, size)[0], momentum)
+        return cls(kmeans(patches, size)[0], momentum)
 
     def update(self, patches: Tensor) -> None:
         """C <- (1 - beta) C + beta C^NN (lines 3 to 8)."""
@@ -186,12 +144,12 @@ class KMeansBank(MemoryBank):
     @classmethod
     def start(cls, patches: Tensor, size: int) -> KMeansBank:
         """Begin with the k-means centres of the first image."""
-        return cls(*_kmeans(patches, size))
+        return cls(*kmeans(patches, size))
 
     def update(self, patches: Tensor) -> None:
         """Move every patch's nearest centre to the mean of what that centre has received."""
-        nearest = _nearest_centres(patches, self.centres)[1]
-        sums, received = _received(patches, nearest, len(self.centres))
+        nearest = nearest_centres(patches, self.centres)[1]
+        sums, received = assigned_patches(patches, nearest, len(self.centres))
         self.counts = self.counts + received
         self.centres = self.centres + (sums - received.unsqueeze(1) * self.centres) / self.counts.unsqueeze(1)
 
@@ -237,7 +195,7 @@ class KCenterBank(MemoryBank):
         self._reduce(patches, len(self.centres))
 
     def _reduce(self, patches: Tensor, size: int) -> None:
-        uncovered = (_nearest_centres(patches, self.centres)[0] > self.squared_radius).nonzero()[:, 0]
+        uncovered = (nearest_centres(patches, self.centres)[0] > self.squared_radius).nonzero()[:, 0]
         if not len(uncovered):
             return
         new = patches[uncovered]

@@ -70,9 +70,9 @@ def test_banks(cache):
     descriptor = Descriptor([6, 8, 10], 12, 1e-5, False)
     with torch.inference_mode():
         patches = torch.stack(list(images_of(cache, range(4), descriptor)))
-        mean = build_bank(images_of(cache, range(4), descriptor), CfaConfig(), 0)
+        mean = build_bank(images_of(cache, range(4), descriptor), CfaConfig())
         torch.testing.assert_close(mean, patches.mean(0), rtol=1e-5, atol=1e-6)
-        fewer = build_bank(images_of(cache, range(4), descriptor), CfaConfig(bank_compression=4), 0)
+        fewer = build_bank(images_of(cache, range(4), descriptor), CfaConfig(bank_compression=4))
         assert fewer.shape == (7, 12)
         # Centres of k-means are means of what they stand for.
         nearest = torch.cdist(mean, fewer).argmin(1)
@@ -82,7 +82,7 @@ def test_banks(cache):
         expected = patches[0]
         for image in patches[1:]:
             expected = 0.75 * expected + 0.25 * image[reference.assign_unique(expected, image)]
-        moving = build_bank(images_of(cache, range(4), descriptor), config, 0)
+        moving = build_bank(images_of(cache, range(4), descriptor), config)
         torch.testing.assert_close(moving, expected, rtol=1e-5, atol=1e-6)
 
 
