@@ -203,6 +203,20 @@ def test_the_search_by_products_survives_a_common_offset() -> None:
     torch.testing.assert_close(distances, expected)
 
 
+@pytest.mark.parametrize(("queries", "rows", "parts"), [(5000, 2048, 3), (130, 2**21, 44), (0, 4, 1)])
+def test_the_search_by_products_holds_a_part_of_the_estimates(queries: int, rows: int, parts: int) -> None:
+    """At a million pixels all of them would be a gigabyte; too many parts would be exported for minutes."""
+    generator = torch.Generator().manual_seed(0)
+    bank, wanted = (torch.randn(count, 4, generator=generator) for count in (rows, queries))
+    program = torch.export.export(_Searched(bank, 2), (wanted,))
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if "addmm" in node.name]
+    assert len(shapes) == parts
+    assert sum(shape[0] for shape in shapes) == queries
+    found = program.module()(wanted)
+    for got, expected in zip(found, knn(wanted, bank, 2), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 class _Mapped(torch.nn.Module):
     def forward(self, distances: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return score_maps(distances, (33, 47), 4.0)

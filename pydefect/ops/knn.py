@@ -16,6 +16,11 @@ load_cuda_library()
 # kMostNeighbours of csrc/cuda/knn.cu.
 MOST_NEIGHBORS_ON_CUDA = 64
 
+# While torch.export traces: what the estimates of some queries may take, and into how many parts they are
+# divided at most, each of which makes the graph longer.
+_ESTIMATES_BYTES = 16 << 20
+_MOST_PARTS = 64
+
 
 def knn(
     queries: Tensor, bank: Tensor, k: int, *, precision: Literal["float32", "bf16"] = "float32"
@@ -94,11 +99,17 @@ def _by_products(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]
     # Products of long vectors cancel: only what differs among the rows is multiplied.
     offset = bank.mean(0)
     rows = bank - offset
-    estimates = torch.addmm(rows.square().sum(1), queries - offset, rows.T, alpha=-2)
-    _, chosen = estimates.topk(k, dim=1, largest=False)
-    distances = (queries[:, None] - bank[chosen]).square().sum(-1)
-    distances, order = distances.sort(dim=1)
-    return distances, chosen.gather(1, order)
+    norms = rows.square().sum(1)
+    found = []
+    together = max(_ESTIMATES_BYTES // (4 * len(bank)), -(-len(queries) // _MOST_PARTS), 1)
+    for some in queries.split(together):
+        estimates = torch.addmm(norms, some - offset, rows.T, alpha=-2)
+        _, chosen = estimates.topk(k, dim=1, largest=False)
+        distances = (some[:, None] - bank[chosen]).square().sum(-1)
+        distances, order = distances.sort(dim=1)
+        found.append((distances, chosen.gather(1, order)))
+    distances, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return distances, indices
 
 
 @torch.library.register_fake("pydefect::knn")
