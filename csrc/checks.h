@@ -67,6 +67,12 @@ inline void check_float_matrix(const char* op, const char* name, const Tensor& t
         "; convert it with .float()");
 }
 
+// A tensor of another device would be read at an address that is none there.
+template <typename... Tensors>
+void check_one_device(const char* op, const Tensor& first, const Tensors&... others) {
+  check(((others.device() == first.device()) && ...), op, ": all tensors must be on one device");
+}
+
 // Lets kernels count rows and columns, a tile past the end included, in 32 bits.
 constexpr int64_t kDimensionLimit = int64_t{1} << 30;
 
@@ -145,6 +151,7 @@ inline void check_channel_reunion(const Tensor& features, const Tensor& directio
   check_parameter(op, "reduce_bias", reduce_bias, reduced);
   check_parameter(op, "expand_weight", expand_weight, channels, reduced);
   check_parameter(op, "expand_bias", expand_bias, channels);
+  check_one_device(op, features, direction, offset, reduce_weight, reduce_bias, expand_weight, expand_bias);
 }
 
 inline void check_channel_reunion_backward(const Tensor& d_output, const Tensor& features,
@@ -164,6 +171,8 @@ inline void check_channel_reunion_backward(const Tensor& d_output, const Tensor&
   check_parameter(op, "pooled", pooled, images, channels);
   check_parameter(op, "hidden", hidden, images, reduced);
   check_parameter(op, "gate", gate, images, channels);
+  check_one_device(op, features, d_output, direction, reduce_weight, expand_weight, weights, pooled, hidden,
+                   gate);
 }
 
 inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
@@ -199,6 +208,7 @@ inline void check_hypersphere_backward(const Tensor& grad, const Tensor& feature
   check(distances.size(0) == features.size(0) && indices.size(0) == features.size(0) &&
             indices.size(1) == distances.size(1),
         "hypersphere_backward: distances and indices must have one row for each of features");
+  check_one_device("hypersphere_backward", features, grad, distances, indices);
 }
 
 inline void check_kcenter_greedy(const Tensor& features, int64_t m) {
@@ -364,6 +374,7 @@ inline void check_relaxed_contrastive_backward(const Tensor& grad, const Tensor&
   }
   check(grad.numel() == 1 && grad.scalar_type() == torch::headeronly::ScalarType::Float,
         "relaxed_contrastive_backward: grad must be one float32");
+  check_one_device("relaxed_contrastive_backward", z, grad, inverse_means, slopes);
 }
 
 // The side of maps behind the pooling of 2 x 2 cells, `padding` of them added before and after.
@@ -429,6 +440,8 @@ inline void check_selective_fusion(const Tensor& first, const Tensor& second, co
   check_parameter(op, "first_bias", first_bias, channels);
   check_parameter(op, "second_weight", second_weight, channels, reduced);
   check_parameter(op, "second_bias", second_bias, channels);
+  check_one_device(op, first, second, reduce_weight, reduce_bias, first_weight, first_bias, second_weight,
+                   second_bias);
 }
 
 inline void check_selective_fusion_backward(const Tensor& d_fused_first, const Tensor& d_fused_second,
@@ -450,6 +463,8 @@ inline void check_selective_fusion_backward(const Tensor& d_fused_first, const T
   check_parameter(op, "pooled", pooled, images, channels);
   check_parameter(op, "hidden", hidden, images, reduced);
   check_parameter(op, "share", share, images, channels);
+  check_one_device(op, first, second, d_fused_first, d_fused_second, reduce_weight, first_weight,
+                   second_weight, pooled, hidden, share);
 }
 
 inline void check_spatial_reunion_maps(const char* op, const Tensor& features, const Tensor& local,
@@ -469,6 +484,7 @@ inline void check_spatial_reunion(const Tensor& features, const Tensor& local, c
                                   const Tensor& weight, const Tensor& bias, int64_t normalisation) {
   check_spatial_reunion_maps("spatial_reunion", features, local, coarse, weight, normalisation);
   check_parameter("spatial_reunion", "bias", bias, 1);
+  check_one_device("spatial_reunion", features, local, coarse, weight, bias);
 }
 
 inline void check_spatial_reunion_backward(const Tensor& d_output, const Tensor& features,
@@ -478,6 +494,7 @@ inline void check_spatial_reunion_backward(const Tensor& d_output, const Tensor&
   check_spatial_reunion_maps(op, features, local, coarse, weight, normalisation);
   check_same_map(op, "d_output", d_output, "features", features);
   check_parameter(op, "attention", attention, features.size(0), features.size(1) * features.size(2));
+  check_one_device(op, features, d_output, local, coarse, weight, attention);
 }
 
 }  // namespace pydefect

@@ -143,7 +143,7 @@ def fit(
             validation = validation_images(images) or None
     if isinstance(validation, str | os.PathLike):
         validation = held_out_images(validation, "validation")
-    chosen = resolve_device(device)
+    chosen = resolve_device(device, kernels=detector.needs_kernels)
     with for_training(chosen):
         return detector.fit(
             source,
@@ -438,7 +438,7 @@ def load(
     InputError
         The package that declares the method cannot be used.
     """
-    chosen = resolve_device(device)
+    resolve_device(device)  # before any work
     _check_path("path", path)
     if weights is not None:
         _check_path("weights", weights)
@@ -458,6 +458,7 @@ def load(
             f"{', '.join(known)})"
         )
     found = detector_type(method)
+    chosen = resolve_device(device, kernels=found.needs_kernels)
     with for_training(chosen):
         try:
             return found.from_file(

@@ -21,6 +21,7 @@ from pydefect.contexts import for_inference
 from pydefect.cuda_graphs import ReplayedCalls
 from pydefect.data.images import Image, ImageCollection, SkippedImage, open_images
 from pydefect.errors import InputError, PydefectError
+from pydefect.ops._library import load_cuda_library, load_errors
 from pydefect.preprocessing import Preprocessing
 from pydefect.progress import ProgressBars
 from pydefect.scoring import Result, ScoredImage
@@ -43,19 +44,37 @@ OnError = Literal["raise", "skip"]
 
 # Compute capability that the CUDA kernels need: asynchronous copies and bfloat16 products.
 _OLDEST_CARD = (8, 0)
+_NO_KERNELS = "this build of pydefect has no CUDA kernels; install it from source where nvcc is found"
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Return a usable device; ``"auto"`` is CUDA where a card is there that is new enough, else the CPU.
+def resolve_device(device: str | torch.device, *, kernels: bool = False) -> torch.device:
+    """Return a usable device; ``"auto"`` is CUDA where a card is there that can be used, else the CPU.
+
+    Parameters
+    ----------
+    device
+        ``"auto"`` or a device of PyTorch's.
+    kernels
+        Whether CUDA is of no use without this package's kernels.
 
     Raises
     ------
     InputError
-        The device is unknown, not there, or too old for the kernels.
+        The device is unknown, not there, too old for the kernels, or lacks those that are needed.
+
+    Warns
+    -----
+    UserWarning
+        There is a card, but ``"auto"`` is the CPU because this build has no kernels.
     """
     if device == "auto":
-        usable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _OLDEST_CARD
-        return torch.device("cuda" if usable else "cpu")
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < _OLDEST_CARD:
+            return torch.device("cpu")
+        if kernels and not load_cuda_library():
+            if "cuda" not in load_errors:  # which were a warning when the library was loaded
+                warnings.warn(f"device: the CPU works, not the CUDA device: {_NO_KERNELS}", stacklevel=3)
+            return torch.device("cpu")
+        return torch.device("cuda")
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -73,6 +92,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
                 f"device: {device!r} given, a card of compute capability {capability[0]}.{capability[1]}; "
                 f"allowed are cards from {_OLDEST_CARD[0]}.{_OLDEST_CARD[1]} on, and 'cpu'"
             )
+        if kernels and not load_cuda_library():
+            raise InputError(f"device: {device!r} given, but {load_errors.get('cuda', _NO_KERNELS)}")
     return chosen
 
 
@@ -178,6 +199,9 @@ class Detector(ABC):
         Name in the registry, or that of the entry point.
     takes_validation
         Whether :meth:`fit` calibrates on a data set's validation images where there are some.
+    needs_kernels
+        Whether the method computes on CUDA with this package's kernels only; False: PyTorch's operators serve
+        as well.
     config_type
         Type of the settings: its ``from_preset`` takes what a user gives to :func:`pydefect.fit`.
     config
@@ -199,6 +223,7 @@ class Detector(ABC):
 
     method: ClassVar[str]
     takes_validation: ClassVar[bool] = False
+    needs_kernels: ClassVar[bool] = False
     config_type: ClassVar[type[MethodConfig]]
     config: MethodConfig
     seed: int

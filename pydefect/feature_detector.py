@@ -148,6 +148,7 @@ class FeatureDetector(Detector):
         Frozen backbone.
     """
 
+    needs_kernels: ClassVar[bool] = True
     config: FeatureConfig
     config_type: ClassVar[type[FeatureConfig]]
     average: ClassVar[bool] = True

@@ -7,6 +7,7 @@ import copy
 import doctest
 import importlib
 import os
+import warnings
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from pydefect import detector as module
 from pydefect.data import open_images
 from pydefect.data.procedural import render_product, write_dataset
 from pydefect.detector import resolve_device
+from pydefect.dual_ae.detector import DualAEDetector
 from pydefect.preprocessing import Preprocessing
 
 PACKAGE = Path(pydefect.__file__).parent
@@ -504,6 +506,29 @@ def test_cards_that_are_too_old_for_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_a_card_without_kernels(monkeypatch, good):
+    """A build without nvcc on a machine with a card: the default works, and no fit ends in the middle."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("pydefect.detector.load_cuda_library", lambda: False)
+    with pytest.warns(UserWarning, match="device: the CPU works, not the CUDA device: .*nvcc is found"):
+        assert resolve_device("auto", kernels=True) == torch.device("cpu")
+    with pytest.raises(InputError, match="device: 'cuda' given, but this build of pydefect has no CUDA"):
+        resolve_device("cuda", kernels=True)
+    # PyTorch's operators serve the autoencoders as well.
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda")
+    assert not DualAEDetector.needs_kernels
+    with pytest.raises(InputError, match="device: 'cuda' given, but this build"):
+        pydefect.fit(good, device="cuda", weights="random", progress=False)
+    monkeypatch.setattr("pydefect.detector.load_errors", {"cuda": "the driver is too old"})
+    with pytest.raises(InputError, match="device: 'cuda:0' given, but the driver is too old"):
+        resolve_device("cuda:0", kernels=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was a warning when the library did not load
+        assert resolve_device("auto", kernels=True) == torch.device("cpu")
 
 
 def test_errors_are_what_python_expects():

@@ -1,5 +1,6 @@
 """The native libraries: what they were built with, and that they load as they should."""
 
+import ctypes
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from pydefect import _native
 from pydefect.buildinfo import build_info
 from pydefect.cli import app
 from pydefect.ops import _library
+
+CUDA_LIBRARY = resources.files("pydefect") / "libpydefect_cuda.so"
 
 
 def run_python(code, folder, **environment):
@@ -145,6 +148,37 @@ def test_a_cuda_library_that_does_not_load_leaves_the_cpu(monkeypatch, tmp_path)
     finally:
         _library.load_errors.clear()
         _library.load_cuda_library.cache_clear()
+
+
+def driver_library(compiled: int, known: int) -> ctypes.CDLL:
+    """A library that answers as pydefect's CUDA one does."""
+
+    class Library:
+        @staticmethod
+        def pydefect_cuda_versions(first, second):
+            first._obj.value, second._obj.value = compiled, known
+
+    return Library()
+
+
+@pytest.mark.parametrize("known", [12080, 12090])
+def test_a_driver_that_is_older_than_the_kernels(known):
+    message = rf"compiled with CUDA 13\.0, and the driver knows CUDA 12\.{known % 1000 // 10}: update"
+    with pytest.raises(ImportError, match=message):
+        _library._check_driver(driver_library(13000, known))
+
+
+@pytest.mark.parametrize("known", [0, 13000, 13020, 14000])
+def test_drivers_that_serve(known):
+    _library._check_driver(driver_library(13010, known))
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.is_file(), reason="built without nvcc")
+def test_the_cuda_library_tells_its_version():
+    compiled, known = ctypes.c_int(-1), ctypes.c_int(-1)
+    ctypes.CDLL(str(CUDA_LIBRARY)).pydefect_cuda_versions(ctypes.byref(compiled), ctypes.byref(known))
+    assert _library._version(compiled) == ".".join(build_info().nvcc.split(".")[:2])
+    assert known.value >= 0
 
 
 def test_missing_cuda_kernels_say_what_to_do(monkeypatch):

@@ -2,6 +2,8 @@
 // F.interpolate(mode="bilinear", align_corners=False).
 #pragma once
 
+#include <limits>
+
 #include "common.cuh"
 #include "maps.cuh"
 
@@ -63,6 +65,8 @@ struct PlaneSize {
 };
 
 constexpr int kGatherThreads = 128;
+// Their weights fit the shared memory that a block may ask for on every card from compute capability 8.0 on.
+constexpr int64_t kMostRowsAndColumns = (99 << 10) / sizeof(float);
 
 // Every coarse position gathers from the fine ones that it is in, a block a coarse position.
 template <int width>
@@ -103,6 +107,12 @@ static __global__ void gather_upsampled(const float* __restrict__ fine_maps, int
 
 inline void launch_adjoint(const Device& device, const char* name, const float* fine_maps, int64_t images,
                            int channels, PlaneSize fine, PlaneSize coarse, float* coarse_maps) {
+  check(int64_t{fine.height} + fine.width <= kMostRowsAndColumns, name,
+        ": on CUDA maps that others are upsampled to must have at most ", kMostRowsAndColumns,
+        " rows and columns together, got ", fine.height, " and ", fine.width);
+  check(images * coarse.positions() <= std::numeric_limits<int32_t>::max(), name,
+        ": on CUDA coarse maps must have fewer than 2^31 positions in all images, got ", images, " x ",
+        coarse.height, " x ", coarse.width);
   with_width(are_wide(channels, {fine_maps, coarse_maps}), [&](auto width) {
     device.launch(name, gather_upsampled<width>, static_cast<unsigned>(images * coarse.positions()),
                   kGatherThreads, sizeof(float) * static_cast<size_t>(fine.height + fine.width), fine_maps,

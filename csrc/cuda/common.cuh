@@ -59,7 +59,9 @@ __device__ inline char* dynamic_shared_memory() {
 #else
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  check(status == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch, which may succeed, would be taken for the one that failed
+  check(false, what, ": CUDA error: ", cudaGetErrorString(status));
 }
 
 // The stream that PyTorch currently uses on the device.

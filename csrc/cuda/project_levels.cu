@@ -281,6 +281,12 @@ void check_cuda_sizes(const char* op, const Tensors& levels) {
         levels[0].size(2), " x ", levels[0].size(3));
 }
 
+// What a product's second matrix has a row for.
+void check_cuda_rows(const char* op, const char* what, int64_t count) {
+  constexpr int64_t kMost = int64_t{65535} * Shape::columns;
+  check(count <= kMost, op, ": on CUDA there must be at most ", kMost, " ", what, ", got ", count);
+}
+
 // With one channel the stride says nothing.
 int64_t channel_stride(const Tensor& level) {
   return level.size(1) == 1 ? 1 : level.stride(1);
@@ -327,6 +333,7 @@ Tensor project_levels(const Tensors& levels, const Tensor& weight_given,
   const int dimension = static_cast<int>(weight.size(0));
   const int64_t inputs = weight.size(1);
   check_cuda_sizes("project_levels", levels);
+  check_cuda_rows("project_levels", "rows of weight", dimension);
   const Grid grid = grid_of(levels[0]);
   Tensor out = new_floats(weight, {grid.batch, int64_t{grid.height} * grid.width, dimension});
   if (grid.batch == 0) return out;
@@ -380,6 +387,9 @@ std::tuple<Tensor, Tensor> project_levels_weight_gradient(const Tensor& gradient
   const int dimension = static_cast<int>(gradient.size(2));
   const int64_t inputs = projection_inputs(levels);
   check_cuda_sizes("project_levels_weight_gradient", levels);
+  for (const Tensor& level : levels) {
+    check_cuda_rows("project_levels_weight_gradient", "channels of a level", level.size(1) + kConstants);
+  }
   Tensor weight = torch::stable::new_zeros(gradient, {dimension, inputs});
   Tensor bias = torch::stable::new_zeros(gradient, {dimension});
   if (gradient.size(0) == 0) return {weight, bias};
@@ -423,6 +433,7 @@ Tensor project_levels_level_gradient(const Tensor& gradient_given, const Tensor&
   const int64_t batch = gradient.size(0);
   const int dimension = static_cast<int>(gradient.size(2));
   const int channels = static_cast<int>(weight.size(1));
+  check_cuda_rows("project_levels_level_gradient", "columns of weight", channels);
   Tensor out = new_floats(gradient, {batch, level_height, level_width, channels});
   if (batch == 0) return out;
 

@@ -39,6 +39,7 @@ constexpr int kThreads = 256;
 constexpr int64_t kStripeBytes = int64_t{256} << 20;
 // A grid's second dimension ends here.
 constexpr int64_t kMostPatches = int64_t{65535} * kBlock;
+constexpr int64_t kSparseColumns = 4 * kWarp;  // a block's of add_sparse_gradient
 constexpr double kLog2E = 1.4426950408889634;
 // Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
 constexpr float kFloor = 1e-30f;
@@ -771,6 +772,9 @@ struct Problem {
         online(centred(device, z, centre)) {
     check(z.size(0) <= kMostPatches, "relaxed_contrastive: on CUDA z must have at most ", kMostPatches,
           " rows, got ", z.size(0));
+    check(neighbors.size(1) == 0 || z.size(1) <= 65535 * kSparseColumns,
+          "relaxed_contrastive: on CUDA z must have at most ", 65535 * kSparseColumns,
+          " columns where there are neighbors, got ", z.size(1));
     if (terms.pairwise) label_branch = centred(device, target, cross ? centre : column_means(device, target));
     const auto n = static_cast<double>(count());
     scale = 1.0 / (mean ? n * n : n);
@@ -913,8 +917,8 @@ Tensor relaxed_contrastive_backward(const Tensor& grad, const Tensor& z, const T
                 kThreads, 0, ends.const_data_ptr<int64_t>(), ends.numel(), problem.count(),
                 starts.mutable_data_ptr<int64_t>());
   device.launch("relaxed_contrastive_backward: add_sparse_gradient", add_sparse_gradient,
-                dim3(problem.count(), divide_up(z.size(1), 4 * kWarp)), kThreads, 0, patches, problem.sparse,
-                pulls.const_data_ptr<float>(), starts.const_data_ptr<int64_t>(),
+                dim3(problem.count(), divide_up(z.size(1), kSparseColumns)), kThreads, 0, patches,
+                problem.sparse, pulls.const_data_ptr<float>(), starts.const_data_ptr<int64_t>(),
                 edges.const_data_ptr<int64_t>(), grad.const_data_ptr<float>(),
                 static_cast<float>(problem.scale), gradient.mutable_data_ptr<float>());
   return gradient;

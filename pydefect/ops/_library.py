@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import warnings
 from importlib import resources
 
@@ -62,6 +64,9 @@ def load_cuda_library() -> bool:
     """
     try:
         loaded = torch.cuda.is_available() and _load(_CUDA_LIBRARY)
+        if loaded:
+            with resources.as_file(resources.files("pydefect") / _CUDA_LIBRARY) as path:
+                _check_driver(ctypes.CDLL(os.fspath(path)))
     except ImportError as error:
         load_errors["cuda"] = str(error)
         warnings.warn(f"no CUDA kernels, the CPU works: {error}", stacklevel=2)
@@ -69,6 +74,25 @@ def load_cuda_library() -> bool:
     if loaded:
         _with_kernels.add("cuda")
     return loaded
+
+
+def _check_driver(library: ctypes.CDLL) -> None:
+    """Raise an ImportError where the driver is older than the CUDA that the kernels were compiled with.
+
+    They load all the same, and each of their operators would end in an error.
+    """
+    compiled, known = ctypes.c_int(), ctypes.c_int()
+    library.pydefect_cuda_versions(ctypes.byref(compiled), ctypes.byref(known))
+    # A driver serves all minor versions of its CUDA. 0: there is none to ask, and the operators will tell.
+    if 0 < known.value // 1000 < compiled.value // 1000:
+        raise ImportError(
+            f"{_CUDA_LIBRARY} was compiled with CUDA {_version(compiled)}, and the driver knows CUDA "
+            f"{_version(known)}: update the driver, or install pydefect from source with its nvcc"
+        )
+
+
+def _version(number: ctypes.c_int) -> str:
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def has_kernels(device: torch.device) -> bool:

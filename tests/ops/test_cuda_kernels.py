@@ -488,6 +488,22 @@ def test_selective_fusion(shape):
     assert_modules_agree(ops.selective_fusion, reference.selective_fusion, 2, *inputs)
 
 
+def test_sizes_that_no_grid_has_are_refused():
+    """Tensors of some ten MB already: the second dimension of a grid and a block's shared memory end."""
+    z = random(2, 1).expand(2, 65535 * 128 + 1)
+    neighbors = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(RuntimeError, match="on CUDA z must have at most 8388480 columns where there are"):
+        torch.ops.pydefect.relaxed_contrastive(z, z, neighbors, 0.5, 1.0, 0.2, 1, False, True)
+    level, weight = random(1, 1, 1, 1), random(1, 3).expand(65535 * 128 + 1, 3)
+    with pytest.raises(RuntimeError, match="on CUDA there must be at most 8388480 rows of weight"):
+        ops.project_levels([level], weight)
+    line, tap, bias = random(1, 1, 25400, 1), random(1, 1, 3, 3), random(1)
+    with pytest.raises(RuntimeError, match="at most 25344 rows and columns together, got 25400 and 1"):
+        gradients(ops.spatial_reunion, line, line, random(1, 1, 1, 1), tap, bias)
+    # What failed leaves nothing behind that the next launch would be blamed for.
+    assert_identical(ops.knn(z[:, :3], z[:, :3], 1), reference.knn(z[:, :3].cpu(), z[:, :3].cpu(), 1))
+
+
 # Channels that make 16 bytes and that do not, more than a block has of a row; the least a map may have.
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -498,7 +514,7 @@ def test_selective_fusion(shape):
 )
 def test_relu_avg_pool(shape, dtype, padding):
     maps = random(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
-    maps.flatten()[:3] = 0.0
+    maps.permute(0, 2, 3, 1).view(-1)[:3] = 0.0  # a view: through flatten() it would be a copy
     results = [
         gradients(lambda x, pool=pool: pool(x, padding), maps)
         for pool in (ops.relu_avg_pool, reference.relu_avg_pool)
