@@ -77,6 +77,9 @@ def run(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = settings_of(arguments.set)
     config = DualAEConfig.from_preset(arguments.preset, **{**settings, "steps": arguments.steps})
     name = {"product": dataset.name, "seed": arguments.seed, "preset": arguments.preset, **settings}
+    if arguments.images is not None or arguments.every != 1:
+        # Or a trial of the script would pass for the run.
+        name["trial"] = f"{arguments.images} images, every {arguments.every}"
     label = json.dumps({**name, "steps": arguments.steps}, sort_keys=True)
     measured = {row["step"] for row in read_rows(arguments.rows) if row["run"] == label}
     checkpoint = arguments.rows.with_suffix("") / hashlib.sha256(label.encode()).hexdigest()[:12]

@@ -306,7 +306,8 @@ def render(arguments: argparse.Namespace) -> None:
             lines.append(f"| {run_name} | " + " | ".join(cells) + " |")
     (out / "study-table.md").write_text("\n".join(lines) + "\n")
     trained = [row for row in rows if row["seed"] == 0 and row["run"].startswith("training/")]
-    _plot(trained, list(dict.fromkeys(row["data"] for row in trained)), out / "study-training.png")
+    if trained:
+        _plot(trained, list(dict.fromkeys(row["data"] for row in trained)), out / "study-training.png")
 
 
 def _plot(rows: list[dict[str, Any]], names: list[str], path: Path) -> None:

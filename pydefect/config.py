@@ -65,7 +65,10 @@ class Settings:
             if not (isinstance(value, int | float) and low <= value <= high and math.isfinite(value)):
                 allowed = f"{low:g} and more" if high == math.inf else f"{low:g} to {high:g}"
                 raise InputError(f"{name}: {value!r} given; allowed are {allowed}")
-            if float not in kinds and (not isinstance(value, int) or isinstance(value, bool)):
+            if float in kinds:
+                # One form of equal settings: 2 and 2.0 would be told apart in files.
+                object.__setattr__(self, name, float(value))
+            elif not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"{name}: {value!r} given; allowed are whole numbers")
 
     @classmethod

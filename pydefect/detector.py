@@ -112,7 +112,8 @@ def batches(
     """Group consecutive images of one network size.
 
     A full batch (:func:`is_full`) does not wait for the image after it, which a camera may take much later.
-    An image smaller than the crop is refused as one that cannot be read.
+    An image smaller than the crop is refused as one that cannot be read. Where the source fails, what it gave
+    before comes first.
 
     Yields
     ------
@@ -121,20 +122,25 @@ def batches(
     """
     pending: list[Image] = []
     tensors: list[Tensor] = []
-    for image in images:
-        try:
-            tensor = preprocessing(image.pixels)
-        except InputError as error:
-            images.refuse(image, str(error))
-            continue
-        if tensors and tensor.shape != tensors[0].shape:
+    try:
+        for image in images:
+            try:
+                tensor = preprocessing(image.pixels)
+            except InputError as error:
+                images.refuse(image, str(error))
+                continue
+            if tensors and tensor.shape != tensors[0].shape:
+                yield pending, _stack(tensors)
+                pending, tensors = [], []
+            pending.append(image)
+            tensors.append(tensor)
+            if is_full(pending, batch_size):
+                yield pending, _stack(tensors)
+                pending, tensors = [], []
+    except Exception:
+        if tensors:
             yield pending, _stack(tensors)
-            pending, tensors = [], []
-        pending.append(image)
-        tensors.append(tensor)
-        if is_full(pending, batch_size):
-            yield pending, _stack(tensors)
-            pending, tensors = [], []
+        raise
     if tensors:
         yield pending, _stack(tensors)
 
@@ -439,6 +445,14 @@ class Detector(ABC):
         predict: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = self.predict_maps
         if batch_size == 1 and self.captured_state() is not None:
             predict = ReplayedCalls(self.predict_maps, self.captured_state)
+        told = 0
+
+        def tell() -> None:
+            nonlocal told
+            if skipped is not None:
+                skipped.extend(collection.skipped[told:])
+                told = len(collection.skipped)
+
         try:
             began = time.perf_counter()
             for group, tensors in batches(collection, self.preprocessing, batch_size):
@@ -458,6 +472,7 @@ class Detector(ABC):
                             f"{image.name}: the score is {score}; the model, or the image, holds numbers "
                             "that are not finite"
                         )
+                tell()
                 maps = {name: some.cpu() for name, some in maps.items()}
                 share = (time.perf_counter() - began) / len(group)
                 for index, (image, score) in enumerate(zip(group, scores, strict=True)):
@@ -480,8 +495,7 @@ class Detector(ABC):
                 began = time.perf_counter()
         finally:
             bars.close()
-            if skipped is not None:
-                skipped.extend(collection.skipped)
+            tell()
 
     def score(
         self, images: Any, *, batch_size: int = 8, on_error: OnError = "raise", progress: bool = False

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -199,6 +200,10 @@ class _Scored:
 def _labelled(dataset: Dataset) -> dict[Path, Sample]:
     """The test images with a label; none, or one kind only, is refused before hours of scoring."""
     samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
+    counts = Counter(sample.image for sample in dataset.test)
+    if len(counts) < len(dataset.test):
+        twice = counts.most_common(1)[0][0]
+        raise InputError(f"dataset: {dataset.name!r} has test images more than once, among them {twice}")
     if not samples:
         raise InputError(f"dataset: {dataset.name!r} has no labelled test images")
     detection_metrics([sample.label == 1 for sample in samples.values()], [0.0] * len(samples))

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +27,7 @@ from pydefect.places import check_writable, is_written_into
 __all__ = [
     "Checkpoint",
     "alone_in",
+    "content_digest",
     "file_version",
     "folder_written_atomically",
     "load_tensors",
@@ -53,6 +55,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: b
     path
         Its folder is made when missing. A link stays, and the file it leads to is written. What is no regular
         file, such as a device or a pipe, is written into as it is; so is this program's own output.
+        What is replaced hands its permissions on.
     content
         The whole file.
     durable
@@ -68,6 +71,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: b
     handle, temporary = _new_file(path)
     try:
         with os.fdopen(handle, "wb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
             file.write(content)
             if durable:
                 file.flush()
@@ -281,7 +286,8 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             metadata = json.loads(header[_METADATA_KEY])
             if not isinstance(metadata, dict):
                 raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            # Copies: what the file gives is a map of it, and would change or vanish with its content.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ModelFileError(
             f"model: {os.fspath(path)!r} is damaged or no safetensors file: {error}"
@@ -291,6 +297,19 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if digest is not None and digest != _digest(metadata, tensors):
         raise ModelFileError(f"model: {os.fspath(path)!r} is damaged: it does not hold what was written")
     return tensors, metadata
+
+
+def content_digest(path: str | os.PathLike[str]) -> str | None:
+    """Return the SHA-256 that a file of :func:`save_tensors` says of all that it holds.
+
+    Returns
+    -------
+    str or None
+        None for a file from before there were digests.
+    """
+    with safe_open(path, framework="pt") as file:
+        digest: str | None = json.loads((file.metadata() or {})[_METADATA_KEY]).get(_DIGEST_KEY)
+    return digest
 
 
 def file_version(path: str | os.PathLike[str]) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -217,14 +218,15 @@ class Result:
             for found, a, b in zip(defective, local, whole, strict=True)
         ]
 
-    @property
+    # Kept, as `regions`: loops ask for one image's after the other.
+    @cached_property
     def masks(self) -> list[NDArray[np.bool_]] | None:
         """Per image [H, W] bool: pixel scores over the pixel threshold; None without a threshold."""
         if self.pixel_threshold is None:
             return None
         return [anomaly_map > self.pixel_threshold for anomaly_map in self.anomaly_maps]
 
-    @property
+    @cached_property
     def regions(self) -> list[list[Region]] | None:
         """Per image the connected regions of its mask, highest score first; None without a threshold.
 

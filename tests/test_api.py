@@ -278,6 +278,39 @@ def test_streaming_scores_one_after_the_other(good, detector):
         stream.close()
 
 
+def test_a_stream_tells_at_once_what_it_leaves_out(good, detector):
+    """A part without a decision, which an endless stream never told of."""
+    skipped: list[pydefect.data.SkippedImage] = []
+    frames = [good[0], b"no image", good[1], good[2], b"nor this", b"nor this", good[3]]
+    stream = detector.stream(frames, batch_size=1, on_error="skip", skipped=skipped)
+    assert [(one.name, len(skipped)) for one in stream] == [
+        ("image-00000", 0),
+        ("image-00002", 1),
+        ("image-00003", 1),
+        ("image-00006", 3),
+    ]
+    assert [one.name for one in skipped] == ["image-00001", "image-00004", "image-00005"]
+
+
+@pytest.mark.parametrize("fault", [OSError("camera timeout"), b"no image"])
+def test_what_a_source_gave_before_it_failed_is_scored(good, detector, fault):
+    def camera():
+        yield from good[:3]
+        if isinstance(fault, bytes):
+            yield fault
+        else:
+            raise fault
+
+    scored = []
+    with pytest.raises((OSError, InputError), match=r"camera timeout|is no image"):
+        scored.extend(detector.stream(camera(), batch_size=8))
+    stream = detector.stream(camera(), batch_size=8)
+    scored = [next(stream).image_score for _ in range(3)]
+    assert scored == detector.score(good[:3]).image_scores.tolist()
+    with pytest.raises((OSError, InputError), match=r"camera timeout|is no image"):
+        next(stream)
+
+
 def same(one, other) -> bool:
     """Whether two values of a result are equal in every bit."""
     if isinstance(one, np.ndarray):

@@ -236,6 +236,14 @@ def test_the_best_epoch_is_chosen_among_all_and_says_so(data: Path, tmp_path: Pa
     assert best["best_epoch"]["chosen_on"] == "test"
 
 
+@pytest.mark.parametrize("method", ["cfa", "reconpatch"])
+def test_methods_that_train_have_a_best_epoch(data: Path, tmp_path: Path, method: str) -> None:
+    settings = {"resize": 32, "epochs": 1, "calibration_folds": 0}
+    found = run_job(job(data, tmp_path, method=method, settings=settings, best_epoch=True))
+    assert found["epochs"] == 1
+    assert found["best_epoch"]["image_auroc"]["epochs"] in (0, 1)
+
+
 @pytest.mark.slow
 def test_failures_interruptions_and_repetitions(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -475,6 +483,7 @@ def test_a_table_by_hand() -> None:
         "| b\\|c | 100.00 |  |  |",
     ]
     assert "Pixel AUROC" not in text
+    assert "No seed changes" not in text
     assert "- b|c on y, seed 0: no luck" in lines
     assert "Mean ± standard deviation over seeds." in text
     assert "est epoch" not in text
@@ -489,6 +498,20 @@ def test_one_category_needs_no_mean_and_best_epochs_are_labelled() -> None:
     assert "| b |" not in table
     assert "chosen on the test images" in table
     assert "chosen" not in title
+
+
+def test_settings_that_share_a_label_are_told_apart() -> None:
+    def of(gamma: float, seed: int, image: float, **more: Any) -> dict[str, Any]:
+        configuration = {"method": "conpatch", "seed": seed, "gamma": gamma}
+        return row("conpatch", "x", seed, image, configuration={**configuration, **more})
+
+    text = render_tables([of(2, 0, 0.9), of(2.0, 1, 0.8), of(16, 0, 0.7), of(16, 1, 0.7, later=True)])
+    assert "| conpatch (gamma=2) | 85.00 ± 7.07 |" in text
+    assert "| conpatch (gamma=16) | 70.00 ± 0.00 |" in text
+    # A spread of nothing says nothing where nothing is drawn.
+    assert "No seed changes a figure of conpatch (gamma=16): what draws no random number" in text
+    # A setting that an earlier version did not have tells nothing apart.
+    assert "| conpatch | 80.00 ± 14.14 |" in render_tables([of(2, 0, 0.9), of(2, 1, 0.7, later=True)])
 
 
 def test_the_files(tmp_path: Path) -> None:

@@ -291,6 +291,15 @@ def test_what_is_left_out_is_said(written):
         pydefect.calibrate(Brightness(), written, on_error="skip", progress=False)
 
 
+def test_an_image_counts_once(written):
+    dataset = read_dataset(written)
+    again = replace(dataset, test=(*dataset.test, dataset.test[0]))
+    with pytest.raises(
+        InputError, match=rf"test images more than once, among them .*{dataset.test[0].image.name}"
+    ):
+        pydefect.evaluate(Brightness(), again, progress=False)
+
+
 def test_without_any_mask_there_are_no_pixel_metrics(written):
     for path in (written / "ground_truth").rglob("*.png"):
         path.unlink()

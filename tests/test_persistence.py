@@ -21,6 +21,7 @@ from pydefect.errors import InputError, ModelFileError
 from pydefect.persistence import (
     Checkpoint,
     alone_in,
+    content_digest,
     file_version,
     folder_written_atomically,
     load_tensors,
@@ -48,6 +49,34 @@ def test_round_trip(tmp_path):
     for name, value in TENSORS.items():
         assert tensors[name].dtype == value.dtype
         assert torch.equal(tensors[name], value)
+
+
+def test_what_was_read_does_not_depend_on_the_file(tmp_path):
+    """A model that is copied over a loaded one changed its scores, or ended the process."""
+    path = tmp_path / "model"
+    save_tensors(path, TENSORS, {})
+    tensors, _ = load_tensors(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    for name, value in TENSORS.items():
+        assert torch.equal(tensors[name], value)
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_the_digest_is_of_the_content(tmp_path):
+    for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
+        save_tensors(tmp_path / name, {"x": torch.tensor(value)}, {})
+    a, b, c = (content_digest(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_a_replaced_file_hands_its_permissions_on(tmp_path):
+    path = tmp_path / "model"
+    write_atomically(path, b"old")
+    path.chmod(0o600)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_views_that_share_memory_are_written_apart(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pydefect import InputError
 from pydefect.benchmark import Variant
 from pydefect.benchmark.plan import Category
 from pydefect.data.layouts import Dataset
@@ -170,6 +171,35 @@ def test_methods_that_are_not_there_are_named(
         conpatch.auroc,
     )
     assert "- CFLOW-AD: not run, method: 'not_there' is not known" in capsys.readouterr().out
+
+
+def test_settings_and_tables_that_are_not_there_are_refused(
+    conpatch: ModuleType, paper_tables: ModuleType, tmp_path: Path
+) -> None:
+    tables = conpatch.tables("paper")
+    with pytest.raises(InputError, match="--tables: 12 given; allowed are all, "):
+        paper_tables.chosen(tables, "3,12")
+    misspelt = given(paper_tables, conpatch, tmp_path, settings={"epcohs": 1, "gamma": 4})
+    with pytest.raises(InputError, match="--set: epcohs is a setting of no method in these tables"):
+        paper_tables.show(tables, misspelt, conpatch.auroc)
+
+
+def test_a_row_s_own_setting_stays(
+    conpatch: ModuleType, paper_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(variants: Any, *given: Any, **how: Any) -> list[dict[str, Any]]:
+        asked[variants[0].label] = variants[0].settings
+        return fake_run(variants, *given, **how)
+
+    monkeypatch.setattr(paper_tables, "run_benchmark", run)
+    (table,) = paper_tables.chosen(conpatch.tables("paper"), "11")
+    one = given(paper_tables, conpatch, tmp_path, instead="resnet18", settings={"gamma": 16, "epochs": 3})
+    paper_tables.show([table], one, conpatch.auroc)
+    gammas = {label: settings["gamma"] for label, settings in asked.items()}
+    assert sorted(gammas.values()) == sorted(float(label.split("=")[1]) for label in gammas)
+    assert {settings["epochs"] for settings in asked.values()} == {3}
 
 
 def test_logical_and_structural_anomalies_apart(dual_ae: ModuleType) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import pydefect
-from pydefect import Region, Result
+from pydefect import Region, Result, scoring
 
 
 def result_of(*anomaly_maps: np.ndarray, threshold: float | None = 1.0) -> Result:
@@ -168,3 +170,18 @@ def test_a_detectors_regions_lie_in_the_scored_box() -> None:
             assert 8 <= top < bottom <= 40
             assert 16 <= left < right <= 48
             assert region.score > result.pixel_threshold
+
+
+def test_regions_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over the images' regions took all images' time for each."""
+    calls = []
+    found = scoring._regions
+    monkeypatch.setattr(scoring, "_regions", lambda *given: calls.append(given) or found(*given))
+    result = result_of(np.eye(4, dtype=np.float32), np.zeros((4, 4), np.float32), threshold=0.5)
+    for index in range(2):
+        assert result.regions is not None
+        assert len(result.regions[index]) == 1 - index
+        assert result.masks is not None
+    assert len(calls) == 2
+    # Another threshold has regions of its own.
+    assert dataclasses.replace(result, pixel_threshold=2.0).regions == [[], []]

@@ -8,6 +8,7 @@ same categories stands beside it wherever the paper gives figures by category.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from pydefect.benchmark import Variant, find_categories, run_benchmark
 from pydefect.benchmark.plan import Category
 from pydefect.benchmark.tables import cell
 from pydefect.cli._console import parse_settings
+from pydefect.registry import detector_type, method_names
 
 Figures = tuple[float | None, ...]
 
@@ -104,7 +106,8 @@ def parser(description: str, roots: Mapping[str, str]) -> argparse.ArgumentParse
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of every fit that has it, such as contrastive_patches=1024; printed above each table",
+        help="a setting of every fit that has it and does not set it itself, such as "
+        "contrastive_patches=1024; printed above each table",
     )
     return made
 
@@ -146,8 +149,31 @@ def given(
 
 
 def chosen(tables: Sequence[PaperTable], numbers: str) -> list[PaperTable]:
-    """The tables that ``--tables`` names."""
-    return [table for table in tables if numbers == "all" or table.number in numbers.split(",")]
+    """The tables that ``--tables`` names.
+
+    Raises
+    ------
+    InputError
+        One of them is not there.
+    """
+    if numbers == "all":
+        return list(tables)
+    known = [table.number for table in tables]
+    if unknown := [number for number in numbers.split(",") if number not in known]:
+        raise InputError(f"--tables: {', '.join(unknown)} given; allowed are all, {', '.join(known)}")
+    return [table for table in tables if table.number in numbers.split(",")]
+
+
+def _check_settings(tables: Sequence[PaperTable], settings: Mapping[str, Any]) -> None:
+    """Refuse a setting that no fit of the tables has: it would be printed above them and do nothing."""
+    methods = {row.fit.method for table in tables for row in table.rows if row.fit is not None}
+    known = {
+        setting.name
+        for method in methods & set(method_names())
+        for setting in dataclasses.fields(detector_type(method).config_type)
+    }
+    if unknown := sorted(set(settings) - known):
+        raise InputError(f"--set: {', '.join(unknown)} is a setting of no method in these tables")
 
 
 def show(
@@ -166,6 +192,7 @@ def show(
     figures
         Takes a table's figures, in its columns' order, from a row of results.
     """
+    _check_settings(tables, given.settings)
     for table in tables:
         present = given.categories[table.data]
         names = [name for name in table.categories if name in present]
@@ -211,7 +238,9 @@ def _run(
     elif settings.get("teacher") in given.weights:
         weights = given.weights[settings["teacher"]]
     try:
-        variant = Variant(row.fit.method, row.fit.preset, settings, row.label).with_known(given.settings)
+        # What makes the row stays as its label says.
+        others = {name: value for name, value in given.settings.items() if name not in settings}
+        variant = Variant(row.fit.method, row.fit.preset, settings, row.label).with_known(others)
     except InputError as error:
         notes.append(f"{row.label}: not run, {error}")
         return None

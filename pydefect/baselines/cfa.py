@@ -143,7 +143,7 @@ class Cfa(PatchModel):
             return soft_boundary_loss(patches, bank, descriptor.radius, config)
 
         history = train(descriptor, loss, cache, indices, config, context)
-        return cls(descriptor, bank, config, {"history": history})
+        return cls(descriptor, bank, config, {"epochs": len(history), "history": history})
 
     def score(self, levels: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Score by the distance to the nearest centre times its share in the softmin over K centres.

@@ -175,7 +175,7 @@ class ReConPatch(PatchModel):
             images = each_image(cache, indices, context, "patches")
             patches = torch.cat([f(patch_vectors(levels)[0]) for levels in images])
             bank = coreset(patches, config.coreset_ratio, config.coreset_projection, context)
-        return cls(f, bank, config, {"history": history})
+        return cls(f, bank, config, {"epochs": len(history), "history": history})
 
     def score(self, levels: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Score as PatchCore does, on f of the patches."""

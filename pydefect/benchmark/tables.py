@@ -153,7 +153,8 @@ def render_tables(rows: Iterable[Row], *, measures: Sequence[Measure] = MEASURES
     Returns
     -------
     str
-        A table for every measure that some row has, and a list of failures.
+        A table for every measure that some row has, and a list of failures. Where rows of one label differ in
+        their settings, the label says in which.
     """
     rows = list(rows)
     parts = []
@@ -201,8 +202,32 @@ def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Put what differs behind a label that several settings have: their figures have no mean."""
+    settings = [{**row.get("configuration", {}), "package": row.get("package")} for row in rows]
+    of_label: dict[str, list[dict[str, Any]]] = {}
+    for row, given in zip(rows, settings, strict=True):
+        of_label.setdefault(row["label"], []).append(given)
+    differing = {label: _differing(given) for label, given in of_label.items()}
+    told = []
+    for row, given in zip(rows, settings, strict=True):
+        what = ", ".join(f"{name}={_shown(given[name])}" for name in differing[row["label"]])
+        told.append({**row, "label": f"{row['label']} ({what})"} if what else row)
+    return told
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    # What one of them lacks is a setting of a later version.
+    known = set.intersection(*(set(one) for one in settings)) - {"seed"}
+    return sorted(name for name in known if any(one[name] != settings[0][name] for one in settings))
+
+
 def _tables(rows: Sequence[Row], measures: Sequence[Measure]) -> list[_Table]:
-    finished = [row for row in rows if row["status"] == FINISHED]
+    finished = _told_apart([row for row in rows if row["status"] == FINISHED])
     labels = list(dict.fromkeys(row["label"] for row in finished))
     tables = []
     for measure in measures:
@@ -233,11 +258,29 @@ def _mean(by_category: Sequence[Mapping[int, float]]) -> Cell | None:
     return cell([math.fsum(one[seed] for one in by_category) / len(by_category) for seed in sorted(seeds)])
 
 
+def _without_chance(rows: Sequence[Row]) -> list[str]:
+    """Labels whose metrics are the same with every seed, of several, in all categories."""
+    metrics: dict[str, dict[str, list[Any]]] = {}
+    for row in _told_apart(rows):
+        metrics.setdefault(row["label"], {}).setdefault(row["category"], []).append(row["metrics"])
+    return [
+        label
+        for label, by_category in metrics.items()
+        if any(len(of_seeds) > 1 for of_seeds in by_category.values())
+        and all(one == of_seeds[0] for of_seeds in by_category.values() for one in of_seeds)
+    ]
+
+
 def _notes(rows: Sequence[Row]) -> str:
     finished = [row for row in rows if row["status"] == FINISHED]
     notes = []
     if len({row["seed"] for row in finished}) > 1:
         notes.append("Mean ± standard deviation over seeds.")
+        if same := _without_chance(finished):
+            notes.append(
+                f"No seed changes a figure of {', '.join(same)}: what draws no random number has no spread, "
+                "though the order of the training images would move it."
+            )
     if any("best_epoch" in row for row in finished):
         notes.append(
             "All figures are those of the last epoch, but for the tables named best epoch, whose number of "

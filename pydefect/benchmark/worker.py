@@ -140,9 +140,8 @@ def _best_epoch(
     epochs = detector.training.get("epochs")
     if "epochs" not in detector.configuration or epochs is None:
         return None
-    fixed = {"calibration_folds": 0}
-    if "early_stopping" in detector.configuration:
-        fixed["early_stopping"] = False
+    fixed = {"calibration_folds": 0, "early_stopping": False}
+    fixed = {name: value for name, value in fixed.items() if name in detector.configuration}
     by_epochs = {epochs: last}
     for fewer in range(epochs):
         shorter, _ = _fit(job, {**job.settings, **fixed, "epochs": fewer}, None)

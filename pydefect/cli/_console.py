@@ -214,13 +214,17 @@ def duration(seconds: float) -> str:
 _NO_SETTINGS = ("images", "validation", "out", "progress")
 
 
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+
+
 def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
     """Read the values of ``--set``.
 
     Parameters
     ----------
     given
-        ``key=value`` each; the value is read as JSON, and as plain text where it is none.
+        ``key=value`` each; the value is read as JSON, or as Python's True, False and None, and as plain text
+        where it is none of these.
     options
         Settings that have an option of their own.
 
@@ -254,7 +258,8 @@ def parse_settings(given: Sequence[str], options: Sequence[str]) -> dict[str, An
                 raise typer.BadParameter(
                     f"{entry!r} is no list as JSON writes it, such as [1,2]", param_hint="--set"
                 ) from None
-            settings[key] = value
+            # Python's spelling is what the messages and the documentation have.
+            settings[key] = _PYTHON_WORDS.get(value.strip(), value)
     return settings
 
 

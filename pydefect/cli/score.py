@@ -76,6 +76,7 @@ def score(
 
     import pydefect
     from pydefect.data.images import ImageCollection
+    from pydefect.persistence import content_digest
     from pydefect.score_folder import ScoreFolderWriter, check_inputs
 
     check_inputs(out, images)
@@ -89,7 +90,8 @@ def score(
         pictures=pictures.value,
         maps=maps,
         thresholds=thresholds,
-        configuration=detector.configuration,
+        # Settings alone do not tell models of other images, or of other times, apart.
+        configuration={"model_sha256": content_digest(model), **detector.configuration},
         append=append,
     ) as folder:
         earlier = len(folder.rows)

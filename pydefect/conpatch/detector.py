@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -34,6 +35,10 @@ from pydefect.progress import ProgressBars
 from pydefect.randomness import seeded
 
 __all__ = ["ConPatchDetector"]
+
+
+# Each goes on from the bank that the one before has left.
+_updating = threading.RLock()
 
 
 class ConPatchDetector(FeatureDetector):
@@ -126,33 +131,35 @@ class ConPatchDetector(FeatureDetector):
         """Go on building the bank with new normal images; its size, and the network, stay as they are.
 
         See :meth:`pydefect.detector.Detector.update`. After a large change of the product, fit again.
+        Calls at the same time come one after the other.
         """
-        # A data set's root would bring its defective test images along.
-        source = training_images(images) if isinstance(images, str | os.PathLike) else images
-        collection = open_images(source, on_error=on_error)
-        bars = ProgressBars(progress)
-        total, done = known_length(collection), 0
-        momentum = self.config.bank_momentum
-        bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
-        try:
-            for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):
-                with for_inference(self.device):
-                    represented = self.network.representation(self.features(tensors.to(self.device)))
-                    for image, patches in zip(group, represented, strict=True):
-                        try:
-                            bank.update(patches)
-                        except InputError as error:
-                            collection.refuse(image, str(error).removeprefix("images: "))
-                        else:
-                            done += 1
-                bars("memory bank", done, total)
-        finally:
-            bars.close()
-        if not done and not collection.skipped:
-            raise InputError("images: there are none in it")
-        self.bank = bank
-        self.training["images"] += done
-        return list(collection.skipped)
+        with _updating:
+            # A data set's root would bring its defective test images along.
+            source = training_images(images) if isinstance(images, str | os.PathLike) else images
+            collection = open_images(source, on_error=on_error)
+            bars = ProgressBars(progress)
+            total, done = known_length(collection), 0
+            momentum = self.config.bank_momentum
+            bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
+            try:
+                for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):
+                    with for_inference(self.device):
+                        represented = self.network.representation(self.features(tensors.to(self.device)))
+                        for image, patches in zip(group, represented, strict=True):
+                            try:
+                                bank.update(patches)
+                            except InputError as error:
+                                collection.refuse(image, str(error).removeprefix("images: "))
+                            else:
+                                done += 1
+                    bars("memory bank", done, total)
+            finally:
+                bars.close()
+            if not done and not collection.skipped:
+                raise InputError("images: there are none in it")
+            self.bank = bank
+            self.training["images"] += done
+            return list(collection.skipped)
 
     def captured_state(self) -> MemoryBank:
         """Return the bank, which :meth:`update` replaces by another."""

@@ -81,6 +81,11 @@ class Image:
     name: str
     path: Path | None
 
+    def __post_init__(self) -> None:
+        """Take a path in the form of text, too."""
+        if self.path is not None:
+            object.__setattr__(self, "path", Path(self.path))
+
 
 @dataclass(frozen=True)
 class SkippedImage:
@@ -191,11 +196,11 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         - a torch tensor: [H, W], [C, H, W] or [N, C, H, W]; [H, W, C] and [N, H, W, C] only where the
           channel-first reading is impossible; every other 3-D shape is N grey images,
         - a PIL image, or an :class:`Image`,
-        - bytes (also a bytearray or memoryview): the content of one image file, as cameras and web requests
-          bring it,
+        - bytes (also a bytearray or memoryview), or a file opened for reading bytes: the content of one image
+          file, as cameras and web requests bring it,
         - a list, tuple, generator, 1-D array or other iterable of paths, arrays, tensors, PIL images,
-          :class:`Image` objects or bytes, their sizes free to differ. It is streamed: one item at a time is
-          asked for. Items of several images (batches) are taken apart.
+          :class:`Image` objects, bytes or open files, their sizes free to differ. It is streamed: one item at
+          a time is asked for. Items of several images (batches) are taken apart.
 
         Arrays and tensors are uint8 in 0..255, uint16 in 0..65535, bool, or floating point in 0..1. One
         channel is grey, three are RGB, four RGBA; transparent pixels are shown over white. OpenCV's frames
@@ -230,7 +235,7 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
         return source
     if isinstance(source, str | os.PathLike):
         return _open_path(source, on_error)
-    if isinstance(source, Image | _Encoded):
+    if isinstance(source, Image | _Encoded) or _is_open_file(source):
         source = [source]
     source = _as_array_if_pil(source, "source")
     if isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype.kind in "UO":
@@ -449,7 +454,7 @@ _Opened: TypeAlias = tuple[str, Path | None, Callable[[], Pixels]]
 def _open_item(item: Any, position: int, number: int, folder: Path | None) -> Iterator[_Opened]:
     """Name, path and reader of each image in one item of a source: one, or several for a batch."""
     if isinstance(item, Image):
-        yield item.name, item.path, lambda: item.pixels
+        yield item.name, item.path, partial(_checked, item)
     elif isinstance(item, str | os.PathLike):
         path = Path(item)
         name = path.relative_to(folder).as_posix() if folder else os.fspath(item)
@@ -457,14 +462,43 @@ def _open_item(item: Any, position: int, number: int, folder: Path | None) -> It
     elif isinstance(item, _Encoded):
         name = f"image-{number:05d}"
         yield name, None, lambda: _decoded_rgb(bytes(item), name)
+    elif _is_open_file(item):
+        name = f"image-{number:05d}"
+        yield name, None, lambda: _decoded_rgb(_read_open_file(item, name), name)
     else:
         for offset, array in enumerate(_arrays_of_item(item, position)):
             name = f"image-{number + offset:05d}"
             yield name, None, partial(_array_to_rgb, array, name)
 
 
+def _is_open_file(item: Any) -> bool:
+    # Its lines could be iterated over, and each would be taken for an image.
+    return callable(getattr(item, "read", None))
+
+
+def _read_open_file(file: Any, name: str) -> bytes:
+    content = file.read()
+    if not isinstance(content, _Encoded):
+        raise InputError(
+            f"{name}: read() of the {type(file).__name__} gave an object of type {type(content).__name__}; "
+            "it must give bytes (open the file with 'rb', await what is to be awaited)"
+        )
+    return bytes(content)
+
+
+def _checked(image: Image) -> Pixels:
+    """The pixels of an image that somebody else made: NaN would pass for good with some methods."""
+    pixels: Any = image.pixels
+    if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        given = f"of shape {list(pixels.shape)}" if hasattr(pixels, "shape") else f"a {type(pixels).__name__}"
+        raise InputError(f"{image.name}: pixels are {given}; they must be an array [H, W, 3]")
+    if pixels.dtype not in (np.uint8, np.float32):
+        raise InputError(f"{image.name}: pixels are of type {pixels.dtype}; allowed are uint8 and float32")
+    return _to_standard_type(pixels, image.name)
+
+
 def _count(item: Any, position: int) -> int:
-    single = isinstance(item, Image | str | os.PathLike | _Encoded)
+    single = isinstance(item, Image | str | os.PathLike | _Encoded) or _is_open_file(item)
     return 1 if single else len(_arrays_of_item(item, position))
 
 

@@ -442,9 +442,11 @@ def read_regions(
     for path in sample.masks:
         values = read_mask_values(path)
         marks = [int(value) for value in np.unique(values) if value]
+        if not marks:
+            continue  # as an empty mask of the other layouts: that of a normal image
         if len(marks) != 1 or marks[0] not in kinds:
             raise InputError(
-                f"{path}: marked with {', '.join(map(str, marks)) or 'nothing'}; a mask must have one value, "
+                f"{path}: marked with {', '.join(map(str, marks))}; a mask must have one value, "
                 f"of those in {DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
             )
         kind = kinds[marks[0]]

@@ -251,12 +251,18 @@ def test_score_takes_files_and_skips_damaged_ones_on_demand(
     assert [row["name"] for row in content["skipped"]] == [str(damaged)]
 
 
+def loads(monkeypatch: pytest.MonkeyPatch, detector: pydefect.Detector, digest: str = "1f" * 32) -> None:
+    """Let every model file hold this detector."""
+    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
+    monkeypatch.setattr("pydefect.persistence.content_digest", lambda _path: digest)
+
+
 def test_score_leaves_out_what_is_smaller_than_the_crop(
     product: Path, colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     detector = colours()
     detector.preprocessing = Preprocessing.create(None, 40, (0, 0, 0), (1, 1, 1))
-    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
+    loads(monkeypatch, detector)
     images = tmp_path / "images"
     images.mkdir()
     for name, size in (("1.png", 64), ("2.png", 32), ("4.png", 64)):
@@ -281,7 +287,7 @@ def test_score_leaves_out_what_is_smaller_than_the_crop(
 def test_score_adds_to_the_scores_of_a_growing_folder(
     product: Path, colours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: colours())
+    loads(monkeypatch, colours())
     out = tmp_path / "shift"
 
     def photograph(name: str, red: int) -> None:
@@ -319,17 +325,22 @@ def test_score_adds_to_the_scores_of_a_growing_folder(
 
     other = colours(scale=2)
     monkeypatch.setattr(other, "predict_maps", None)
-    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: other)
+    loads(monkeypatch, other)
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
     code, _, errors = call("score", "m", product / "test", "--out", out, "--append")
     assert code == 2
     assert "another detector (it differs in image_threshold, pixel_threshold, scale)" in errors
     assert before == {path: path.read_bytes() for path in out.rglob("*.*")}
+    # One with the same settings and thresholds: fitted on other images, or updated since.
+    loads(monkeypatch, colours(), "2f" * 32)
+    code, _, errors = call("score", "m", product / "test", "--out", out, "--append")
+    assert code == 2
+    assert "another detector (it differs in model_sha256)" in errors
 
 
 def test_score_draws_defective_images_only(product: Path, colours, tmp_path: Path, monkeypatch) -> None:
     detector = colours()
-    monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
+    loads(monkeypatch, detector)
     images = tmp_path / "images"
     images.mkdir()
     for name, red in (("1.png", 70), ("2.png", 250), ("3.png", 90)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -397,6 +399,32 @@ def test_update_continues_the_bank(fit, products, bank):
     assert not torch.equal(detector.bank.centres, before)
     assert detector.training["images"] == 6
     assert detector.calibration is calibration
+
+
+def test_updates_at_the_same_time_come_one_after_the_other(fit, products):
+    """The later one went on from the bank before both, and the other's images were lost."""
+    detector = fit(products[:4], epochs=0, bank="kmeans", calibration_folds=0)
+    start = detector.bank
+    inside = threading.Event()
+
+    def slow():
+        yield products[4]
+        inside.set()
+        time.sleep(0.2)  # in which the other one would begin, and end
+        yield products[5]
+
+    first = threading.Thread(target=detector.update, args=(slow(),))
+    first.start()
+    inside.wait()
+    detector.update(products[:2])
+    first.join()
+    expected = type(start).from_state(start.state(), momentum=0.1)
+    with torch.inference_mode():
+        for image in (*products[4:6], *products[:2]):
+            inputs = detector.preprocessing(image)[None]
+            expected.update(detector.network.representation(detector.features(inputs))[0])
+    assert torch.equal(detector.bank.centres, expected.centres)
+    assert detector.training["images"] == 8
 
 
 def test_an_update_lets_new_normal_images_score_lower(fit, products, defective):

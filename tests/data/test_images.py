@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -694,3 +695,60 @@ def test_a_big_endian_pil_image_keeps_its_values():
     opened = pil.frombytes("I;16B", (2, 2), values.tobytes())
     (image,) = open_images([opened])
     np.testing.assert_allclose(image.pixels[..., 0], values.astype(float) / 65535, atol=1e-6)
+
+
+# -- images and files that somebody else made
+# ----------------------------------------------------------------------------------
+
+
+def not_finite() -> np.ndarray:
+    pixels = np.full((4, 5, 3), 0.5, np.float32)
+    pixels[1, 2] = np.nan
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (not_finite(), "frame: there are NaN or infinite values"),
+        (np.full((4, 5, 3), 200, np.float32), r"frame: floating point pixels lie in 200\.\.200; they must"),
+        (
+            np.zeros((4, 5), np.uint8),
+            r"frame: pixels are of shape \[4, 5\]; they must be an array \[H, W, 3\]",
+        ),
+        (np.zeros((4, 5, 3), np.int64), "frame: pixels are of type int64; allowed are uint8 and float32"),
+        ([[0, 1]], "frame: pixels are a list; they must"),
+    ],
+    ids=["NaN", "0 to 255", "grey", "int64", "list"],
+)
+def test_pixels_of_an_image_are_looked_at(pixels, message):
+    """NaN passed for good with methods whose teacher has never seen it."""
+    with pytest.raises(InputError, match=message):
+        list(open_images([Image(pixels, "frame", None)]))
+    assert [one.name for one in list_skipped([Image(pixels, "frame", None), RGB])] == ["frame"]
+
+
+def list_skipped(source):
+    collection = open_images(source, on_error="skip")
+    assert len(list(collection)) == 1
+    return collection.skipped
+
+
+def test_an_image_takes_a_path_as_text():
+    assert Image(RGB, "x", "line/x.png").path == Path("line/x.png")
+
+
+def test_open_files_are_read_and_not_iterated_over(tmp_path):
+    content = cv2.imencode(".png", RGB[..., ::-1])[1].tobytes()
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with path.open("rb") as file, path.open("rb") as other:
+        for source in (io.BytesIO(content), file, [io.BytesIO(content)], (one for one in [other])):
+            (image,) = open_images(source)
+            assert np.array_equal(image.pixels, RGB)
+            assert image.name == "image-00000"
+    assert len(open_images([io.BytesIO(content), RGB])) == 2
+    with path.open(encoding="latin-1") as file, pytest.raises(InputError, match="an object of type str; it"):
+        list(open_images(file))
+    with pytest.raises(InputError, match=r"read\(\) of the VideoCapture gave an object of type tuple"):
+        list(open_images(cv2.VideoCapture()))

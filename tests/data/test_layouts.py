@@ -238,7 +238,7 @@ class TestRegions:
         with pytest.raises(InputError, match=r"image\.png: no mask is known"):
             read_regions(Sample(sample.image, "dirt"), (8, 10), {})
 
-    @pytest.mark.parametrize("values", [[1], [0], [254, 255]])
+    @pytest.mark.parametrize("values", [[1], [254, 255]])
     def test_marks_of_no_kind_or_of_several(self, sample: Sample, values: list[int]) -> None:
         kinds = read_defects_config(sample.image.parent)
         assert kinds is not None
@@ -247,6 +247,12 @@ class TestRegions:
             InputError, match=r"000\.png: marked with .*; a mask must have one value.*254, 255"
         ):
             read_regions(sample, (8, 10), kinds)
+
+    def test_an_empty_mask_has_no_region(self, sample: Sample) -> None:
+        kinds = read_defects_config(sample.image.parent)
+        assert kinds is not None
+        cv2.imwrite(str(sample.masks[0]), np.zeros((8, 10), np.uint8))
+        assert len(read_regions(sample, (8, 10), kinds)) == len(sample.masks) - 1
 
     @pytest.mark.parametrize(
         ("change", "message"),
