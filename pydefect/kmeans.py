@@ -19,9 +19,9 @@ def kmeans(patches: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     patches
-        [T, D] float32; T may be smaller than `size`.
+        [T, D] float32.
     size
-        Number of centres, at least 1.
+        Number of centres, 1..T.
 
     Returns
     -------

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -37,8 +38,15 @@ from pydefect.randomness import seeded
 __all__ = ["ConPatchDetector"]
 
 
-# Each goes on from the bank that the one before has left.
-_updating = threading.RLock()
+# Of detectors that are updated: each update goes on from the bank that the one before has left. Not in the
+# detectors, which may be copied and pickled.
+_locks: WeakKeyDictionary[ConPatchDetector, threading.RLock] = WeakKeyDictionary()
+_choosing = threading.Lock()
+
+
+def _updating(detector: ConPatchDetector) -> threading.RLock:
+    with _choosing:
+        return _locks.setdefault(detector, threading.RLock())
 
 
 class ConPatchDetector(FeatureDetector):
@@ -133,7 +141,7 @@ class ConPatchDetector(FeatureDetector):
         See :meth:`pydefect.detector.Detector.update`. After a large change of the product, fit again.
         Calls at the same time come one after the other.
         """
-        with _updating:
+        with _updating(self):
             # A data set's root would bring its defective test images along.
             source = training_images(images) if isinstance(images, str | os.PathLike) else images
             collection = open_images(source, on_error=on_error)
