@@ -241,8 +241,8 @@ def open_images(source: Any, *, on_error: Literal["raise", "skip"] = "raise") ->
     if isinstance(source, np.ndarray) and source.ndim == 1 and source.dtype.kind in "UO":
         source = source.tolist()  # of paths
     if isinstance(source, np.ndarray | torch.Tensor):
-        images = _split_array(source, "source")
-        return ImageCollection(images, on_error=on_error, length=len(images))
+        # Taken apart where it is read: a part of it could be taken for a batch once more.
+        return ImageCollection([source], on_error=on_error, length=len(_split_array(source, "source")))
     if isinstance(source, list | tuple):
         if not source:
             raise InputError(f"source is an empty {type(source).__name__}; it must hold at least one image")
@@ -542,9 +542,10 @@ def _split_array(array: _Array, what: str) -> list[_Array]:
 
 def _array_to_rgb(array: _Array, name: str) -> Pixels:
     if isinstance(array, torch.Tensor):
-        # NumPy has no bfloat16.
+        # NumPy has no bfloat16, and no tensors whose values are to be negated yet.
         try:
-            array = (array.float() if array.dtype == torch.bfloat16 else array).detach().cpu().numpy()
+            plain = array.float() if array.dtype == torch.bfloat16 else array
+            array = plain.detach().cpu().resolve_neg().numpy()
         except (TypeError, NotImplementedError) as error:  # sparse, quantised, without data
             raise InputError(f"{name}: the tensor cannot be read as an array: {error}") from None
     return _to_rgb(array, name)

@@ -752,3 +752,26 @@ def test_open_files_are_read_and_not_iterated_over(tmp_path):
         list(open_images(file))
     with pytest.raises(InputError, match=r"read\(\) of the VideoCapture gave an object of type tuple"):
         list(open_images(cv2.VideoCapture()))
+
+
+def test_a_tensor_that_is_still_to_be_negated():
+    values = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    tensor = torch.complex(torch.zeros_like(values), -values).conj().imag
+    assert tensor.is_neg()
+    (image,) = open_images(tensor)
+    assert np.array_equal(image.pixels, values.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 5), (3, 1, 5), (1, 3, 4), (2, 3, 4, 7), (2, 1, 3, 6), (2, 3, 1, 9)], ids=str
+)
+@pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: [tensor]], ids=["alone", "in a list"])
+def test_tensors_of_as_many_rows_as_channels(shape, wrap):
+    """Of a line camera, for one: rows were taken for channels once more."""
+    values = torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+    images = open_images(wrap(values))
+    singles = values if len(shape) == 4 else values[None]
+    assert len(images) == len(singles)
+    for image, single in zip(images, singles, strict=True):
+        expected = single.expand(3, -1, -1).permute(1, 2, 0)
+        assert np.array_equal(image.pixels, expected.numpy())

@@ -488,6 +488,68 @@ def test_selective_fusion(shape):
     assert_modules_agree(ops.selective_fusion, reference.selective_fusion, 2, *inputs)
 
 
+def off_by_one(tensor: Tensor) -> Tensor:
+    """The same values one element further in memory, where no access of several elements may begin."""
+    moved = tensor.new_empty(tensor.numel() + 1).as_strided(tensor.shape, tensor.stride(), 1)
+    return moved.copy_(tensor)
+
+
+def maps_of(*shape: int, seed: int = 0) -> Tensor:
+    return random(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
+
+
+# Widths that are multiples of the widest access: with them alone the place in memory decides.
+UNALIGNED = {
+    "knn": (lambda q, b: ops.knn(q, b, 3)[0], [(40, 32), (70, 32)]),
+    "kcenter_greedy": (lambda f: ops.kcenter_greedy(f, 9).float(), [(70, 32)]),
+    "hypersphere": (lambda f, b: ops.hypersphere(f, b) + 0 * b.sum(), [(40, 32), (70, 32)]),
+    "relaxed_contrastive": (lambda z, t: ops.relaxed_contrastive(z, t) + 0 * t.sum(), [(140, 32), (140, 32)]),
+    "score_maps": (lambda d: ops.score_maps(d.square(), (40, 44), 2.0)[1], [(2, 8, 8, 4)]),
+    "project_levels": (
+        lambda a, b, w: ops.project_levels([a, b], w),
+        [(2, 16, 8, 8), (2, 32, 4, 4), (24, 50)],
+    ),
+    "relu_avg_pool": (lambda m: ops.relu_avg_pool(m, 1), [(2, 16, 9, 8)]),
+    "relu_avg_pool bfloat16": (
+        lambda m: ops.relu_avg_pool(off_by_one(m.bfloat16()), 1).float(),
+        [(2, 16, 9, 8)],
+    ),
+    "channel_reunion": (
+        lambda m, *layers: ops.channel_reunion(m, *layers),
+        [(2, 64, 9, 8), (3, 64, 1, 1), (3,), (1, 3, 1, 1), (1,), (4, 64), (4,), (64, 4), (64,)],
+    ),
+    "selective_fusion": (
+        lambda a, b, *layers: sum(ops.selective_fusion(a, b, *layers)),
+        [(2, 64, 9, 8), (2, 64, 9, 8), (4, 64), (4,), (64, 4, 1, 1), (64,), (64, 4, 1, 1), (64,)],
+    ),
+    "spatial_reunion": (
+        lambda m, *others: ops.spatial_reunion(m, *others, normalisation="mean"),
+        [(2, 64, 9, 8), (2, 64, 9, 8), (2, 64, 3, 2), (1, 64, 3, 3), (1,)],
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", UNALIGNED)
+def test_tensors_that_begin_anywhere_in_memory(operation):
+    """Slices do. A card ends the program at an access that is not aligned; so does the emulation."""
+    call, shapes = UNALIGNED[operation]
+    inputs = [
+        maps_of(*shape, seed=place) if len(shape) == 4 else random(*shape, seed=place) / max(shape)
+        for place, shape in enumerate(shapes)
+    ]
+    differentiable = operation not in ("knn", "kcenter_greedy", "score_maps")
+    results = []
+    for place in (lambda tensor: tensor, off_by_one):
+        if differentiable:
+            value, slopes = gradients(lambda *all_, place=place: call(*map(place, all_)), *inputs)
+            results.append([value, *slopes])
+        else:
+            results.append([call(*map(place, inputs))])
+    for one, other in zip(*results, strict=True):
+        # A lane has one channel instead of four, so that sums are of other orders.
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_sizes_that_no_grid_has_are_refused():
     """Tensors of some ten MB already: the second dimension of a grid and a block's shared memory end."""
     z = random(2, 1).expand(2, 65535 * 128 + 1)
