@@ -40,6 +40,7 @@ constexpr int64_t kStripeBytes = int64_t{256} << 20;
 // A grid's second dimension ends here.
 constexpr int64_t kMostPatches = int64_t{65535} * kBlock;
 constexpr int64_t kSparseColumns = 4 * kWarp;  // a block's of add_sparse_gradient
+constexpr int64_t kMostSparseColumns = 65535 * kSparseColumns;
 constexpr double kLog2E = 1.4426950408889634;
 // Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
 constexpr float kFloor = 1e-30f;
@@ -756,6 +757,15 @@ CentredBranch centred(const Device& device, const Tensor& rows, const Tensor& me
   return branch;
 }
 
+// A grid's second dimension ends.
+void check_cuda_sizes(const Tensor& z, const Tensor& neighbors) {
+  check(z.size(0) <= kMostPatches, "relaxed_contrastive: on CUDA z must have at most ", kMostPatches,
+        " rows, got ", z.size(0));
+  check(neighbors.size(1) == 0 || z.size(1) <= kMostSparseColumns,
+        "relaxed_contrastive: on CUDA z must have at most ", kMostSparseColumns,
+        " columns where there are neighbors, got ", z.size(1));
+}
+
 // What both passes begin with.
 struct Problem {
   Problem(const Device& device, const Tensor& z_given, const Tensor& target_given,
@@ -770,11 +780,6 @@ struct Problem {
         // Where pairs of one online and one target vector are measured, both need the same shift.
         centre(column_means(device, cross ? target : z)),
         online(centred(device, z, centre)) {
-    check(z.size(0) <= kMostPatches, "relaxed_contrastive: on CUDA z must have at most ", kMostPatches,
-          " rows, got ", z.size(0));
-    check(neighbors.size(1) == 0 || z.size(1) <= 65535 * kSparseColumns,
-          "relaxed_contrastive: on CUDA z must have at most ", 65535 * kSparseColumns,
-          " columns where there are neighbors, got ", z.size(1));
     if (terms.pairwise) label_branch = centred(device, target, cross ? centre : column_means(device, target));
     const auto n = static_cast<double>(count());
     scale = 1.0 / (mean ? n * n : n);
@@ -811,6 +816,7 @@ std::tuple<Tensor, Tensor, Tensor> relaxed_contrastive(const Tensor& z, const Te
                                                        double margin, int64_t similarity_power, bool cross,
                                                        bool mean) {
   check_relaxed_contrastive(z, target, neighbors, alpha, sigma, margin, similarity_power);
+  check_cuda_sizes(z, neighbors);
   const Device device(z);
   const Problem problem(device, z, target, neighbors, alpha, sigma, margin, similarity_power, cross, mean);
   const int count = problem.count();
@@ -898,6 +904,7 @@ Tensor relaxed_contrastive_backward(const Tensor& grad, const Tensor& z, const T
                                     int64_t similarity_power, bool cross, bool mean) {
   check_relaxed_contrastive(z, target, neighbors, alpha, sigma, margin, similarity_power);
   check_relaxed_contrastive_backward(grad, z, inverse_means_given, slopes_given);
+  check_cuda_sizes(z, neighbors);
   const Device device(z);
   const Problem problem(device, z, target, neighbors, alpha, sigma, margin, similarity_power, cross, mean);
   const Tensor inverse_means = in_order("relaxed_contrastive_backward", "inverse_means", inverse_means_given);
