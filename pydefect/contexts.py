@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from pydefect.errors import InputError
+from pydefect.forking import note_threads
 
 __all__ = ["for_inference", "for_training"]
-
-
-# Set by a first use, in which PyTorch starts its threads.
-_threads_run = False
-
-
-def _go_on_alone() -> None:
-    """Compute with one thread in a forked process: the others stay behind, and whoever waits for them waits
-    for ever."""
-    if _threads_run and torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-
-
-os.register_at_fork(after_in_child=_go_on_alone)
 
 
 @contextmanager
@@ -36,8 +22,7 @@ def for_inference(device: torch.device) -> Iterator[None]:
     device
         Where the networks compute.
     """
-    global _threads_run
-    _threads_run = True
+    note_threads()
     # Every call in such a block costs something, and of most callers nothing is to be undone.
     placed = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.autocast(device.type, enabled=False), placed:

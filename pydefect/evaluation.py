@@ -198,7 +198,8 @@ class _Scored:
 
 
 def _labelled(dataset: Dataset) -> dict[Path, Sample]:
-    """The test images with a label; none, or one kind only, is refused before hours of scoring."""
+    """The test images with a label; none, one kind only, or one image twice is refused before hours of
+    scoring."""
     samples = {sample.image: sample for sample in dataset.test if sample.label is not None}
     counts = Counter(sample.image for sample in dataset.test)
     if len(counts) < len(dataset.test):

@@ -280,12 +280,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ModelFileError(f"model: no file {os.fspath(path)!r}")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if _METADATA_KEY not in header:
-                raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
-            metadata = json.loads(header[_METADATA_KEY])
-            if not isinstance(metadata, dict):
-                raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
+            metadata = _metadata_of(file, path)
             # Copies: what the file gives is a map of it, and would change or vanish with its content.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
@@ -299,16 +294,37 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
-def content_digest(path: str | os.PathLike[str]) -> str | None:
+def _metadata_of(file: Any, path: str | os.PathLike[str]) -> dict[str, Any]:
+    header = file.metadata() or {}
+    metadata = json.loads(header[_METADATA_KEY]) if _METADATA_KEY in header else None
+    if not isinstance(metadata, dict):
+        raise ModelFileError(f"model: {os.fspath(path)!r} was not written by pydefect")
+    return metadata
+
+
+def content_digest(path: str | os.PathLike[str], *, version: object) -> str | None:
     """Return the SHA-256 that a file of :func:`save_tensors` says of all that it holds.
+
+    Parameters
+    ----------
+    path
+        A file that has been loaded.
+    version
+        What :func:`file_version` said before it was loaded.
 
     Returns
     -------
     str or None
         None for a file from before there were digests.
+
+    Raises
+    ------
+    ModelFileError
+        The file is another one by now.
     """
     with safe_open(path, framework="pt") as file:
-        digest: str | None = json.loads((file.metadata() or {})[_METADATA_KEY]).get(_DIGEST_KEY)
+        digest: str | None = _metadata_of(file, path).get(_DIGEST_KEY)
+    _check_version(path, version)
     return digest
 
 
@@ -330,6 +346,11 @@ def file_version(path: str | os.PathLike[str]) -> object:
     except OSError as error:
         raise ModelFileError(f"model: no file {os.fspath(path)!r}") from error
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_version(path: str | os.PathLike[str], version: object) -> None:
+    if file_version(path) != version:
+        raise ModelFileError(f"model: {os.fspath(path)!r} was replaced in the meantime; it stays as it is")
 
 
 def replace_metadata(
@@ -358,8 +379,7 @@ def replace_metadata(
         See :func:`load_tensors`; or the file is another one by now.
     """
     tensors, metadata = load_tensors(path)
-    if file_version(path) != version:
-        raise ModelFileError(f"model: {os.fspath(path)!r} was replaced in the meantime; it stays as it is")
+    _check_version(path, version)
     save_tensors(path if out is None else out, tensors, {**metadata, **changes})
 
 

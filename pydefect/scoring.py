@@ -218,7 +218,7 @@ class Result:
             for found, a, b in zip(defective, local, whole, strict=True)
         ]
 
-    # Kept, as `regions`: loops ask for one image's after the other.
+    # Found at the first use and kept, as `regions`: loops ask for one image's after the other.
     @cached_property
     def masks(self) -> list[NDArray[np.bool_]] | None:
         """Per image [H, W] bool: pixel scores over the pixel threshold; None without a threshold."""

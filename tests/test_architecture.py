@@ -19,7 +19,7 @@ PACKAGE = Path(pydefect.__file__).parent
 
 # Lowest first. A room may import its own floor's and lower floors' rooms.
 FLOORS = [
-    ["version", "errors", "randomness", "contexts", "cuda_graphs", "places", "shapes"],
+    ["version", "errors", "randomness", "contexts", "forking", "cuda_graphs", "places", "shapes"],
     ["config", "ops", "data", "preprocessing", "backbones"],
     ["progress", "interruption", "persistence", "heap", "metrics", "calibration"],
     ["buildinfo", "features", "kmeans", "scoring", "crossfit"],

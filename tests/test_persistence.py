@@ -66,8 +66,11 @@ def test_what_was_read_does_not_depend_on_the_file(tmp_path):
 def test_the_digest_is_of_the_content(tmp_path):
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)):
         save_tensors(tmp_path / name, {"x": torch.tensor(value)}, {})
-    a, b, c = (content_digest(tmp_path / name) for name in "abc")
+    versions = {name: file_version(tmp_path / name) for name in "abc"}
+    a, b, c = (content_digest(tmp_path / name, version=version) for name, version in versions.items())
     assert a == b != c
+    with pytest.raises(ModelFileError, match="was replaced in the meantime"):
+        content_digest(tmp_path / "a", version=versions["b"])
 
 
 def test_a_replaced_file_hands_its_permissions_on(tmp_path):

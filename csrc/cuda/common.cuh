@@ -27,6 +27,7 @@ namespace pydefect::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kGridLimit = 65535;  // blocks in a grid's second dimension, and in its third
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -30,11 +30,10 @@ inline MapSize size_of(const Tensor& map) {
   return {map.size(0), map.size(1) * map.size(2), static_cast<int>(map.size(3))};
 }
 
-// A grid's second and third dimension end at 65535.
 inline void check_map_size(const char* op, const MapSize& size) {
-  check(size.images <= 65535 && size.channels <= 65535 * kWarp, op,
-        ": on CUDA maps must have at most 65535 images and ", 65535 * kWarp, " channels, got ", size.images,
-        " and ", size.channels);
+  check(size.images <= kGridLimit && size.channels <= kGridLimit * kWarp, op,
+        ": on CUDA maps must have at most ", kGridLimit, " images and ", kGridLimit * kWarp,
+        " channels, got ", size.images, " and ", size.channels);
 }
 
 // Neighbouring channels of a position.

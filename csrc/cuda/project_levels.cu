@@ -283,7 +283,7 @@ void check_cuda_sizes(const char* op, const Tensors& levels) {
 
 // What a product's second matrix has a row for.
 void check_cuda_rows(const char* op, const char* what, int64_t count) {
-  constexpr int64_t kMost = int64_t{65535} * Shape::columns;
+  constexpr int64_t kMost = kGridLimit * Shape::columns;
   check(count <= kMost, op, ": on CUDA there must be at most ", kMost, " ", what, ", got ", count);
 }
 

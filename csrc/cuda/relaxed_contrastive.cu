@@ -37,10 +37,9 @@ static_assert(PairShape::columns == kBlock);
 static_assert(kBlock == kGroup);  // a row of a tile of pulls has one scale
 constexpr int kThreads = 256;
 constexpr int64_t kStripeBytes = int64_t{256} << 20;
-// A grid's second dimension ends here.
-constexpr int64_t kMostPatches = int64_t{65535} * kBlock;
+constexpr int64_t kMostPatches = kGridLimit * kBlock;
 constexpr int64_t kSparseColumns = 4 * kWarp;  // a block's of add_sparse_gradient
-constexpr int64_t kMostSparseColumns = 65535 * kSparseColumns;
+constexpr int64_t kMostSparseColumns = kGridLimit * kSparseColumns;
 constexpr double kLog2E = 1.4426950408889634;
 // Below this a squared distance counts as zero, as in the reference: no gradient flows through such a pair.
 constexpr float kFloor = 1e-30f;
@@ -757,7 +756,6 @@ CentredBranch centred(const Device& device, const Tensor& rows, const Tensor& me
   return branch;
 }
 
-// A grid's second dimension ends.
 void check_cuda_sizes(const Tensor& z, const Tensor& neighbors) {
   check(z.size(0) <= kMostPatches, "relaxed_contrastive: on CUDA z must have at most ", kMostPatches,
         " rows, got ", z.size(0));

@@ -15,7 +15,6 @@ namespace {
 
 constexpr const char* kName = "relu_avg_pool";
 constexpr int kThreads = 256;
-constexpr int64_t kMostRows = 65535;  // of a grid; a block goes on with later ones
 
 template <class T, int width>
 struct alignas(sizeof(T) * width) Channels {
@@ -109,8 +108,9 @@ Sizes sizes_of(const Tensor& maps, int64_t padding) {
 }
 
 dim3 grid_of(int64_t rows, int64_t cells, int pieces) {
-  return dim3(static_cast<unsigned>(divide_up(cells * pieces, kThreads)),
-              static_cast<unsigned>(rows < kMostRows ? rows : kMostRows));
+  return dim3(
+      static_cast<unsigned>(divide_up(cells * pieces, kThreads)),
+      static_cast<unsigned>(rows < kGridLimit ? rows : kGridLimit));  // a block goes on with later ones
 }
 
 // Calls launch(T{}, std::integral_constant<int, width>) for the maps' type and as many channels a thread as

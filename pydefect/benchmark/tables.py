@@ -226,8 +226,12 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(name for name in known if any(one[name] != settings[0][name] for one in settings))
 
 
+def _finished(rows: Sequence[Row]) -> list[Row]:
+    return _told_apart([row for row in rows if row["status"] == FINISHED])
+
+
 def _tables(rows: Sequence[Row], measures: Sequence[Measure]) -> list[_Table]:
-    finished = _told_apart([row for row in rows if row["status"] == FINISHED])
+    finished = _finished(rows)
     labels = list(dict.fromkeys(row["label"] for row in finished))
     tables = []
     for measure in measures:
@@ -261,7 +265,7 @@ def _mean(by_category: Sequence[Mapping[int, float]]) -> Cell | None:
 def _without_chance(rows: Sequence[Row]) -> list[str]:
     """Labels whose metrics are the same with every seed, of several, in all categories."""
     metrics: dict[str, dict[str, list[Any]]] = {}
-    for row in _told_apart(rows):
+    for row in rows:
         metrics.setdefault(row["label"], {}).setdefault(row["category"], []).append(row["metrics"])
     return [
         label
@@ -272,14 +276,14 @@ def _without_chance(rows: Sequence[Row]) -> list[str]:
 
 
 def _notes(rows: Sequence[Row]) -> str:
-    finished = [row for row in rows if row["status"] == FINISHED]
+    finished = _finished(rows)
     notes = []
     if len({row["seed"] for row in finished}) > 1:
         notes.append("Mean ± standard deviation over seeds.")
         if same := _without_chance(finished):
             notes.append(
                 f"No seed changes a figure of {', '.join(same)}: what draws no random number has no spread, "
-                "though the order of the training images would move it."
+                "though another order of the training images may move it."
             )
     if any("best_epoch" in row for row in finished):
         notes.append(

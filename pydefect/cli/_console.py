@@ -212,8 +212,6 @@ def duration(seconds: float) -> str:
 
 # Arguments of the functions behind the commands that are given otherwise.
 _NO_SETTINGS = ("images", "validation", "out", "progress")
-
-
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
 

@@ -76,12 +76,13 @@ def score(
 
     import pydefect
     from pydefect.data.images import ImageCollection
-    from pydefect.persistence import content_digest
+    from pydefect.persistence import content_digest, file_version
     from pydefect.score_folder import ScoreFolderWriter, check_inputs
 
     check_inputs(out, images)
     files = _files(images)
     root = images[0] if len(images) == 1 and images[0].is_dir() else None
+    version = file_version(model)
     detector = pydefect.load(model, device=device, weights=weights)
     calibration = detector.calibration
     thresholds = (calibration.image_threshold, calibration.pixel_threshold) if calibration else (None, None)
@@ -91,7 +92,7 @@ def score(
         maps=maps,
         thresholds=thresholds,
         # Settings alone do not tell models of other images, or of other times, apart.
-        configuration={"model_sha256": content_digest(model), **detector.configuration},
+        configuration={"model_sha256": content_digest(model, version=version), **detector.configuration},
         append=append,
     ) as folder:
         earlier = len(folder.rows)

@@ -141,13 +141,13 @@ class ConPatchDetector(FeatureDetector):
         See :meth:`pydefect.detector.Detector.update`. After a large change of the product, fit again.
         Calls at the same time come one after the other.
         """
+        # A data set's root would bring its defective test images along.
+        source = training_images(images) if isinstance(images, str | os.PathLike) else images
+        collection = open_images(source, on_error=on_error)
+        bars = ProgressBars(progress)
+        total, done = known_length(collection), 0
+        momentum = self.config.bank_momentum
         with _updating(self):
-            # A data set's root would bring its defective test images along.
-            source = training_images(images) if isinstance(images, str | os.PathLike) else images
-            collection = open_images(source, on_error=on_error)
-            bars = ProgressBars(progress)
-            total, done = known_length(collection), 0
-            momentum = self.config.bank_momentum
             bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
             try:
                 for group, tensors in batches(collection, self.preprocessing, EXTRACTION_BATCH):

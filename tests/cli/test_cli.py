@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import pydefect
 from pydefect.cli import app
+from pydefect.cli._console import parse_settings
 from pydefect.data.procedural import DEFECTS, write_dataset
 from pydefect.persistence import load_tensors
 from pydefect.preprocessing import Preprocessing
@@ -251,10 +252,17 @@ def test_score_takes_files_and_skips_damaged_ones_on_demand(
     assert [row["name"] for row in content["skipped"]] == [str(damaged)]
 
 
+def test_settings_in_python_s_spelling_and_in_json_s() -> None:
+    given = ["a=None", "b=True", "c=false", "d=null", "e=[1,2]", "f=0.5", "g=imagenet"]
+    expected = {"a": None, "b": True, "c": False, "d": None, "e": [1, 2], "f": 0.5, "g": "imagenet"}
+    assert parse_settings(given, ()) == expected
+
+
 def loads(monkeypatch: pytest.MonkeyPatch, detector: pydefect.Detector, digest: str = "1f" * 32) -> None:
     """Let every model file hold this detector."""
     monkeypatch.setattr("pydefect.api.load", lambda *_arguments, **_settings: detector)
-    monkeypatch.setattr("pydefect.persistence.content_digest", lambda _path: digest)
+    monkeypatch.setattr("pydefect.persistence.content_digest", lambda _path, version: digest)
+    monkeypatch.setattr("pydefect.persistence.file_version", lambda _path: 0)
 
 
 def test_score_leaves_out_what_is_smaller_than_the_crop(

@@ -202,3 +202,10 @@ def test_sizes_and_numbers_as_people_write_them():
     assert (config.resize, config.crop) == ((64, 96), (48, 48))
     assert type(config.epochs) is int
     assert type(config.alpha) is float
+
+
+def test_equal_numbers_are_one_setting():
+    """Files and a benchmark's keys would tell 2 and 2.0 apart."""
+    whole, real = ConPatchConfig(gamma=2, smoothing=4), ConPatchConfig(gamma=2.0, smoothing=np.float32(4))
+    assert json.dumps(whole.to_dict()) == json.dumps(real.to_dict())
+    assert isinstance(whole.gamma, float)
