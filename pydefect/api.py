@@ -26,7 +26,7 @@ from pydefect.errors import InputError, ModelFileError
 from pydefect.evaluation import Evaluation, Maps
 from pydefect.persistence import load_tensors
 from pydefect.places import check_writable
-from pydefect.registry import detector_type, method_names
+from pydefect.registry import METHOD_NAMES, detector_type
 from pydefect.scoring import Result
 
 __all__ = ["calibrate", "evaluate", "evaluate_maps", "export_onnx", "fit", "load", "score"]
@@ -69,8 +69,9 @@ def fit(
         instead of training several times (``"dual_ae"``, ``"efficientad"``). None: of a data set's folder its
         validation images, where it has some (MVTec LOCO AD); else a part of `images`.
     backbone
-        ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"`` or ``"wide_resnet101_2"``;
-        None: the method's own, ``"resnet18"`` unless it says otherwise. For methods on a frozen backbone.
+        ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"wide_resnet50_2"``, ``"wide_resnet101_2"``, or one
+        that an installed package declares (``docs/own-backbones.md``); None: the method's own,
+        ``"resnet18"`` unless it says otherwise. For methods on a frozen backbone.
     weights
         The backbone's: ``"imagenet"`` (torchvision's published file, downloaded once), the path of a
         ``.pth``, ``.safetensors`` or ``.npz`` file with torchvision's names, or ``"random"``. Of no
@@ -443,7 +444,7 @@ def load(
     if weights is not None:
         _check_path("weights", weights)
     tensors, metadata = load_tensors(path)
-    method, known = metadata.get("method"), method_names()
+    method, known = metadata.get("method"), METHOD_NAMES.names()
     if metadata.get("format") != 1 or not isinstance(method, str):
         raise ModelFileError(
             f"model: {os.fspath(path)!r} has format {metadata.get('format')!r} and method {method!r}; "

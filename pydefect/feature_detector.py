@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydefect.backbones import ARCHITECTURES, build_backbone, weights_fingerprint
+from pydefect.backbones import BACKBONE_NAMES, build_backbone, weights_fingerprint
 from pydefect.calibration import Calibration
 from pydefect.config import MethodConfig
 from pydefect.data.images import SkippedImage, open_images
@@ -51,7 +51,8 @@ class FeatureConfig(MethodConfig):
     }
 
     backbone: str = "resnet18"
-    """A key of :data:`pydefect.backbones.ARCHITECTURES`."""
+    """One of :data:`pydefect.backbones.BACKBONE_NAMES`: a ResNet, or what an installed package declares
+    (``docs/own-backbones.md``)."""
     levels: tuple[int, ...] = (2, 3)
     """Backbone levels, ascending out of 1, 2, 3; the first one gives the patch grid."""
     backbone_precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -66,10 +67,7 @@ class FeatureConfig(MethodConfig):
     def __post_init__(self) -> None:
         """Check every setting before any work is done."""
         super().__post_init__()
-        if not isinstance(self.backbone, str) or self.backbone not in ARCHITECTURES:
-            raise InputError(
-                f"backbone: {self.backbone!r} is not known; allowed are {', '.join(ARCHITECTURES)}"
-            )
+        BACKBONE_NAMES.check_known(self.backbone)
         object.__setattr__(self, "levels", check_levels(self.levels))
         if self.calibration_folds == 1:
             raise InputError("calibration_folds: 1 given; allowed are 0 (no threshold) and 2 or more")
@@ -123,7 +121,7 @@ class TrainingFeatures:
         names: list[str] = []
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, EXTRACTION_BATCH):
-            tensors = whole_patches(tensors, extractor.levels)
+            tensors = whole_patches(tensors, extractor.strides)
             size = (tensors.shape[2], tensors.shape[3])
             cache.append(extractor(tensors.to(device)))
             for image in group:
@@ -314,7 +312,7 @@ class FeatureDetector(Detector):
         An image then scores as its copy among the held-out ones did: unrounded, it would lie beside the
         threshold that copies set.
         """
-        whole = whole_patches(images, self.extractor.levels)
+        whole = whole_patches(images, self.extractor.strides)
         return [level.half().float() for level in self.extractor(whole)]
 
     @torch.inference_mode()
@@ -322,7 +320,7 @@ class FeatureDetector(Detector):
         """Score a batch of network inputs; see :meth:`pydefect.detector.Detector.predict`."""
         check_network_inputs(images, self.preprocessing.input_size, self.device)
         height, width = images.shape[2:]
-        whole = whole_patches(images, self.extractor.levels)
+        whole = whole_patches(images, self.extractor.strides)
         image_scores, maps = self.score_features(self.features(whole), (whole.shape[2], whole.shape[3]))
         return image_scores, maps[:, :height, :width].contiguous()
 
@@ -344,6 +342,12 @@ class FeatureDetector(Detector):
         weights: str | None,
     ) -> Self:
         """Rebuild a detector from a model file; see :meth:`pydefect.detector.Detector.from_file`."""
+        name = metadata["config"]["backbone"]
+        if name not in (known := BACKBONE_NAMES.names()):
+            raise ModelFileError(
+                f"model: fitted with the backbone {name!r}, which is not known here; install the package "
+                f"that declares it, or a version of pydefect that has it (known are {', '.join(known)})"
+            )
         # Files from before there was a choice of precision.
         config = cls.config_type.from_dict({"backbone_precision": "float32", **metadata["config"]})
         backbone_state = tensors_under("backbone.", tensors, device)

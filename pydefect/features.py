@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydefect import _native
-from pydefect.backbones import FoldedResNet, ResNet
+from pydefect.backbones import Backbone, FoldedResNet, ResNet
 from pydefect.errors import InputError, PydefectError
 
 __all__ = [
@@ -102,8 +103,8 @@ class PatchFeatureExtractor(nn.Module):
     Attributes
     ----------
     backbone
-        As given, for saving. Images go through a copy of it in the form that runs fastest, made when the
-        first one comes; only what is exported is the backbone itself, in float32.
+        As given, for saving. Images go through a copy of a ResNet in the form that runs fastest, made when
+        the first one comes; only what is exported is the backbone itself, in float32.
 
     References
     ----------
@@ -112,7 +113,7 @@ class PatchFeatureExtractor(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: Backbone,
         levels: Sequence[int] = (1, 2, 3),
         precision: Precision = "float32",
         average: bool = True,
@@ -127,7 +128,12 @@ class PatchFeatureExtractor(nn.Module):
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(self.backbone.architecture.channels[level] for level in self.levels)
+        return tuple(self.backbone.channels[level] for level in self.levels)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Input pixels for one step of each level's grid."""
+        return tuple(self.backbone.strides[level] for level in self.levels)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -143,28 +149,59 @@ class PatchFeatureExtractor(nn.Module):
         list of Tensor
             One [B, C_level, H_level, W_level] a level at its native resolution, channels last in memory;
             borders count as zeros in the average (``count_include_pad``), as in CFA's code.
+
+        Raises
+        ------
+        PydefectError
+            The maps of a network that a package declares are not of its channels and strides.
         """
         if torch.compiler.is_exporting():
             return [self._averaged(level) for level in self.backbone(images, self.levels)]
-        if self._folded is None or self._folded.device != images.device:
-            self._folded = FoldedResNet(self.backbone, _DTYPES[self.precision])
         # As many images at a time as there are threads: that is what keeps all of them busy, and the maps in
-        # between stay in the processor's cache instead of going through memory.
-        together = torch.get_num_threads() if images.device.type == "cpu" else max(1, len(images))
+        # between stay in the processor's cache instead of going through memory. Other networks take one image
+        # at a time: beside others it may get other roundings, and lie beside the threshold that it set.
+        together = max(1, len(images))
+        if images.device.type == "cpu":
+            together = torch.get_num_threads() if isinstance(self.backbone, ResNet) else 1
         parts = [
-            [self._averaged(level.float()) for level in self._folded(part, self.levels)]
-            for part in images.split(together)
+            [self._averaged(level.float()) for level in self._maps(part)] for part in images.split(together)
         ]
         return parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        if isinstance(self.backbone, ResNet):
+            if self._folded is None or self._folded.device != images.device:
+                self._folded = FoldedResNet(self.backbone, _DTYPES[self.precision])
+            return self._folded(images, self.levels)
+        # Not a copy of it in bfloat16: some networks compute a part of their own in float32.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            maps = self.backbone(images, self.levels)
+        return [level.contiguous(memory_format=torch.channels_last) for level in self._checked(images, maps)]
+
+    def _checked(self, images: Tensor, maps: Any) -> list[Tensor]:
+        """Return what somebody else's network gave, or say what is wrong with it."""
+        batch, _, height, width = images.shape
+        wanted = [
+            (batch, channels, -(-height // stride), -(-width // stride))
+            for channels, stride in zip(self.channels, self.strides, strict=True)
+        ]
+        given = list(maps) if isinstance(maps, list | tuple) else [maps]
+        found = [tuple(level.shape) if isinstance(level, Tensor) else type(level) for level in given]
+        if found != wanted:
+            raise PydefectError(
+                f"backbone: {type(self.backbone).__name__} gave {found} for images of {tuple(images.shape)}; "
+                f"its channels and strides say maps of {wanted}"
+            )
+        return given
 
     def _averaged(self, level: Tensor) -> Tensor:
         return F.avg_pool2d(level, 3, stride=1, padding=1) if self.average else level
 
 
-def whole_patches(images: Tensor, levels: Sequence[int]) -> Tensor:
+def whole_patches(images: Tensor, strides: Sequence[int]) -> Tensor:
     """Extend network inputs to the right and below, so that the patches of all levels cover them exactly.
 
-    A backbone's grid has a patch for every 4, 8 or 16 pixels, begun ones included. Maps are interpolated as
+    A ResNet's grid has a patch for every 4, 8 or 16 pixels, begun ones included. Maps are interpolated as
     if the grid ended where the input does; where it ends some pixels later, everything would move to the
     left and up, and each level by another amount.
 
@@ -172,16 +209,16 @@ def whole_patches(images: Tensor, levels: Sequence[int]) -> Tensor:
     ----------
     images
         [B, 3, H, W] normalised network inputs.
-    levels
-        Ascending out of 1, 2, 3.
+    strides
+        Of the levels' grids, in pixels.
 
     Returns
     -------
     Tensor
-        [B, 3, H', W'], the next multiples of the last level's stride; zeros, the mean colour, are added.
+        [B, 3, H', W'], the next multiples of all strides; zeros, the mean colour, are added.
         `images` itself where nothing is missing.
     """
-    stride = 2 ** (levels[-1] + 1)
+    stride = math.lcm(*strides)
     below, right = (-length % stride for length in images.shape[2:])
     if not below and not right:
         return images

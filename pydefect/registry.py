@@ -5,27 +5,14 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from pydefect.errors import InputError, nearest
+from pydefect.declared import DeclaredNames
 
 if TYPE_CHECKING:
     from pydefect.detector import Detector
 
-__all__ = [
-    "GROUP",
-    "METHODS",
-    "Method",
-    "declared_methods",
-    "detector_type",
-    "method_names",
-    "package_name",
-    "package_of",
-]
-
-GROUP = "pydefect.methods"
-"""The entry points by which a package declares methods: a name, and where its detector is."""
+__all__ = ["METHODS", "METHOD_NAMES", "Method", "detector_type"]
 
 
 @dataclass(frozen=True)
@@ -71,29 +58,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def declared_methods() -> dict[str, list[EntryPoint]]:
-    """Look up what installed packages declare, by name in alphabetical order; nothing is imported.
-
-    Returns
-    -------
-    dict of str to list of EntryPoint
-        More than one where packages declare the same name, which may also be one in :data:`METHODS`:
-        :func:`detector_type` refuses both.
-    """
-    found: dict[str, list[EntryPoint]] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        found.setdefault(point.name, []).append(point)
-    return found
-
-
-def method_names() -> list[str]:
-    """List the names that :func:`detector_type` takes: pydefect's own, then those of installed packages."""
-    return list(dict.fromkeys([*METHODS, *declared_methods()]))
-
-
-def package_of(method: str) -> str | None:
-    """Name and version of the package that declares a method; None: it is pydefect's own."""
-    return None if method in METHODS else package_name(declared_methods()[method][0])
+METHOD_NAMES = DeclaredNames("method", "pydefect.methods", METHODS)
+"""All methods' names: those of :data:`METHODS`, and those of installed packages."""
 
 
 def detector_type(method: Any) -> type[Detector]:
@@ -105,40 +71,12 @@ def detector_type(method: Any) -> type[Detector]:
         No such method; or the package that declares it takes a name that another has, cannot be imported, or
         does not declare a detector. The message names the package.
     """
-    declared = declared_methods()
-    if not isinstance(method, str) or (method not in METHODS and method not in declared):
-        names = method_names()
-        meant = nearest(str(method), names)
-        raise InputError(f"method: {method!r} is not known; allowed are {', '.join(names)}{meant}")
-    packages = [*(["pydefect"] if method in METHODS else []), *map(package_name, declared.get(method, []))]
-    if len(packages) > 1:
-        raise InputError(
-            f"method: {method!r} is declared by {' and by '.join(packages)}; rename it in the entry points "
-            f"of {packages[-1]}, or uninstall that"
-        )
-    if method in METHODS:
+    found: type[Detector] | None = METHOD_NAMES.load(method, _unusable)
+    if found is None:
         entry = METHODS[method]
-        found: type[Detector] = getattr(importlib.import_module(entry.module), entry.name)
-        return found
-    return _loaded(declared[method][0], method)
-
-
-def _loaded(point: EntryPoint, method: str) -> type[Detector]:
-    what = f"method: {method!r}, which {package_name(point)} declares as {point.value!r}"
-    try:
-        loaded = point.load()
-    except Exception as error:
-        raise InputError(f"{what}, cannot be imported: {type(error).__name__}: {error}") from error
-    if reason := _unusable(loaded, method):
-        raise InputError(f"{what}, {reason}")
-    detector: type[Detector] = loaded
-    return detector
-
-
-def package_name(point: EntryPoint) -> str:
-    """Name and version of the package that an entry point is from, such as "my-package 0.3"."""
-    assert point.dist is not None  # entry_points() knows whose they are
-    return f"{point.dist.name} {point.dist.version}"
+        found = getattr(importlib.import_module(entry.module), entry.name)
+    assert found is not None
+    return found
 
 
 def _unusable(found: Any, method: str) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,36 @@ def juice_bottle() -> Path:
 def resnet18_weights() -> Path:
     """ResNet-18's ImageNet weights up to layer 3, torchvision's names."""
     return _shared("weights/resnet18_layers1-3.npz")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that does what pip does: a module and its metadata, where Python looks."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    # For processes of their own.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
+
+    def put(
+        package: str,
+        points: dict[str, str],
+        code: str = "",
+        version: str = "0.1",
+        group: str = "pydefect.methods",
+    ) -> None:
+        module = package.replace("-", "_")
+        (site / f"{module}.py").write_text(code, encoding="utf-8")
+        for old in site.glob(f"{module}-*.dist-info"):
+            shutil.rmtree(old)
+        metadata = site / f"{module}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+        (metadata / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -322,18 +322,20 @@ def test_float16_may_let_k_centre_choose_otherwise_but_not_worse(real):
 
 
 @pytest.mark.parametrize(
-    ("levels", "size", "whole"),
+    ("strides", "size", "whole"),
     [
-        ((1,), (8, 9), (8, 12)),
-        ((1, 2), (33, 40), (40, 40)),
-        ((1, 2, 3), (33, 48), (48, 48)),
-        ((3,), (1, 1), (16, 16)),
-        ((2, 3), (32, 48), (32, 48)),
+        ((4,), (8, 9), (8, 12)),
+        ((4, 8), (33, 40), (40, 40)),
+        ((4, 8, 16), (33, 48), (48, 48)),
+        ((16,), (1, 1), (16, 16)),
+        ((8, 16), (32, 48), (32, 48)),
+        ((14, 14), (28, 29), (28, 42)),
+        ((4, 6), (13, 24), (24, 24)),
     ],
 )
-def test_inputs_are_extended_to_whole_patches(levels, size, whole):
+def test_inputs_are_extended_to_whole_patches(strides, size, whole):
     images = torch.randn(2, 3, *size)
-    extended = whole_patches(images, levels)
+    extended = whole_patches(images, strides)
     assert extended.shape[2:] == whole
     assert torch.equal(extended[:, :, : size[0], : size[1]], images)
     assert int(extended.count_nonzero()) == images.numel()

@@ -4,10 +4,8 @@ one."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,11 +22,11 @@ from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
 from pydefect.errors import InputError, ModelFileError
 from pydefect.persistence import load_tensors, save_tensors
-from pydefect.registry import METHODS, declared_methods, detector_type, method_names, package_of
+from pydefect.registry import METHOD_NAMES, METHODS, detector_type
 
 MANUAL = (Path(__file__).parents[1] / "docs" / "own-methods.md").read_text(encoding="utf-8")
 
-Install = Callable[..., None]
+Install = Callable[..., None]  # tests/conftest.py
 
 
 def block(language: str, containing: str) -> str:
@@ -38,30 +36,6 @@ def block(language: str, containing: str) -> str:
         if containing in text
     ]
     return str(found)
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """A function that does what pip does: a module and its metadata, where Python looks."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    # For processes of their own.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, sys.path)]))
-
-    def put(package: str, points: dict[str, str], code: str = "", version: str = "0.1") -> None:
-        module = package.replace("-", "_")
-        (site / f"{module}.py").write_text(code, encoding="utf-8")
-        for old in site.glob(f"{module}-*.dist-info"):
-            shutil.rmtree(old)
-        metadata = site / f"{module}-{version}.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-        (metadata / "entry_points.txt").write_text(f"[pydefect.methods]\n{lines}")
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    return put
 
 
 @pytest.fixture
@@ -216,7 +190,7 @@ def test_a_package_that_does_not_work_is_named_when_its_method_is_used(what: str
     code, reason = WRONG[what]
     install("my-package", {"mine": "mine:Mine"}, version="2.0")
     install("mine", {}, code)
-    assert "mine" in method_names()
+    assert "mine" in METHOD_NAMES.names()
     assert detector_type("padim").method == "padim"
     assert CliRunner().invoke(app, ["info"]).exit_code == 0
     with pytest.raises(InputError, match=rf"^method: 'mine', which my-package 2\.0 declares .*{reason}"):
@@ -234,13 +208,13 @@ def test_a_name_has_one_package(install: Install) -> None:
     message = r"method: 'padim' is declared by pydefect and by my-package 0\.1; rename it in the entry points"
     with pytest.raises(InputError, match=message):
         pydefect.fit([], method="padim")
-    assert method_names() == [*METHODS, "mine"]
-    assert package_of("padim") is None
+    assert METHOD_NAMES.names() == [*METHODS, "mine"]
+    assert METHOD_NAMES.package_of("padim") is None
     assert detector_type("patchcore").method == "patchcore"
     install("other-package", {"mine": "other_package:Mine"})
     with pytest.raises(InputError, match=r"'mine' is declared by (my|other)-package 0\.1 and by"):
         pydefect.fit([], method="mine")
-    assert len(declared_methods()["mine"]) == 2
+    assert len(METHOD_NAMES.points()["mine"]) == 2
 
 
 def test_a_new_version_is_measured_anew(flange: Path, install: Install) -> None:

@@ -21,7 +21,7 @@ from pydefect.benchmark import Variant, find_categories, run_benchmark
 from pydefect.benchmark.plan import Category
 from pydefect.benchmark.tables import cell
 from pydefect.cli._console import parse_settings
-from pydefect.registry import detector_type, method_names
+from pydefect.registry import METHOD_NAMES, detector_type
 
 Figures = tuple[float | None, ...]
 
@@ -169,7 +169,7 @@ def _check_settings(tables: Sequence[PaperTable], settings: Mapping[str, Any]) -
     methods = {row.fit.method for table in tables for row in table.rows if row.fit is not None}
     known = {
         setting.name
-        for method in methods & set(method_names())
+        for method in methods & set(METHOD_NAMES.names())
         for setting in dataclasses.fields(detector_type(method).config_type)
     }
     if unknown := sorted(set(settings) - known):

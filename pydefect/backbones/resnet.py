@@ -6,18 +6,15 @@ them load all the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pydefect.backbones.weights import IMAGENET_WEIGHTS, load_state_dict
-from pydefect.errors import InputError
-from pydefect.randomness import seeded
+from pydefect.backbones.backbone import Backbone
 
-__all__ = ["ARCHITECTURES", "Architecture", "ResNet", "build_backbone"]
+__all__ = ["ARCHITECTURES", "Architecture", "ResNet"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "wide_resnet50_2": Architecture("bottleneck", (3, 4, 6), base_width=128),
     "wide_resnet101_2": Architecture("bottleneck", (3, 4, 23), base_width=128),
 }
-
-LEVEL_STRIDES = {1: 4, 2: 8, 3: 16}
-"""Input pixels for one step of each level's grid."""
 
 
 def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -105,7 +99,7 @@ class Bottleneck(nn.Module):
         return activated
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """A ResNet cut after layer3.
 
     Parameters
@@ -121,6 +115,8 @@ class ResNet(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
+        self.channels = architecture.channels
+        self.strides = {1: 4, 2: 8, 3: 16}
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
@@ -160,74 +156,11 @@ class ResNet(nn.Module):
                 maps.append(x)
         return maps
 
-
-def _initialise(network: ResNet, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-
-
-def build_backbone(
-    name: str, weights: str | Mapping[str, Tensor] = "imagenet", *, seed: int = 0, progress: bool = True
-) -> ResNet:
-    """Build a frozen backbone in eval mode.
-
-    Parameters
-    ----------
-    name
-        A key of :data:`ARCHITECTURES`.
-    weights
-        ``"imagenet"`` (torchvision's published file), ``"random"`` (He initialisation from ``seed``: for
-        demonstrations and tests, when no file is at hand), the path of a ``.pth``, ``.safetensors`` or
-        ``.npz`` file with torchvision's names, or such a state dict itself.
-    seed
-        For ``weights="random"`` only.
-    progress
-        Show a progress bar while downloading.
-
-    Returns
-    -------
-    ResNet
-        No parameter requires a gradient.
-
-    Raises
-    ------
-    InputError
-        Unknown name; a file that cannot be read, lacks a parameter or holds one of a wrong shape.
-    WeightsNotFoundError
-        The file does not exist, or ``"imagenet"`` is neither cached nor downloadable.
-    """
-    if name not in ARCHITECTURES:
-        raise InputError(f"backbone: {name!r} is not known; allowed are {', '.join(ARCHITECTURES)}")
-    with seeded(seed):  # all weights are replaced
-        network = ResNet(ARCHITECTURES[name])
-    if weights == "random":
-        _initialise(network, seed)
-    else:
-        if isinstance(weights, str):
-            source = f"weights {weights!r}"
-            if weights == "imagenet" and name not in IMAGENET_WEIGHTS:
-                raise InputError(f"weights: no ImageNet file is published for backbone {name!r}; give a file")
-            state = load_state_dict(name if weights == "imagenet" else weights, progress=progress)
-        else:
-            source, state = "weights", dict(weights)
-        _load_checked(network, state, name, source)
-    return network.requires_grad_(False).eval()
-
-
-def _load_checked(network: ResNet, state: Mapping[str, Tensor], name: str, source: str) -> None:
-    wanted = network.state_dict()
-    # torchvision's oldest files and converted ones have no step counter; eval mode never reads it.
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    if missing:
-        raise InputError(
-            f"{source}: not a {name} with torchvision's names: {len(missing)} parameters are missing, "
-            f"such as {missing[0]!r}"
-        )
-    for key, value in wanted.items():
-        if key in state and state[key].shape != value.shape:
-            raise InputError(
-                f"{source}: {key!r} has shape {tuple(state[key].shape)}; {name} needs {tuple(value.shape)}"
-            )
-    network.load_state_dict({key: state.get(key, value) for key, value in wanted.items()})
+    def initialise(self, seed: int) -> None:
+        """Take He et al.'s random weights from a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(
+                    module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+                )

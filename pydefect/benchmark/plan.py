@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydefect.backbones import BACKBONE_NAMES
 from pydefect.data.images import list_image_files, natural_order
 from pydefect.data.layouts import DEFECTS_CONFIG, Dataset, is_category, read_dataset
 from pydefect.errors import InputError
-from pydefect.registry import detector_type, package_of
+from pydefect.registry import METHOD_NAMES, detector_type
 
 __all__ = ["Category", "Pair", "Variant", "Weights", "find_categories", "without_places"]
 
@@ -172,7 +173,7 @@ class Variant:
     Attributes
     ----------
     method
-        One of :func:`pydefect.registry.method_names`.
+        One of :data:`pydefect.registry.METHOD_NAMES`.
     preset
         Of its settings.
     settings
@@ -262,11 +263,14 @@ class Pair:
     @property
     def facts(self) -> dict[str, Any]:
         """What its figures follow from, as JSON values without any place of this machine."""
-        package = package_of(self.variant.method)
+        package = METHOD_NAMES.package_of(self.variant.method)
+        backbone = self.variant.configuration.get("backbone")
+        backbone_package = BACKBONE_NAMES.package_of(backbone) if isinstance(backbone, str) else None
         return {
             "method": self.variant.method,
-            # Another version of it may give other figures.
+            # Another version of them may give other figures.
             **({} if package is None else {"package": package}),
+            **({} if backbone_package is None else {"backbone_package": backbone_package}),
             "configuration": without_places(self.variant.configuration),
             "category": self.category.name,
             "data_sha256": self.category.fingerprint,

@@ -204,7 +204,10 @@ def _encoded(text: str) -> bytes:
 
 def _told_apart(rows: Sequence[Row]) -> list[Row]:
     """Put what differs behind a label that several settings have: their figures have no mean."""
-    settings = [{**row.get("configuration", {}), "package": row.get("package")} for row in rows]
+    packages = ("package", "backbone_package")
+    settings = [
+        {**row.get("configuration", {}), **{name: row.get(name) for name in packages}} for row in rows
+    ]
     of_label: dict[str, list[dict[str, Any]]] = {}
     for row, given in zip(rows, settings, strict=True):
         of_label.setdefault(row["label"], []).append(given)

@@ -19,7 +19,7 @@ from pydefect.cli._console import (
     parse_settings,
     say,
 )
-from pydefect.registry import method_names
+from pydefect.registry import METHOD_NAMES
 
 if TYPE_CHECKING:
     from pydefect.detector import Detector
@@ -50,7 +50,7 @@ def fit(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The model file to write.")],
     method: Annotated[
-        str, typer.Option(help=f"The detector, one of {', '.join(method_names())}.")
+        str, typer.Option(help=f"The detector, one of {', '.join(METHOD_NAMES.names())}.")
     ] = "conpatch",
     preset: Annotated[
         str, typer.Option(help="default, or paper: the published method's settings.")
@@ -58,7 +58,7 @@ def fit(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="The frozen network: resnet18, wide_resnet50_2, ...  [default: the method's, resnet18]"
+            help="The frozen network, one that `pydefect info` lists.  [default: the method's, resnet18]"
         ),
     ] = None,
     weights: Annotated[

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from pydefect.cli._console import Debug
+from pydefect.declared import DeclaredNames, package_name
 
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show versions, methods, native code, instruction sets, CUDA and cached weights; for bug reports."""
+    """Show versions, methods, backbones, native code, CUDA and cached weights; for bug reports."""
     facts = _facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -28,9 +29,9 @@ def info(
 def _facts() -> dict[str, dict[str, Any]]:
     import torch
 
-    from pydefect.backbones import IMAGENET_WEIGHTS, cached_weights
+    from pydefect.backbones import BACKBONE_NAMES, IMAGENET_WEIGHTS, cached_weights
     from pydefect.buildinfo import build_info, versions
-    from pydefect.registry import METHODS, declared_methods, package_name
+    from pydefect.registry import METHOD_NAMES
 
     build = build_info()
     cuda = torch.cuda.is_available()
@@ -39,13 +40,8 @@ def _facts() -> dict[str, dict[str, Any]]:
     )
     return {
         "versions": versions(),
-        "methods": {
-            "of pydefect": list(METHODS),
-            **{
-                name: [f"{point.value} ({package_name(point)})" for point in points]
-                for name, points in declared_methods().items()
-            },
-        },
+        "methods": _named(METHOD_NAMES),
+        "backbones": _named(BACKBONE_NAMES),
         "native code": {
             "compiler": build.compiler,
             "built against torch": build.torch_built_against,
@@ -76,3 +72,13 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
+
+
+def _named(names: DeclaredNames) -> dict[str, list[str]]:
+    return {
+        "of pydefect": list(names.own),
+        **{
+            name: [f"{point.value} ({package_name(point)})" for point in points]
+            for name, points in names.points().items()
+        },
+    }

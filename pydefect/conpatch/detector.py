@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pydefect.backbones import ResNet
 from pydefect.calibration import Calibration, highest_held_out
 from pydefect.conpatch.bank import BANKS, MemoryBank
 from pydefect.conpatch.config import ConPatchConfig
@@ -169,9 +170,10 @@ class ConPatchDetector(FeatureDetector):
             self.training["images"] += done
             return list(collection.skipped)
 
-    def captured_state(self) -> MemoryBank:
-        """Return the bank, which :meth:`update` replaces by another."""
-        return self.bank
+    def captured_state(self) -> MemoryBank | None:
+        """Return the bank, which :meth:`update` replaces by another; None with a backbone of another package,
+        which may wait for the device."""
+        return self.bank if isinstance(self.extractor.backbone, ResNet) else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the network and the bank."""

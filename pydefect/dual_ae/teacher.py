@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydefect.backbones import ARCHITECTURES, ResNet, build_backbone, load_state_dict
+from pydefect.backbones import ARCHITECTURES, Backbone, build_backbone, load_state_dict
 from pydefect.dual_ae.pdn import PDN, PDN_CHANNELS, Size, output_size
 from pydefect.errors import InputError
 from pydefect.features import PatchFeatureExtractor, Precision
@@ -54,7 +54,7 @@ class BackboneTeacher(nn.Module):
     anomaly detection, CVPR 2022, section 3.1.
     """
 
-    def __init__(self, backbone: ResNet, padding: bool = False, precision: Precision = "float32") -> None:
+    def __init__(self, backbone: Backbone, padding: bool = False, precision: Precision = "float32") -> None:
         super().__init__()
         self.padding = padding
         self.extractor = PatchFeatureExtractor(backbone, (2, 3), precision)

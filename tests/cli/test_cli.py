@@ -573,7 +573,7 @@ def test_info_is_readable_and_json() -> None:
     code, output, _ = call("info", "--json")
     facts = json.loads(output)
     assert facts["versions"]["pydefect"] == pydefect.__version__
-    assert set(facts) == {"versions", "methods", "native code", "cuda", "imagenet weights"}
+    assert set(facts) == {"versions", "methods", "backbones", "native code", "cuda", "imagenet weights"}
 
 
 def test_the_demo_ignores_no_weights(tmp_path: Path) -> None:
