@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
+from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 from pydefect.errors import InputError, ModelFileError
@@ -66,17 +68,30 @@ def write_atomically(path: str | os.PathLike[str], content: bytes, *, durable: b
         with open(path, "ab") as file:
             file.write(content)
         return
+    with _replacing(path, durable=durable) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str], *, durable: bool) -> Iterator[Path]:
+    """Write a regular file atomically; see :func:`write_atomically`.
+
+    Yields
+    ------
+    pathlib.Path
+        An empty file beside it, which takes its place when the block ends, and is removed if an exception
+        leaves the block.
+    """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = _new_file(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "wb"):
             with suppress(FileNotFoundError):
                 os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
-            file.write(content)
+            yield temporary
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
+                os.fsync(handle)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -243,14 +258,37 @@ def save_tensors(
     path
         The file.
     tensors
-        Any device; tensors that share memory are written apart.
+        Any device; tensors that share memory are written apart. Nothing may change them meanwhile.
     metadata
         JSON values, under the key ``pydefect`` of the file's own metadata; a SHA-256 of everything is added.
     """
-    plain = {name: tensor.detach().to("cpu").clone().contiguous() for name, tensor in tensors.items()}
+    plain = _apart({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()})
     # In the JSON: safetensors writes several keys of its own metadata in an order that changes.
     text = json.dumps({**metadata, _DIGEST_KEY: _digest(metadata, plain)}, allow_nan=False)
-    write_atomically(path, serialise(plain, metadata={_METADATA_KEY: text}))
+    if is_written_into(path):
+        write_atomically(path, serialise(plain, metadata={_METADATA_KEY: text}))
+        return
+    with _replacing(path, durable=True) as temporary:
+        try:
+            # Not the bytes of all, which would be in memory twice more.
+            save_file(plain, temporary, metadata={_METADATA_KEY: text})
+        except SafetensorError as error:
+            # Its words for what the system says of a full disk, among others.
+            if said := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(said[1]), os.strerror(int(said[1]))) from error
+            raise
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what shares memory with another, or is a part of a larger one, which safetensors refuses."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.nbytes
+        found[name] = tensor if whole and storage.data_ptr() not in seen else tensor.clone()
+        seen.add(storage.data_ptr())
+    return found
 
 
 def _digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

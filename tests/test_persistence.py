@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -84,8 +85,11 @@ def test_a_replaced_file_hands_its_permissions_on(tmp_path):
 
 def test_views_that_share_memory_are_written_apart(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
-    save_tensors(tmp_path / "model", {"all": base, "row": base[1], "transposed": base.T}, {})
+    views = {"all": base, "row": base[1], "transposed": base.T, "again": base, "none": base[:0]}
+    save_tensors(tmp_path / "model", views, {})
     tensors, _ = load_tensors(tmp_path / "model")
+    assert torch.equal(tensors["again"], base)
+    assert tensors["none"].shape == (0, 4)
     assert torch.equal(tensors["row"], base[1])
     assert torch.equal(tensors["transposed"], base.T)
 
@@ -125,6 +129,22 @@ def test_a_full_disk_is_reported_of_the_file(tmp_path, monkeypatch):
         write_atomically(tmp_path / "model", b"new")
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_for_which_there_is_no_room(tmp_path):
+    path = tmp_path / "model"
+    save_tensors(path, TENSORS, {})
+    before = path.read_bytes()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/model'$") as caught:
+            save_tensors(path, {"x": torch.zeros(2000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_an_interruption_leaves_the_old_file_too(tmp_path, monkeypatch):
