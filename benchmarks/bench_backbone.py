@@ -1,10 +1,11 @@
-"""The frozen backbone to layer3: PyTorch's module, the same folded, folded and fused, and in bfloat16.
+"""The frozen backbone to layer3: PyTorch's module, the same folded, fused, in tiles, and in bfloat16.
 
 Run with ``pytest benchmarks/bench_backbone.py``; ``OMP_NUM_THREADS=1`` in front gives single-thread figures.
 Weights are random: they change neither the operations nor their time. Every contender's maps are compared
 with the module's before anything is timed. "folded" runs PyTorch's public operators, "fused" oneDNN's fused
-ones, and "extractor" is what a detector runs: fused, a thread's worth of images at a time, and the averages
-over 3x3 neighbourhoods.
+ones, "tiles" :func:`pydefect.ops.convolution` and the fused ones for what is not at stride 1, and "extractor"
+is what a detector runs: tiles in float32, a thread's worth of images at a time, and the averages over 3x3
+neighbourhoods.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pydefect.backbones import FoldedResNet, ResNet, build_backbone, folded
+from pydefect.backbones import FoldedResNet, ResNet, build_backbone, convolution, folded
 from pydefect.features import PatchFeatureExtractor
 
 Backbone = Callable[[Tensor], list[Tensor]]
 
-CONTENDERS = ["module", "folded", "fused", "folded bf16", "fused bf16", "extractor", "extractor bf16"]
+CONTENDERS = ["module", "folded", "fused", "tiles"]
+CONTENDERS += ["folded bf16", "fused bf16", "extractor", "extractor bf16"]
 
 
 def operations_and_bytes(network: ResNet, size: int) -> tuple[int, int]:
@@ -50,7 +52,9 @@ def build(contender: str, network: ResNet, device: str, patch: pytest.MonkeyPatc
         return network.to(memory_format=torch.channels_last)
     if contender.startswith("extractor"):
         return PatchFeatureExtractor(network, precision="bfloat16" if dtype == torch.bfloat16 else "float32")
-    if contender.startswith("fused"):
+    if contender != "tiles":
+        patch.setattr(convolution, "convolution_tiles", lambda weight: None)
+    if contender.startswith(("fused", "tiles")):
         if device != "cpu" or not folded.has_fused_convolutions(dtype):
             pytest.skip("no fused convolutions here")
     else:

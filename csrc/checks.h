@@ -175,6 +175,56 @@ inline void check_channel_reunion_backward(const Tensor& d_output, const Tensor&
                    gate);
 }
 
+// Of a convolution's weights: 6 x 6 numbers for each pair of channels, in blocks of 16 channels of the input
+// and panels of 32 of the output.
+constexpr int64_t kTileNumberCount = 36;
+constexpr int64_t kTileDepth = 16;
+constexpr int64_t kTileColumns = 32;
+
+inline void check_convolution_tiles(const Tensor& weight) {
+  const char* op = "convolution_tiles";
+  check(weight.dim() == 4, op, ": weight must have 4 dimensions, got ", weight.dim());
+  check(is_float(weight), op, ": weight must be float32, got ",
+        torch::headeronly::toString(weight.scalar_type()));
+  check(weight.size(2) == weight.size(3) && (weight.size(2) == 3 || weight.size(2) == 4), op,
+        ": weight must have kernels of 3 x 3 or 4 x 4, got ", weight.size(2), " x ", weight.size(3));
+  check(weight.size(0) >= 1 && weight.size(1) >= 1, op, ": weight must have at least 1 channel, got ",
+        weight.size(0), " and ", weight.size(1));
+}
+
+inline void check_convolution(const Tensor& maps, const Tensor& tiles, const Tensor& bias,
+                              const std::optional<Tensor>& residual, int64_t kernel, int64_t padding) {
+  const char* op = "convolution";
+  check_map(op, "maps", maps);
+  check(kernel == 3 || kernel == 4, op, ": kernel must be 3 or 4, got ", kernel);
+  check(padding >= 0 && padding < kernel, op, ": padding must be between 0 and ", kernel - 1, ", got ",
+        padding);
+  const int64_t grown = 2 * padding - kernel + 1;
+  for (int64_t d = 1; d < 3; ++d) {
+    check(maps.size(d) < kDimensionLimit, op, ": maps must have fewer than 2^30 rows and columns, got ",
+          maps.size(1), " and ", maps.size(2));
+    check(maps.size(d) + grown >= 1, op, ": maps must have a height and a width of at least ", 1 - grown,
+          ", got ", maps.size(1), " and ", maps.size(2));
+  }
+  check(bias.dim() == 1 && bias.size(0) >= 1, op, ": bias must have 1 dimension and at least 1 value");
+  check_parameter(op, "bias", bias, bias.size(0));
+  const int64_t panels = (bias.size(0) + kTileColumns - 1) / kTileColumns;
+  const int64_t depth = (maps.size(3) + kTileDepth - 1) / kTileDepth * kTileDepth;
+  check(tiles.dim() == 4 && is_float(tiles) && tiles.size(0) == panels && tiles.size(1) == kTileNumberCount &&
+            tiles.size(2) == depth && tiles.size(3) == kTileColumns,
+        op, ": tiles must be float32 and have the shape [", panels, ", ", kTileNumberCount, ", ", depth, ", ",
+        kTileColumns, "], which convolution_tiles gives them");
+  check_one_device(op, maps, tiles, bias);
+  if (residual) {
+    check_map(op, "residual", *residual);
+    check(residual->size(0) == maps.size(0) && residual->size(1) == maps.size(1) + grown &&
+              residual->size(2) == maps.size(2) + grown && residual->size(3) == bias.size(0),
+          op, ": residual must have the shape of the output, [", maps.size(0), ", ", maps.size(1) + grown,
+          ", ", maps.size(2) + grown, ", ", bias.size(0), "]");
+    check_one_device(op, maps, *residual);
+  }
+}
+
 inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,
                               int64_t distance_power) {
   check_float_matrix("hypersphere", "features", features);

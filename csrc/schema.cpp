@@ -15,6 +15,10 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "-> (Tensor d_features, Tensor d_direction, Tensor d_offset, "
       "Tensor d_reduce_weight, Tensor d_reduce_bias, Tensor d_expand_weight, Tensor d_expand_bias)");
   library.def(
+      "convolution(Tensor maps, Tensor tiles, Tensor bias, Tensor? residual, int kernel, int padding, "
+      "bool relu) -> Tensor");
+  library.def("convolution_tiles(Tensor weight) -> Tensor");
+  library.def(
       "hypersphere(Tensor features, Tensor bank, int k, float r, int distance_power) "
       "-> (Tensor loss, Tensor distances, Tensor indices)");
   library.def(

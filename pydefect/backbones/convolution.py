@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydefect.ops import convolution, convolution_tiles
+
 __all__ = ["Convolution", "Shape", "has_fused_convolutions"]
 
 Shape = tuple[int, int, int, int]
@@ -18,8 +20,9 @@ Shape = tuple[int, int, int, int]
 class Convolution:
     """A frozen convolution with what follows it.
 
-    ``fused``: run as one of PyTorch's fused oneDNN operators, with which activation and residual sum cost no
-    pass over memory of their own, and whose weights can be laid out once instead of in every call.
+    ``tiles``: run as :func:`pydefect.ops.convolution`, whose weights they are. ``fused``: run as one of
+    PyTorch's fused oneDNN operators, with which activation and residual sum cost no pass over memory of their
+    own, and whose weights can be laid out once instead of in every call.
     """
 
     weight: Tensor
@@ -27,17 +30,24 @@ class Convolution:
     stride: tuple[int, int]
     padding: tuple[int, int]
     fused: bool = False
+    tiles: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """convolution(x)"""
+        if self.tiles is not None:
+            return self._tiled(x)
         return self._fused(x, "none") if self.fused else self._plain(x)
 
     def relu(self, x: Tensor) -> Tensor:
         """relu(convolution(x))"""
+        if self.tiles is not None:
+            return self._tiled(x, relu=True)
         return self._fused(x, "relu") if self.fused else self._plain(x).relu_()
 
     def add_relu(self, residual: Tensor, x: Tensor) -> Tensor:
-        """relu(convolution(x) + residual), in residual's memory."""
+        """relu(convolution(x) + residual), which may be in residual's memory."""
+        if self.tiles is not None:
+            return self._tiled(x, relu=True, residual=residual)
         if not self.fused:
             return residual.add_(self._plain(x)).relu_()
         total: Tensor = torch.ops.mkldnn._convolution_pointwise_.binary(
@@ -55,12 +65,38 @@ class Convolution:
         )
         return result
 
+    def _tiled(self, x: Tensor, *, relu: bool = False, residual: Tensor | None = None) -> Tensor:
+        return convolution(
+            x,
+            self.weight,
+            self.bias,
+            padding=self.padding[0],
+            relu=relu,
+            residual=residual,
+            tiles=self.tiles,
+        )
+
+    def fastest(self, fused: bool) -> Convolution:
+        """Choose the form that runs fastest here, for images of any size.
+
+        Parameters
+        ----------
+        fused
+            Whether PyTorch's fused operators are there: :func:`has_fused_convolutions`.
+        """
+        tiles = None
+        if self.stride == (1, 1) and self.padding[0] == self.padding[1]:
+            tiles = convolution_tiles(self.weight)
+        return replace(self, fused=fused and tiles is None, tiles=tiles)
+
     def packed(self, shape: Shape) -> Convolution:
-        """Lay the weights out as the fused operator wants them for images of a shape."""
+        """Lay the weights of a fused one out as its operator wants them for images of a shape."""
+        if not self.fused:
+            return self
         weight = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight, self.padding, self.stride, (1, 1), 1, shape
         )
-        return replace(self, weight=weight, fused=True)
+        return replace(self, weight=weight)
 
     def output_shape(self, shape: Shape) -> Shape:
         height, width = (
@@ -94,15 +130,16 @@ def has_fused_convolutions(dtype: torch.dtype) -> bool:
         for size in (shape, (1, 16, 3, 3), (16, 16, 3, 3))
     )
     plain = Convolution(weight, torch.ones(16, dtype=dtype), (2, 2), (1, 1))
+    fused = replace(plain, fused=True)
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        for fused in (plain.packed(shape), replace(plain, fused=True)):
+        for one in (fused.packed(shape), fused):
             if not (
-                torch.equal(fused(images), plain(images))
-                and torch.equal(fused.relu(images), plain.relu(images))
+                torch.equal(one(images), plain(images))
+                and torch.equal(one.relu(images), plain.relu(images))
                 and torch.equal(
-                    fused.add_relu(residual.clone(), images), plain.add_relu(residual.clone(), images)
+                    one.add_relu(residual.clone(), images), plain.add_relu(residual.clone(), images)
                 )
             ):
                 return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,8 +118,8 @@ class FoldedResNet:
     """A frozen ResNet for inference: what :class:`~pydefect.backbones.resnet.ResNet` computes, sooner.
 
     Normalisations are folded into the convolutions. On the CPU activations and residual sums are fused into
-    them too and the weights laid out for the images' size, where PyTorch has what it takes
-    (:func:`has_fused_convolutions`).
+    them too. In float32 those at stride 1 are :func:`pydefect.ops.convolution`; the weights of others are
+    laid out for the images' size, where PyTorch has what it takes (:func:`has_fused_convolutions`).
 
     Parameters
     ----------
@@ -140,8 +140,7 @@ class FoldedResNet:
         self.device = network.conv1.weight.device
         self._plain = _folded(network, dtype)
         self._fused = self.device.type == "cpu" and all(map(has_fused_convolutions, {torch.float32, dtype}))
-        if self._fused:
-            self._plain = self._plain.changed(lambda one, _: replace(one, fused=True), (1, 3, 64, 64))
+        self._plain = self._plain.changed(lambda one, _: one.fastest(self._fused), (1, 3, 64, 64))
         # One assignment: other threads may be in the middle of a call.
         self._packed: tuple[torch.Size, _Network] | None = None
         self._last: torch.Size | None = None

@@ -17,8 +17,9 @@ _Step = Convolution | nn.Module
 class FoldedSequence:
     """A frozen plain sequence for inference: what the ``nn.Sequential`` computes, sooner.
 
-    On the CPU activations are fused into the convolutions and the weights laid out for the images' size,
-    where PyTorch has what it takes (:func:`~pydefect.backbones.convolution.has_fused_convolutions`).
+    On the CPU activations are fused into the convolutions. In float32 those at stride 1 are
+    :func:`pydefect.ops.convolution`; the weights of others are laid out for the images' size, where PyTorch
+    has what it takes (:func:`~pydefect.backbones.convolution.has_fused_convolutions`).
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ class FoldedSequence:
         self._activated: set[int] = set()
         for layer in network:
             if isinstance(layer, nn.Conv2d):
-                self._steps.append(_frozen(layer, dtype, self._fused))
+                self._steps.append(_frozen(layer, dtype).fastest(self._fused))
             elif isinstance(layer, nn.ReLU):
                 assert isinstance(self._steps[-1], Convolution)
                 self._activated.add(len(self._steps) - 1)
@@ -87,7 +88,7 @@ class FoldedSequence:
         return x
 
 
-def _frozen(layer: nn.Conv2d, dtype: torch.dtype, fused: bool) -> Convolution:
+def _frozen(layer: nn.Conv2d, dtype: torch.dtype) -> Convolution:
     assert layer.bias is not None
     stride, padding = layer.stride, layer.padding
     assert not isinstance(padding, str)
@@ -96,5 +97,4 @@ def _frozen(layer: nn.Conv2d, dtype: torch.dtype, fused: bool) -> Convolution:
         layer.bias.detach().to(dtype, copy=True),
         (stride[0], stride[1]),
         (padding[0], padding[1]),
-        fused,
     )

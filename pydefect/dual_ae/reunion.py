@@ -28,8 +28,8 @@ class SpatialReunion(nn.Module):
         super().__init__()
         self.pool = pool
         self.normalisation = normalisation
-        self.coarse = nn.Conv2d(channels, channels, 3, padding=1)
-        self.local = nn.Conv2d(channels, channels, 3, padding=1)
+        self.coarse: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
+        self.local: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
         self.attention = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

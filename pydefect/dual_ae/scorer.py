@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pydefect.backbones import FoldedSequence
 from pydefect.dual_ae.autoencoder import Autoencoder
@@ -74,8 +74,8 @@ class Scorer:
         for reunion in self._reunions:
             if isinstance(reunion, SpatialReunion):
                 # As in training: the wide convolutions in the type of the maps, all around them in float32.
-                reunion.local.to(dtype)
-                reunion.coarse.to(dtype)
+                reunion.local = _Folded(reunion.local, dtype)
+                reunion.coarse = _Folded(reunion.coarse, dtype)
         self._fusion = copy.deepcopy(network.fusion)
 
     @torch.inference_mode()
@@ -113,6 +113,18 @@ class Scorer:
         local = _mean_square(self._teacher(images), first)
         second = second.to(fused[0].dtype)
         return local, *(_mean_square(one, second) for one in fused)
+
+
+class _Folded(nn.Module):
+    """A layer of a module in the form that runs fastest."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._folded = FoldedSequence(nn.Sequential(layer), dtype)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Run the layer."""
+        return self._folded(maps)
 
 
 def _mean_square(first: Tensor, second: Tensor) -> Tensor:

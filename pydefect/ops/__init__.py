@@ -6,6 +6,7 @@ Operators without a native kernel yet are the twin itself or a faster compositio
 
 from pydefect.ops.assign_unique import assign_unique
 from pydefect.ops.channel_reunion import channel_reunion
+from pydefect.ops.convolution import convolution, convolution_tiles
 from pydefect.ops.hypersphere import hypersphere
 from pydefect.ops.kcenter_greedy import kcenter_greedy
 from pydefect.ops.kcenter_reduce import kcenter_reduce
@@ -20,6 +21,8 @@ from pydefect.ops.spatial_reunion import spatial_reunion
 __all__ = [
     "assign_unique",
     "channel_reunion",
+    "convolution",
+    "convolution_tiles",
     "hypersphere",
     "kcenter_greedy",
     "kcenter_reduce",

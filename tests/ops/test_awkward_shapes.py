@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -83,6 +84,19 @@ def _reduced(arguments: Arguments, actual: Any, expected: Any) -> None:
     torch.testing.assert_close(distances.double(), between[chosen], rtol=1e-5, atol=rounding)
     farthest = between.amin(1).amax()
     torch.testing.assert_close(squared_radius.double(), farthest, rtol=1e-5, atol=rounding)
+
+
+def _convolution(**arguments: Any) -> Tensor:
+    tiles = torch.ops.pydefect.convolution_tiles(arguments["weight"].detach())
+    return ops.convolution(**arguments, tiles=tiles)
+
+
+def _convolved(arguments: Arguments, actual: Any, expected: Any) -> None:
+    """See ``test_convolution.py``: roundings are relative to the sizes of all that is added up."""
+    maps, weight = arguments["maps"].double().abs(), arguments["weight"].double().abs()
+    sizes = F.conv2d(maps, weight, padding=arguments["padding"])
+    most = 4e-6 * float(sizes.max()) if sizes.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=most)
 
 
 @dataclass(frozen=True)
@@ -211,6 +225,23 @@ OPERATORS: dict[str, Operator] = {
         too_large=(
             ({"B": 2**40, "C": 2, "E": 2, "H": 4, "W": 4, "h": 2, "w": 2, "D": 3}, {}),
             ({"B": 1, "C": 2, "E": 2, "H": 2**29, "W": 2**29, "h": 2, "w": 2, "D": 3}, {}),
+        ),
+    ),
+    "convolution": Operator(
+        _convolution,
+        reference.convolution,
+        {"maps": "B C H W", "weight": "O C k k", "bias": "O"},
+        {"B": st.integers(0, 3), "C": WIDTHS, "O": WIDTHS, "H": SIDES, "W": SIDES, "k": st.integers(3, 4)},
+        _convolved,
+        settings=lambda sizes: {
+            "padding": st.integers(max(0, (sizes["k"] - min(sizes["H"], sizes["W"]) + 1) // 2), 2),
+            "relu": st.booleans(),
+        },
+        gradients=("maps", "weight", "bias"),
+        too_large=(
+            ({"B": 2**40, "C": 3, "O": 2, "H": 4, "W": 4, "k": 3}, {}),
+            ({"B": 1, "C": 3, "O": 2, "H": 2**31, "W": 4, "k": 3}, {}),
+            ({"B": 1, "C": 2**20, "O": 2, "H": 2**20, "W": 4, "k": 4}, {}),
         ),
     ),
     "relu_avg_pool": Operator(

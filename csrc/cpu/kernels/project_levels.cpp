@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "register_tile.h"
 #include "simd.h"
 #include "weighted_rows.h"
 
@@ -94,23 +95,8 @@ template <class V, int rows, int vectors>
 void project_tile_of(const float* pixels, const float* panel, int64_t blocks, const TileStart& start,
                      float* out, int64_t out_stride) {
   constexpr int columns = vectors * V::lanes;
-  constexpr int depth = ProjectLevelsKernel::depth;
   typename V::type sums[rows][vectors] = {};
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int k = 0; k < depth; ++k) {
-      typename V::type weights[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) weights[v] = V::load(panel + v * V::lanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) {
-        const typename V::type value = V::broadcast(pixels[r * depth + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sums[r][v] = V::multiply_add(value, weights[v], sums[r][v]);
-      }
-      panel += columns;
-    }
-    pixels += rows * depth;
-  }
+  add_products<V, rows, vectors, ProjectLevelsKernel::depth>(pixels, panel, columns, blocks, sums);
   if (start.constant != nullptr) {
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {

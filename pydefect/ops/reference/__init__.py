@@ -2,6 +2,7 @@
 
 from pydefect.ops.reference.assign_unique import assign_unique
 from pydefect.ops.reference.channel_reunion import channel_reunion
+from pydefect.ops.reference.convolution import convolution, convolution_tiles
 from pydefect.ops.reference.hypersphere import hypersphere
 from pydefect.ops.reference.kcenter_greedy import kcenter_greedy
 from pydefect.ops.reference.kcenter_reduce import kcenter_reduce
@@ -16,6 +17,8 @@ from pydefect.ops.reference.spatial_reunion import spatial_reunion
 __all__ = [
     "assign_unique",
     "channel_reunion",
+    "convolution",
+    "convolution_tiles",
     "hypersphere",
     "kcenter_greedy",
     "kcenter_reduce",

@@ -1,0 +1,244 @@
+// Convolutions with frozen weights on the CPU by Winograd's minimal filtering: a quarter of the
+// multiplications.
+//
+// Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016. Tiles are independent of each
+// other and every sum has one order, so that neither threads nor the other images of a batch change a result.
+#include "kernels/convolution.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../checks.h"
+#include "aligned.h"
+#include "dispatch.h"
+#include "maps.h"
+#include "rounding.h"
+
+namespace pydefect::cpu {
+namespace {
+
+constexpr const char* kName = "convolution";
+constexpr int64_t kColumns = ConvolutionKernel::columns;
+constexpr int64_t kDepth = ConvolutionKernel::depth;
+// Tiles that are worked on together: with 256 channels their numbers are 2 MB, which second-level caches and
+// their share of the third hold while all panels of weights go by.
+constexpr int64_t kTogether = 56;
+// Panels whose products are kept until they are transformed back: 1 MB of these tiles.
+constexpr int64_t kPanels = 4;
+
+// The weights' side of the transform, G, whose rows are the points' powers over their products of
+// differences.
+void transform_weight(const float* weight, int64_t stride, int64_t side, double (&to)[kTileSide][kTileSide]) {
+  static constexpr double points[5] = {0.0, 1.0, -1.0, 2.0, -0.5};
+  double matrix[kTileSide][4] = {};
+  for (int i = 0; i < 5; ++i) {
+    double product = 1.0;
+    for (int j = 0; j < 5; ++j) {
+      if (j != i) product *= points[i] - points[j];
+    }
+    double power = 1.0;
+    for (int64_t k = 0; k < side; ++k, power *= points[i]) matrix[i][k] = power / product;
+  }
+  matrix[5][side - 1] = 1.0;
+  double half_way[kTileSide][4] = {};
+  for (int64_t i = 0; i < kTileSide; ++i) {
+    for (int64_t x = 0; x < side; ++x) {
+      for (int64_t y = 0; y < side; ++y) half_way[i][x] += matrix[i][y] * weight[(y * side + x) * stride];
+    }
+  }
+  for (int64_t i = 0; i < kTileSide; ++i) {
+    for (int64_t j = 0; j < kTileSide; ++j) {
+      to[i][j] = 0.0;
+      for (int64_t x = 0; x < side; ++x) to[i][j] += half_way[i][x] * matrix[j][x];
+    }
+  }
+}
+
+Tensor convolution_tiles(const Tensor& weight_given) {
+  check_convolution_tiles(weight_given);
+  const Tensor weight = in_order("convolution_tiles", "weight", weight_given);
+  const int64_t outputs = weight.size(0), inputs = weight.size(1), side = weight.size(2);
+  const int64_t panels = divide_up(outputs, kColumns), depth = round_up(inputs, kDepth);
+  Tensor tiles = torch::stable::new_zeros(weight, {panels, kTileNumbers, depth, kColumns});
+  const float* const from = static_cast<const float*>(weight.const_data_ptr());
+  float* const to = static_cast<float*>(tiles.mutable_data_ptr());
+  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+    double numbers[kTileSide][kTileSide];
+    for (int64_t o = begin; o < end; ++o) {
+      float* const panel = to + o / kColumns * kTileNumbers * depth * kColumns + o % kColumns;
+      for (int64_t i = 0; i < inputs; ++i) {
+        transform_weight(from + (o * inputs + i) * side * side, 1, side, numbers);
+        for (int64_t n = 0; n < kTileNumbers; ++n) {
+          panel[(n * depth + i) * kColumns] = static_cast<float>(numbers[n / kTileSide][n % kTileSide]);
+        }
+      }
+    }
+  });
+  return tiles;
+}
+
+// The tiles that cover the output, numbered image after image, row after row.
+struct Tiling {
+  MapSize in;
+  MapSize out;
+  int64_t side;
+  int64_t padding;
+  int64_t across = divide_up(out.width, side);
+  int64_t down = divide_up(out.height, side);
+
+  int64_t count() const { return out.images * down * across; }
+};
+
+struct Place {
+  int64_t image;
+  int64_t row;
+  int64_t column;
+
+  Place(const Tiling& tiling, int64_t tile)
+      : image(tile / (tiling.down * tiling.across)),
+        row(tile / tiling.across % tiling.down * tiling.side),
+        column(tile % tiling.across * tiling.side) {}
+};
+
+class Convolution {
+ public:
+  Convolution(const Tiling& tiling, const float* maps, const float* tiles, const float* bias,
+              const float* residual, bool relu, float* out)
+      : kernel_(PYDEFECT_ACTIVE_KERNEL(convolution_kernel)),
+        tiling_(tiling),
+        maps_(maps),
+        tiles_(tiles),
+        bias_(bias),
+        residual_(residual),
+        relu_(relu),
+        out_(out),
+        blocks_(divide_up(tiling.in.channels, kDepth)),
+        zeros_(static_cast<size_t>(tiling.in.channels)) {}
+
+  void run() const {
+    // No more together than there is work for all threads; the results are the same.
+    const int64_t share = divide_up(tiling_.count(), int64_t{torch::stable::get_num_threads()});
+    const int64_t groups = std::min(kTogether / kernel_.rows, divide_up(share, int64_t{kernel_.rows}));
+    const int64_t together = groups * kernel_.rows;
+    torch::stable::parallel_for(0, divide_up(tiling_.count(), together), 1, [&](int64_t begin, int64_t end) {
+      AlignedBuffer<float> numbers(kTileNumbers * together * blocks_ * kDepth);
+      AlignedBuffer<float> products(kPanels * kTileNumbers * together * kColumns);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * together;
+        work_on(first, std::min(together, tiling_.count() - first), numbers.data(), products.data());
+      }
+    });
+  }
+
+ private:
+  void work_on(int64_t first, int64_t count, float* numbers, float* products) const {
+    const int64_t number_stride = count * blocks_ * kDepth;
+    for (int64_t group = 0; group < count; group += kernel_.rows) {
+      const int64_t rows = std::min<int64_t>(kernel_.rows, count - group);
+      for (int64_t r = 0; r < rows; ++r) {
+        transform_input(first + group + r, numbers + group * blocks_ * kDepth + r * kDepth, rows * kDepth,
+                        number_stride);
+      }
+    }
+    const int64_t panels = divide_up(tiling_.out.channels, kColumns);
+    const int64_t panel_size = blocks_ * kDepth * kColumns;
+    for (int64_t some = 0; some < panels; some += kPanels) {
+      const int64_t last = std::min(some + kPanels, panels);
+      for (int64_t n = 0; n < kTileNumbers; ++n) {
+        for (int64_t panel = some; panel < last; ++panel) {
+          const float* const weights = tiles_ + (panel * kTileNumbers + n) * panel_size;
+          float* const to = products + ((panel - some) * kTileNumbers + n) * count * kColumns;
+          for (int64_t group = 0; group < count; group += kernel_.rows) {
+            kernel_.multiply(static_cast<int>(std::min<int64_t>(kernel_.rows, count - group)),
+                             numbers + n * number_stride + group * blocks_ * kDepth, weights, blocks_,
+                             to + group * kColumns);
+          }
+        }
+      }
+      for (int64_t tile = 0; tile < count; ++tile) {
+        for (int64_t panel = some; panel < last; ++panel) {
+          const float* const from = products + (panel - some) * kTileNumbers * count * kColumns;
+          transform_output(first + tile, panel * kColumns, from + tile * kColumns, count * kColumns);
+        }
+      }
+    }
+  }
+
+  void transform_input(int64_t tile, float* to, int64_t block_stride, int64_t number_stride) const {
+    const Place place(tiling_, tile);
+    const float* const image = maps_ + place.image * tiling_.in.image();
+    const float* pixels[kTileNumbers];
+    for (int64_t n = 0; n < kTileNumbers; ++n) {
+      const int64_t y = place.row - tiling_.padding + n / kTileSide;
+      const int64_t x = place.column - tiling_.padding + n % kTileSide;
+      const bool inside = y >= 0 && y < tiling_.in.height && x >= 0 && x < tiling_.in.width;
+      pixels[n] = inside ? image + (y * tiling_.in.width + x) * tiling_.in.channels : zeros_.data();
+    }
+    kernel_.transform_input(pixels, tiling_.in.channels, to, block_stride, number_stride);
+  }
+
+  void transform_output(int64_t tile, int64_t channel, const float* products, int64_t number_stride) const {
+    const Place place(tiling_, tile);
+    const MapSize& out = tiling_.out;
+    const int64_t at =
+        place.image * out.image() + (place.row * out.width + place.column) * out.channels + channel;
+    const OutputTile output = {products,
+                               number_stride,
+                               bias_ + channel,
+                               residual_ == nullptr ? nullptr : residual_ + at,
+                               out_ + at,
+                               out.width * out.channels,
+                               out.channels,
+                               std::min(tiling_.side, out.height - place.row),
+                               std::min(tiling_.side, out.width - place.column),
+                               std::min(kColumns, out.channels - channel),
+                               relu_};
+    (tiling_.side == 3 ? kernel_.transform_output3 : kernel_.transform_output4)(output);
+  }
+
+  const ConvolutionKernel& kernel_;
+  Tiling tiling_;
+  const float* maps_;      // [images, height, width, channels]
+  const float* tiles_;     // [panels, 36, channels in whole blocks, columns]
+  const float* bias_;      // [channels of the output]
+  const float* residual_;  // as out_, or nullptr
+  bool relu_;
+  float* out_;  // [images, height, width, channels]
+  int64_t blocks_;
+  std::vector<float> zeros_;
+};
+
+Tensor convolution(const Tensor& maps_given, const Tensor& tiles_given, const Tensor& bias_given,
+                   const std::optional<Tensor>& residual_given, int64_t kernel, int64_t padding, bool relu) {
+  check_convolution(maps_given, tiles_given, bias_given, residual_given, kernel, padding);
+  const Tensor maps = in_order(kName, "maps", maps_given);
+  const Tensor tiles = in_order(kName, "tiles", tiles_given);
+  const Tensor bias = in_order(kName, "bias", bias_given);
+  std::optional<Tensor> residual;
+  if (residual_given) residual = in_order(kName, "residual", *residual_given);
+  const int64_t grown = 2 * padding - kernel + 1;
+  Tensor output = torch::stable::new_empty(
+      maps, {maps.size(0), maps.size(1) + grown, maps.size(2) + grown, bias.size(0)});
+  if (output.numel() == 0) return output;
+  const Tiling tiling = {MapSize(maps), MapSize(output), kTileSide + 1 - kernel, padding};
+  Convolution(tiling, static_cast<const float*>(maps.const_data_ptr()),
+              static_cast<const float*>(tiles.const_data_ptr()),
+              static_cast<const float*>(bias.const_data_ptr()),
+              residual ? static_cast<const float*>(residual->const_data_ptr()) : nullptr, relu,
+              static_cast<float*>(output.mutable_data_ptr()))
+      .run();
+  return output;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) {
+  library.impl("convolution", TORCH_BOX(&convolution));
+  library.impl("convolution_tiles", TORCH_BOX(&convolution_tiles));
+}
+
+}  // namespace
+}  // namespace pydefect::cpu
