@@ -2,17 +2,19 @@
 
 A kernel that comes to need more registers runs fewer blocks at a time, and one with a stack keeps in slow
 memory what should be in registers: neither shows in a test, so both are shown here. Needs cuobjdump (PyPI:
-nvidia-cuda-cuobjdump).
+nvidia-cuda-cuobjdump, which is found where pip puts it).
 
-Usage: check_cuda_resources.py LIBPYDEFECT_CUDA.SO [--cuobjdump PROGRAM] [--write]
+Usage: python .ci/check_cuda_resources.py LIBPYDEFECT_CUDA.SO [--cuobjdump PROGRAM] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "resources.txt"
@@ -25,7 +27,7 @@ Resources = dict[tuple[str, str], tuple[int, int, int]]
 def read_library(library: Path, cuobjdump: str) -> Resources:
     """(architecture, kernel) -> registers a thread, stack bytes a thread, static shared bytes a block."""
     command = [cuobjdump, "--dump-resource-usage", str(library)]
-    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    dump = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: Resources = {}
     for part in re.split(r"^arch = ", dump, flags=re.MULTILINE)[1:]:
         arch = part.split(None, 1)[0]
@@ -79,13 +81,27 @@ def complaints(found: Resources, allowed: Resources) -> list[str]:
     return result
 
 
+def _from_pip() -> str | None:
+    """Where the package puts the program, which is on no path."""
+    places = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    found = [program for place in places for program in place.glob("nvidia/*/bin/cuobjdump")]
+    return str(found[0]) if found else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
-    parser.add_argument("--cuobjdump", default="cuobjdump", help="the program; PyPI: nvidia-cuda-cuobjdump")
+    parser.add_argument("--cuobjdump", help="the program; PyPI: nvidia-cuda-cuobjdump")
     arguments = parser.parse_args()
-    found = read_library(arguments.library, arguments.cuobjdump)
+    cuobjdump = arguments.cuobjdump or shutil.which("cuobjdump") or _from_pip()
+    if cuobjdump is None:
+        parser.error(
+            "no cuobjdump: `pip install nvidia-cuda-cuobjdump`, or name the program with --cuobjdump"
+        )
+    if not arguments.library.is_file():
+        parser.error(f"no library {arguments.library}")
+    found = read_library(arguments.library, cuobjdump)
     if not found:
         print(f"{arguments.library}: no kernels found", file=sys.stderr)
         return 1
@@ -96,7 +112,9 @@ def main() -> int:
     for line in wrong:
         print(line, file=sys.stderr)
     if wrong:
-        print("If the change is worth it: .ci/check_cuda_resources.py LIBRARY --write", file=sys.stderr)
+        print(
+            "If the change is worth it: python .ci/check_cuda_resources.py LIBRARY --write", file=sys.stderr
+        )
     else:
         print(f"{len(found)} kernels take no more than {TABLE.name} says")
     return int(bool(wrong))

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class Settings:
     """How settings are checked, changed and written down; a subclass adds its fields.
 
     A field that is a ``Literal``, a ``bool``, an ``int`` or a ``float`` (or None) is checked by its type, and
-    numbers by :attr:`RANGES`. What goes beyond that, a subclass checks in its own ``__post_init__``.
+    numbers by :attr:`RANGES` where it has one. What goes beyond that, a subclass checks in its own
+    ``__post_init__``.
     """
 
     TITLE: ClassVar[str]
@@ -35,7 +36,7 @@ class Settings:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
     """What each preset changes of the defaults."""
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    """Smallest and largest value of every number."""
+    """Smallest and largest value of a number; without one it may be any finite number."""
 
     def __post_init__(self) -> None:
         """Check every setting before any work is done."""
@@ -48,22 +49,26 @@ class Settings:
 
     def _check(self, name: str, hint: Any) -> None:
         value = getattr(self, name)
+        union = typing.get_origin(hint) in (Union, UnionType)
+        kinds = set(typing.get_args(hint) if union else (hint,))
+        if value is None and type(None) in kinds:
+            return
+        kinds.discard(type(None))
         if typing.get_origin(hint) is Literal:
             choices = typing.get_args(hint)
             # 1 is equal to True and to 1.0, which no operator takes for it.
             if value not in choices or isinstance(value, float | bool):
                 raise InputError(f"{name}: {value!r} given; allowed are {', '.join(map(repr, choices))}")
-        elif hint is bool:
+        elif kinds == {bool}:
             if not isinstance(value, bool):
                 raise InputError(f"{name}: {value!r} given; allowed are True, False")
-        elif name in self.RANGES:
-            kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            if value is None and type(None) in kinds:
-                return
-            low, high = self.RANGES[name]
+        elif kinds <= {int, float}:
+            low, high = self.RANGES.get(name, (-math.inf, math.inf))
+            number = isinstance(value, int | float) and not (float in kinds and isinstance(value, bool))
             # Infinity is no JSON number: a detector with it could not be saved.
-            if not (isinstance(value, int | float) and low <= value <= high and math.isfinite(value)):
+            if not (number and low <= value <= high and math.isfinite(value)):
                 allowed = f"{low:g} and more" if high == math.inf else f"{low:g} to {high:g}"
+                allowed = "finite numbers" if low == -math.inf else allowed
                 raise InputError(f"{name}: {value!r} given; allowed are {allowed}")
             if float in kinds:
                 # One form of equal settings: 2 and 2.0 would be told apart in files.
@@ -105,10 +110,7 @@ class Settings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_dict` wrote."""
-        settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**settings)
+        return cls(**{name: _tupled(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,10 @@ class MethodConfig(Settings):
 
 def _listed(value: Any) -> Any:
     return [_listed(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def _size(name: str, value: Any) -> tuple[int, int] | None:

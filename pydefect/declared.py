@@ -10,7 +10,10 @@ from typing import Any
 
 from pydefect.errors import InputError, nearest
 
-__all__ = ["DeclaredNames", "package_name"]
+__all__ = ["BACKBONES", "METHODS", "DeclaredNames", "declaring_package", "package_name"]
+
+METHODS, BACKBONES = "pydefect.methods", "pydefect.backbones"
+"""Groups of entry points."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ class DeclaredNames:
 
     def package_of(self, name: str) -> str | None:
         """Name and version of the package that declares a name; None: no package but pydefect."""
-        points = [] if name in self.own else self.points().get(name, [])
-        return package_name(points[0]) if points else None
+        return None if name in self.own else declaring_package(self.group, name)
 
     def load(self, name: Any, unusable: Callable[[Any, str], str | None]) -> Any:
         """Import what a package declares.
@@ -98,11 +100,17 @@ class DeclaredNames:
         what = f"{self.kind}: {name!r}, which {package_name(points[0])} declares as {points[0].value!r}"
         try:
             loaded = points[0].load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{what}, cannot be imported: {type(error).__name__}: {error}") from error
         if reason := unusable(loaded, name):
             raise InputError(f"{what}, {reason}")
         return loaded
+
+
+def declaring_package(group: str, name: str) -> str | None:
+    """Name and version of the (first) package that declares a name in a group; None: none does."""
+    points = list(entry_points(group=group, name=name))
+    return package_name(points[0]) if points else None
 
 
 def package_name(point: EntryPoint) -> str:

@@ -474,6 +474,10 @@ class Detector(ABC):
                         )
                 tell()
                 maps = {name: some.cpu() for name, some in maps.items()}
+                finite = maps["anomaly"].flatten(1).isfinite().all(1).tolist()
+                if False in finite:
+                    name = group[finite.index(False)].name
+                    raise PydefectError(f"{name}: the anomaly map holds numbers that are not finite")
                 share = (time.perf_counter() - began) / len(group)
                 for index, (image, score) in enumerate(zip(group, scores, strict=True)):
                     began = time.perf_counter()

@@ -19,6 +19,7 @@ from pydefect.backbones import BACKBONE_NAMES, build_backbone, weights_fingerpri
 from pydefect.calibration import Calibration
 from pydefect.config import MethodConfig
 from pydefect.data.images import SkippedImage, open_images
+from pydefect.declared import METHODS, declaring_package
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.features import (
@@ -277,6 +278,9 @@ class FeatureDetector(Detector):
             run = {
                 **config.to_dict(),
                 "method": cls.method,
+                # Another version may fit and score otherwise: None for what is pydefect's own.
+                "package": declaring_package(METHODS, cls.method),
+                "backbone_package": BACKBONE_NAMES.package_of(config.backbone),
                 "seed": seed,
                 "images": features.digest,
                 "backbone_weights": weights_fingerprint(backbone.state_dict()),

@@ -3,10 +3,13 @@ each, and those that installed packages declare as entry points (``docs/own-meth
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydefect import declared
 from pydefect.declared import DeclaredNames
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-METHOD_NAMES = DeclaredNames("method", "pydefect.methods", METHODS)
+METHOD_NAMES = DeclaredNames("method", declared.METHODS, METHODS)
 """All methods' names: those of :data:`METHODS`, and those of installed packages."""
 
 
@@ -96,4 +99,8 @@ def _unusable(found: Any, method: str) -> str | None:
         return "has no config_type that is a subclass of pydefect.config.MethodConfig"
     if not hasattr(config_type, "TITLE"):
         return f"has a config_type without TITLE, the method's name in messages ({config_type.__name__})"
+    # What pydefect.fit takes beside settings.
+    taken = {"method", "preset", *inspect.signature(Detector.fit).parameters}
+    if names := sorted(taken.intersection(field.name for field in dataclasses.fields(config_type))):
+        return f"has settings called {', '.join(names)}, as arguments of pydefect.fit are; rename them"
     return None

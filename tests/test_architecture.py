@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,11 @@ def imports(name: str, *, also_lazy: bool = True) -> set[str]:
             if node.module and node.module.split(".")[0] == "pydefect":
                 for alias in node.names:
                     submodule = f"{node.module}.{alias.name}"
-                    found.add(submodule if submodule in MODULES else node.module)
+                    # What the package's top hands on is of the room that it comes from.
+                    there = (
+                        pydefect._ROOMS.get(alias.name, node.module) if node.module == "pydefect" else None
+                    )
+                    found.add(submodule if submodule in MODULES else there or node.module)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -210,3 +215,40 @@ def test_what_a_module_exports_is_there(module):
     loaded = importlib.import_module(module)
     for name in getattr(loaded, "__all__", []):
         assert hasattr(loaded, name)
+
+
+# Of an operation that has no kernel on a card, the reason.
+CPU_ONLY = {"convolution": "on a card it is cuDNN's", "convolution_tiles": "of the CPU's convolution"}
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_every_cuda_source_is_compiled():
+    (named,) = re.findall(
+        r"set\(cuda_operations ([^)]*)\)", (REPOSITORY / "CMakeLists.txt").read_text(encoding="utf-8")
+    )
+    sources = {path.stem for path in (REPOSITORY / "csrc/cuda").glob("*.cu")}
+    assert sources == {*named.split(), "driver"}
+
+
+def test_no_operation_is_forgotten():
+    """What docs/adding-an-operation.md asks for, where nothing else would show that it is missing."""
+    from pydefect import ops
+
+    def names_in(path: str, table: str) -> set[str]:
+        tree = ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(one, ast.Name) and one.id == table for one in targets):
+                assert isinstance(node, ast.Assign | ast.AnnAssign)
+                assert isinstance(node.value, ast.Dict)
+                return {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+        raise AssertionError(f"{path} has no {table}")
+
+    every = set(ops.__all__)
+    drawn = names_in("tests/ops/test_awkward_shapes.py", "OPERATORS")
+    assert drawn == every - {"convolution_tiles"}  # whose only argument is a weight
+    streamed = {name.split()[0] for name in names_in("tests/ops/test_cuda_kernels.py", "STREAMED")}
+    assert every - streamed == set(CPU_ONLY)
+    page = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| (`.*?) \|", page.split("## The operations")[1], flags=re.MULTILINE))
+    assert every <= set(re.findall(r"`(\w+)`", rows))

@@ -20,7 +20,7 @@ from pydefect.benchmark import Variant, find_categories
 from pydefect.benchmark.plan import Pair, Weights
 from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
-from pydefect.errors import InputError, ModelFileError
+from pydefect.errors import InputError, ModelFileError, PydefectError
 from pydefect.persistence import load_tensors, save_tensors
 from pydefect.registry import METHOD_NAMES, METHODS, detector_type
 
@@ -176,6 +176,19 @@ WRONG = {
         "class Mine(BaselineDetector): method = 'mine'",
         "has no config_type",
     ),
+    "settings called as arguments": (
+        "from dataclasses import dataclass\n"
+        "from pydefect.baselines.detector import BaselineDetector\n"
+        "from pydefect.feature_detector import FeatureConfig\n"
+        "@dataclass(frozen=True)\n"
+        "class Config(FeatureConfig):\n"
+        "    TITLE = 'Mine'\n"
+        "    seed: int = 7\n"
+        "    images: int = 3\n"
+        "class Mine(BaselineDetector): method, config_type = 'mine', Config",
+        "has settings called images, seed, as arguments of pydefect.fit are; rename them",
+    ),
+    "an end of the program": ("raise SystemExit('bye')", "cannot be imported: SystemExit: bye"),
     "settings without a title": (
         "from pydefect.baselines.detector import BaselineDetector\n"
         "from pydefect.feature_detector import FeatureConfig\n"
@@ -231,3 +244,53 @@ def test_a_new_version_is_measured_anew(flange: Path, install: Install) -> None:
         keys.add(key("one_gaussian"))
     assert len(keys) == 2
     assert key("padim") == padim
+
+
+@pytest.mark.usefixtures("example")
+def test_a_checkpoint_of_another_version_is_not_resumed(
+    flange: Path, tmp_path: Path, install: Install
+) -> None:
+    settings = {"resize": 64, "levels": (1,), "calibration_folds": 2, "weights": "random", "progress": False}
+
+    def fit() -> pydefect.Detector:
+        return pydefect.fit(flange, method="one_gaussian", checkpoint=tmp_path / "state", **settings)  # type: ignore[arg-type]
+
+    code = block("python", "class OneGaussianDetector")
+    points = {"one_gaussian": "one_gaussian:OneGaussianDetector"}
+    with pytest.warns(UserWarning, match="held-out images support"):
+        fit()
+    install("one-gaussian", points, code, version="0.2")
+    with pytest.raises(InputError, match=r"holds another run \(it differs in package\)"):
+        fit()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("self.found = {}  #", "#", r"OneGaussian must have found after a fit, .*: NoneType given"),
+        ("self.found = {}", "self.found = {'mean': mean}", "a dict of JSON values: Object of type Tensor"),
+        (
+            "maps.flatten(1).amax(1), maps",
+            "maps.flatten(1).amax(1), maps[:, None]",
+            r"gave \(1,\) and \(1, 1, ",
+        ),
+        ("maps.flatten(1).amax(1), maps", "-maps.flatten(1).amax(1), maps", "the least of them -"),
+    ],
+)
+def test_a_model_that_breaks_the_contract_is_told_at_the_first_fold(
+    old: str, new: str, message: str, flange: Path, install: Install
+) -> None:
+    code = block("python", "class OneGaussianDetector")
+    assert old in code
+    points = {"one_gaussian": "one_gaussian:OneGaussianDetector"}
+    install("one-gaussian", points, code.replace(old, new))
+    with pytest.raises(PydefectError, match=message):
+        pydefect.fit(
+            flange,
+            method="one_gaussian",
+            resize=64,
+            levels=(1,),
+            calibration_folds=2,
+            weights="random",
+            progress=False,
+        )

@@ -10,13 +10,13 @@ from torch import Tensor
 from pydefect.backbones.backbone import Backbone
 from pydefect.backbones.resnet import ARCHITECTURES, ResNet
 from pydefect.backbones.weights import IMAGENET_WEIGHTS, load_state_dict
-from pydefect.declared import DeclaredNames
+from pydefect.declared import BACKBONES, DeclaredNames
 from pydefect.errors import InputError
 from pydefect.randomness import seeded
 
 __all__ = ["BACKBONE_NAMES", "build_backbone"]
 
-BACKBONE_NAMES = DeclaredNames("backbone", "pydefect.backbones", ARCHITECTURES)
+BACKBONE_NAMES = DeclaredNames("backbone", BACKBONES, ARCHITECTURES)
 """All backbones' names: the ResNets, and those that installed packages declare."""
 
 _LEVELS = (1, 2, 3)

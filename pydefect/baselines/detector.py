@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pydefect.calibration import Calibration, highest_held_out
 from pydefect.crossfit import Fold, cross_fit, split_folds
+from pydefect.errors import PydefectError
 from pydefect.feature_detector import FeatureConfig, FeatureDetector, TrainingFeatures
 from pydefect.features import FeatureCache, PatchFeatureExtractor
 from pydefect.persistence import Checkpoint
@@ -157,13 +159,16 @@ class BaselineDetector(FeatureDetector):
             context = Context(
                 seed=seed, device=device, checkpoint=checkpoint, stage=stage, title=title, bars=bars
             )
-            return cls.model_type.fit(cache, indices, config, context)
+            model = cls.model_type.fit(cache, indices, config, context)
+            _check_found(model)
+            return model
 
         @torch.inference_mode()
         def scores_of(model: PatchModel, fold: Fold) -> tuple[list[float], list[float]]:
             scores, maxima = [], []
             for done, index in enumerate(fold.held_out, start=1):
                 image_scores, maps = model.score(cache.get([index], device), features.size)
+                _check_scores(model, image_scores, maps, features.size)
                 scores.append(float(image_scores[0]))
                 maxima.append(float(maps.max()))
                 bars(f"{fold.title}: scoring", done, len(fold.held_out))
@@ -220,4 +225,27 @@ class BaselineDetector(FeatureDetector):
             seed=seed,
             calibration=calibration,
             training=training,
+        )
+
+
+def _check_found(model: PatchModel) -> None:
+    """Refuse a model that cannot be saved before the others are fitted: somebody else may have written it."""
+    found = getattr(model, "found", None)
+    try:
+        if not isinstance(found, dict):
+            raise TypeError(f"{type(found).__name__} given")
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PydefectError(
+            f"method: {type(model).__name__} must have found after a fit, a dict of JSON values: {error}"
+        ) from error
+
+
+def _check_scores(model: PatchModel, image_scores: Tensor, maps: Tensor, size: tuple[int, int]) -> None:
+    shapes = tuple(image_scores.shape), tuple(maps.shape)
+    if shapes != ((1,), (1, *size)) or min(float(image_scores.min()), float(maps.min())) < 0:
+        least = min(float(image_scores.min()), float(maps.min()))
+        raise PydefectError(
+            f"method: {type(model).__name__}.score must give scores [B] and maps [B, {size[0]}, {size[1]}], "
+            f"numbers >= 0; for one image it gave {shapes[0]} and {shapes[1]}, the least of them {least:g}"
         )

@@ -53,6 +53,21 @@ def test_a_score_that_is_none_is_an_error(fit, products):
         detector.score(products)
 
 
+def test_a_map_that_is_not_finite_is_an_error(fit, products, monkeypatch):
+    detector = fit(products, epochs=0, calibration_folds=0)
+    predict = detector.predict
+
+    def broken(images):
+        scores, maps = predict(images)
+        maps = maps.clone()
+        maps[1, 3, 5] = torch.inf
+        return scores.clone(), maps
+
+    monkeypatch.setattr(detector, "predict", broken)
+    with pytest.raises(PydefectError, match=r"image-00001: the anomaly map holds numbers that are not fin"):
+        detector.score(products[:2])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_graph_can_capture_scoring(products, defective, batch):
