@@ -121,10 +121,10 @@ class Convolution {
         zeros_(static_cast<size_t>(tiling.in.channels)) {}
 
   void run() const {
-    // No more together than there is work for all threads; the results are the same.
-    const int64_t share = divide_up(tiling_.count(), int64_t{torch::stable::get_num_threads()});
-    const int64_t groups = std::min(kTogether / kernel_.rows, divide_up(share, int64_t{kernel_.rows}));
-    const int64_t together = groups * kernel_.rows;
+    // As many for every thread, and no more than kTogether at a time; the results are the same for any cut.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t rounds = divide_up(tiling_.count(), threads * kTogether);
+    const int64_t together = divide_up(tiling_.count(), threads * rounds);
     torch::stable::parallel_for(0, divide_up(tiling_.count(), together), 1, [&](int64_t begin, int64_t end) {
       AlignedBuffer<float> numbers(kTileNumbers * together * blocks_ * kDepth);
       AlignedBuffer<float> products(kPanels * kTileNumbers * together * kColumns);
@@ -138,8 +138,10 @@ class Convolution {
  private:
   void work_on(int64_t first, int64_t count, float* numbers, float* products) const {
     const int64_t number_stride = count * blocks_ * kDepth;
-    for (int64_t group = 0; group < count; group += kernel_.rows) {
-      const int64_t rows = std::min<int64_t>(kernel_.rows, count - group);
+    // Groups of nearly one size: one of a tile or two would take as long as one of several.
+    const int64_t most = divide_up(count, divide_up(count, int64_t{kernel_.rows}));
+    for (int64_t group = 0; group < count; group += most) {
+      const int64_t rows = std::min(most, count - group);
       for (int64_t r = 0; r < rows; ++r) {
         transform_input(first + group + r, numbers + group * blocks_ * kDepth + r * kDepth, rows * kDepth,
                         number_stride);
@@ -153,8 +155,8 @@ class Convolution {
         for (int64_t panel = some; panel < last; ++panel) {
           const float* const weights = tiles_ + (panel * kTileNumbers + n) * panel_size;
           float* const to = products + ((panel - some) * kTileNumbers + n) * count * kColumns;
-          for (int64_t group = 0; group < count; group += kernel_.rows) {
-            kernel_.multiply(static_cast<int>(std::min<int64_t>(kernel_.rows, count - group)),
+          for (int64_t group = 0; group < count; group += most) {
+            kernel_.multiply(static_cast<int>(std::min(most, count - group)),
                              numbers + n * number_stride + group * blocks_ * kDepth, weights, blocks_,
                              to + group * kColumns);
           }
