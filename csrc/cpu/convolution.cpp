@@ -31,52 +31,34 @@ constexpr int64_t kTogether = 56;
 // Panels whose products are kept until they are transformed back: 1 MB of these tiles.
 constexpr int64_t kPanels = 4;
 
-// The weights' side of the transform, G, whose rows are the points' powers over their products of
-// differences.
-void transform_weight(const float* weight, int64_t stride, int64_t side, double (&to)[kTileSide][kTileSide]) {
-  static constexpr double points[5] = {0.0, 1.0, -1.0, 2.0, -0.5};
-  double matrix[kTileSide][4] = {};
-  for (int i = 0; i < 5; ++i) {
-    double product = 1.0;
-    for (int j = 0; j < 5; ++j) {
-      if (j != i) product *= points[i] - points[j];
-    }
-    double power = 1.0;
-    for (int64_t k = 0; k < side; ++k, power *= points[i]) matrix[i][k] = power / product;
-  }
-  matrix[5][side - 1] = 1.0;
-  double half_way[kTileSide][4] = {};
-  for (int64_t i = 0; i < kTileSide; ++i) {
-    for (int64_t x = 0; x < side; ++x) {
-      for (int64_t y = 0; y < side; ++y) half_way[i][x] += matrix[i][y] * weight[(y * side + x) * stride];
-    }
-  }
-  for (int64_t i = 0; i < kTileSide; ++i) {
-    for (int64_t j = 0; j < kTileSide; ++j) {
-      to[i][j] = 0.0;
-      for (int64_t x = 0; x < side; ++x) to[i][j] += half_way[i][x] * matrix[j][x];
-    }
-  }
-}
-
 Tensor convolution_tiles(const Tensor& weight_given) {
   check_convolution_tiles(weight_given);
   const Tensor weight = in_order("convolution_tiles", "weight", weight_given);
   const int64_t outputs = weight.size(0), inputs = weight.size(1), side = weight.size(2);
   const int64_t panels = divide_up(outputs, kColumns), depth = round_up(inputs, kDepth);
-  Tensor tiles = torch::stable::new_zeros(weight, {panels, kTileNumbers, depth, kColumns});
+  Tensor tiles = torch::stable::new_empty(weight, {panels, kTileNumbers, depth, kColumns});
   const float* const from = static_cast<const float*>(weight.const_data_ptr());
   float* const to = static_cast<float*>(tiles.mutable_data_ptr());
-  torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
-    double numbers[kTileSide][kTileSide];
-    for (int64_t o = begin; o < end; ++o) {
-      float* const panel = to + o / kColumns * kTileNumbers * depth * kColumns + o % kColumns;
-      for (int64_t i = 0; i < inputs; ++i) {
-        transform_weight(from + (o * inputs + i) * side * side, 1, side, numbers);
-        for (int64_t n = 0; n < kTileNumbers; ++n) {
-          panel[(n * depth + i) * kColumns] = static_cast<float>(numbers[n / kTileSide][n % kTileSide]);
-        }
+  const ConvolutionKernel& kernel = PYDEFECT_ACTIVE_KERNEL(convolution_kernel);
+  const int64_t size = side * side;
+  torch::stable::parallel_for(0, panels * kTileNumbers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      float* const numbers = to + n * depth * kColumns;
+      std::fill(numbers + inputs * kColumns, numbers + depth * kColumns, 0.0f);
+    }
+  });
+  torch::stable::parallel_for(0, panels * inputs, 1, [&](int64_t begin, int64_t end) {
+    AlignedBuffer<float> kernels(size * kColumns);
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t panel = pair / inputs, input = pair % inputs;
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const int64_t output = panel * kColumns + c;
+        const float* const one = from + (output * inputs + input) * size;
+        for (int64_t i = 0; i < size; ++i)
+          kernels.data()[i * kColumns + c] = output < outputs ? one[i] : 0.0f;
       }
+      kernel.transform_weights(kernels.data(), side, to + (panel * kTileNumbers * depth + input) * kColumns,
+                               depth * kColumns);
     }
   });
   return tiles;

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from pydefect.dual_ae.convolution import SmallConvolution
+
 __all__ = ["Autoencoder", "decoder_sizes"]
 
 Size2 = tuple[int, int]
@@ -56,14 +58,14 @@ class Autoencoder(nn.Sequential):
         for size in decoder_sizes(image_size):
             layers += [
                 nn.Upsample(size, mode="bilinear"),
-                nn.Conv2d(64, 64, 4, padding=2),
-                nn.ReLU(inplace=True),
+                SmallConvolution(64, 64, 4, padding=2),
+                nn.ReLU(),
                 nn.Dropout(dropout),
             ]
         layers += [
             nn.Upsample(map_size, mode="bilinear"),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, channels, 3, padding=1),
+            SmallConvolution(64, 64, 3, padding=1),
+            nn.ReLU(),
+            SmallConvolution(64, channels, 3, padding=1),
         ]
         super().__init__(*layers)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydefect.dual_ae.autoencoder import Autoencoder
 from pydefect.dual_ae.config import DualAEConfig, Reunion
+from pydefect.dual_ae.convolution import trained_convolution
 from pydefect.dual_ae.pdn import PDN, PDN_CHANNELS, output_size
 from pydefect.dual_ae.reunion import ChannelReunion, SelectiveFusion, SpatialReunion
 
@@ -98,7 +98,8 @@ class DualNetwork(nn.Module):
         assert last.bias is not None
         halves = zip(last.weight.split(PDN_CHANNELS), last.bias.split(PDN_CHANNELS), strict=True)
         first, second = (
-            F.conv2d(part, *half) for part, half in zip((x[:ends], x[ends:]), halves, strict=True)
+            trained_convolution(part, *half, padding=0, small=True)
+            for part, half in zip((x[:ends], x[ends:]), halves, strict=True)
         )
         return StudentPasses(first[: len(images)], second, None if penalty is None else first[len(images) :])
 

@@ -7,13 +7,11 @@ The geometry is that of continuous image coordinates, as in :mod:`pydefect.prepr
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from pydefect.dual_ae.convolution import TrainedConvolution
 from pydefect.ops import relu_avg_pool
 
 __all__ = ["PDN", "PDN_CHANNELS", "RECEPTIVE_FIELD", "STRIDE", "Size", "first_centre", "output_size"]
@@ -37,62 +35,6 @@ class _Pooling(nn.AvgPool2d):
     def forward(self, maps: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, (H + 2 p) // 2, (W + 2 p) // 2], p the padding."""
         return relu_avg_pool(maps, cast(int, self.padding))
-
-
-class _Convolution(nn.Conv2d):
-    """A convolution at stride 1; while it trains on a processor, without oneDNN's slow paths.
-
-    Its gradient of the bias takes ten times as long as one product with ones on maps of more than a hundred
-    pixels a side, and its gradient of the weights two to ten times as long where the padding is one less than
-    the kernel: 4x4 with a padding of 3, as here, is. Together they were a fifth of a training step, and more
-    than half of one at 256 pixels.
-    """
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, out_channels, H + 2 p - k + 1, W + 2 p - k + 1]."""
-        trains = torch.is_grad_enabled() and self.weight.requires_grad and not torch.compiler.is_compiling()
-        if maps.device.type != "cpu" or not trains:
-            return super().forward(maps)
-        autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
-        assert self.bias is not None
-        inputs = (one.to(dtype) for one in (maps, self.weight, self.bias))
-        return cast(Tensor, _Convolved.apply(*inputs, int(self.padding[0])))
-
-
-class _Convolved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-        ctx.save_for_backward(maps, weight)
-        ctx.padding = padding
-        return F.conv2d(maps, weight, bias, padding=padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        maps, weight = ctx.saved_tensors
-        padding = ctx.padding
-        of_maps = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_maps = _convolution_gradients(gradient, maps, weight, padding, (True, False, False))[0]
-        if ctx.needs_input_grad[1]:
-            # Only the kernels for AVX-512 have a path that larger paddings leave.
-            if padding >= weight.shape[-1] - 1 > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512":
-                maps, padding = F.pad(maps, (padding,) * 4), 0
-            of_weight = _convolution_gradients(gradient, maps, weight, padding, (False, True, False))[1]
-        if ctx.needs_input_grad[2]:
-            rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)
-            of_bias = (rows.new_ones(1, len(rows)) @ rows)[0]
-        return of_maps, of_weight, of_bias, None
-
-
-def _convolution_gradients(
-    gradient: Tensor, maps: Tensor, weight: Tensor, padding: int, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    of_all: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
-        gradient, maps, weight, None, (1, 1), (padding, padding), (1, 1), False, (0, 0), 1, wanted
-    )
-    return of_all
 
 
 class PDN(nn.Sequential):
@@ -121,22 +63,22 @@ class PDN(nn.Sequential):
         first, second = (128, 256) if size == "small" else (256, 512)
         # ReLUs in place take a processor several times as long in bfloat16.
         layers: list[nn.Module] = [
-            _Convolution(3, first, 4, padding=3 * pad),
+            TrainedConvolution(3, first, 4, padding=3 * pad),
             nn.ReLU(),
             _Pooling(2, 2, padding=pad),
-            _Convolution(first, second, 4, padding=3 * pad),
+            TrainedConvolution(first, second, 4, padding=3 * pad),
             nn.ReLU(),
             _Pooling(2, 2, padding=pad),
         ]
         if size == "medium":
-            layers += [_Convolution(second, second, 1), nn.ReLU()]
+            layers += [TrainedConvolution(second, second, 1), nn.ReLU()]
         layers += [
-            _Convolution(second, second, 3, padding=pad),
+            TrainedConvolution(second, second, 3, padding=pad),
             nn.ReLU(),
-            _Convolution(second, out_channels, 4),
+            TrainedConvolution(second, out_channels, 4),
         ]
         if size == "medium":
-            layers += [nn.ReLU(), _Convolution(out_channels, out_channels, 1)]
+            layers += [nn.ReLU(), TrainedConvolution(out_channels, out_channels, 1)]
         super().__init__(*layers)
         self.size = size
         self.out_channels = out_channels

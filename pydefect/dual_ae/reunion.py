@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydefect.dual_ae.convolution import SmallConvolution
 from pydefect.ops import channel_reunion, selective_fusion, spatial_reunion
 from pydefect.ops.reference.spatial_reunion import Normalisation
 
@@ -28,8 +29,8 @@ class SpatialReunion(nn.Module):
         super().__init__()
         self.pool = pool
         self.normalisation = normalisation
-        self.coarse: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
-        self.local: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
+        self.coarse: nn.Module = SmallConvolution(channels, channels, 3, padding=1)
+        self.local: nn.Module = SmallConvolution(channels, channels, 3, padding=1)
         self.attention = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

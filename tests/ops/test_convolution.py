@@ -56,7 +56,7 @@ def problem(shape, *, seed=0):
 
 def assert_close(found, maps, weight, bias, padding, relu=False, residual=None):
     """The transforms' matrices have entries up to 8 and rows that add up to 12, so that roundings of the
-    numbers between grow by about as much: of 3,000 random problems the worst was off by 1.2e-6 of the largest
+    numbers between grow by about as much: of 3,000 random problems the worst was off by 1.9e-6 of the largest
     sum of the products' sizes. A wrong entry anywhere moves results by some hundredths of it."""
     expected = reference.convolution(
         maps.double(),
@@ -72,7 +72,7 @@ def assert_close(found, maps, weight, bias, padding, relu=False, residual=None):
         sizes = F.conv2d(maps.double().abs(), weight.double().abs(), padding=padding)
         most = float((found - expected).abs().max())
         # And once more of the sum with bias and residual, which may be larger.
-        assert most <= 4e-6 * float(sizes.max()) + 2.0**-24 * float(expected.abs().max()), most
+        assert most <= 6e-6 * float(sizes.max()) + 2.0**-24 * float(expected.abs().max()), most
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -239,8 +239,8 @@ def test_not_finite_values_stay_in_their_tiles():
 def test_tiles_are_the_twins(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = reference.convolution_tiles(weight)
-    # Both are rounded once, from float64.
-    torch.testing.assert_close(tiles_of(weight), expected, rtol=2.0**-23, atol=1e-12)
+    # Sums of up to 16 products with entries of at most 16/15, in float32 and in float64.
+    torch.testing.assert_close(tiles_of(weight), expected, rtol=1e-6, atol=2e-6)
     assert tiles_of(weight).shape == expected.shape
 
 

@@ -45,6 +45,60 @@ void from_points(const typename V::type (&x)[6], typename V::type (&to)[side]) {
   }
 }
 
+// G x; by the side of the kernel. Row i of G is what a point's powers are divided by: the product of its
+// differences from the others.
+template <class V, int side>
+void weight_points(const typename V::type (&x)[4], typename V::type (&to)[6]) {
+  using T = typename V::type;
+  const T zero = V::zero();
+  const T cubic = side == 4 ? x[3] : zero;
+  const T even = x[0] + x[2], odd = x[1] + cubic;
+  const T third = V::broadcast(1.0f / 3.0f);
+  to[0] = x[0];
+  to[1] = (zero - third) * (even + odd);
+  to[2] = third * (even - odd);
+  // At 2 and -1/2, x0 + 2 x1 + 4 x2 + 8 x3 and 8 x0 - 4 x1 + 2 x2 - x3.
+  const T two = V::broadcast(2.0f);
+  to[3] = V::broadcast(1.0f / 15.0f) *
+          V::multiply_add(two, V::multiply_add(two, V::multiply_add(two, cubic, x[2]), x[1]), x[0]);
+  to[4] = V::broadcast(-2.0f / 15.0f) *
+          (V::multiply_add(two, V::multiply_add(two, V::multiply_add(two, x[0], zero - x[1]), x[2]),
+                           zero - cubic));
+  to[5] = x[side - 1];
+}
+
+template <class V, int side>
+void transform_kernels(const float* kernels, float* to, int64_t number_stride) {
+  constexpr int columns = ConvolutionKernel::columns;
+  for (int c = 0; c < columns; c += V::lanes) {
+    typename V::type half_way[4][6];  // by column of the kernel
+    for (int column = 0; column < side; ++column) {
+      typename V::type values[4] = {};
+      for (int row = 0; row < side; ++row) {
+        values[row] = V::load(kernels + (row * side + column) * columns + c);
+      }
+      weight_points<V, side>(values, half_way[column]);
+    }
+    for (int row = 0; row < 6; ++row) {
+      typename V::type values[4] = {}, numbers[6];
+      for (int column = 0; column < side; ++column) values[column] = half_way[column][row];
+      weight_points<V, side>(values, numbers);
+      for (int column = 0; column < 6; ++column) {
+        V::store(to + (row * 6 + column) * number_stride + c, numbers[column]);
+      }
+    }
+  }
+}
+
+template <class V>
+void transform_weights(const float* kernels, int64_t side, float* to, int64_t number_stride) {
+  if (side == 3) {
+    transform_kernels<V, 3>(kernels, to, number_stride);
+  } else {
+    transform_kernels<V, 4>(kernels, to, number_stride);
+  }
+}
+
 template <class V>
 void transform_input(const float* const* pixels, int64_t channels, float* to, int64_t block_stride,
                      int64_t number_stride) {
@@ -146,7 +200,12 @@ void transform_output(const OutputTile& tile) {
 
 template <class V, int rows>
 constexpr ConvolutionKernel kernel() {
-  return {rows, transform_input<V>, multiply<V, rows, 2>, transform_output<V, 3>, transform_output<V, 4>};
+  return {rows,
+          transform_weights<V>,
+          transform_input<V>,
+          multiply<V, rows, 2>,
+          transform_output<V, 3>,
+          transform_output<V, 4>};
 }
 
 }  // namespace

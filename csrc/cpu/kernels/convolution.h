@@ -33,6 +33,12 @@ struct ConvolutionKernel {
 
   int rows;  // tiles that are multiplied with a panel at once
 
+  // Transforms the kernels of a panel for one channel of the input: number n of column c goes to
+  // to[n * number_stride + c].
+  void (*transform_weights)(const float* kernels,  // [side * side][columns], row by row
+                            int64_t side,          // 3 or 4
+                            float* to, int64_t number_stride);
+
   // Transforms a tile of the input: number n of channel c goes to
   // to[n * number_stride + c / depth * block_stride + c % depth]. Channels past the last one of a block are
   // zero.
