@@ -54,8 +54,8 @@ class Settings:
         if value is None and type(None) in kinds:
             return
         kinds.discard(type(None))
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
+        if all(typing.get_origin(kind) is Literal for kind in kinds):
+            choices = tuple(choice for kind in kinds for choice in typing.get_args(kind))
             # 1 is equal to True and to 1.0, which no operator takes for it.
             if value not in choices or isinstance(value, float | bool):
                 raise InputError(f"{name}: {value!r} given; allowed are {', '.join(map(repr, choices))}")

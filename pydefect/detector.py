@@ -435,7 +435,7 @@ class Detector(ABC):
         InputError
             ``images`` or ``batch_size`` is not allowed, or a file cannot be read.
         PydefectError
-            A score is not finite.
+            A score or an anomaly map is not finite.
         """
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise InputError(f"batch_size: {batch_size!r} given; allowed are whole numbers from 1 on")
@@ -516,7 +516,7 @@ class Detector(ABC):
         InputError
             As :meth:`stream`, or there are no images: an iterator that has been read before has none left.
         PydefectError
-            A score is not finite.
+            A score or an anomaly map is not finite.
         """
         skipped: list[SkippedImage] = []
         stream = self.stream(

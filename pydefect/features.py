@@ -162,14 +162,14 @@ class PatchFeatureExtractor(nn.Module):
         # at a time: beside others it may get other roundings, and lie beside the threshold that it set.
         together = max(1, len(images))
         if images.device.type == "cpu":
-            together = torch.get_num_threads() if isinstance(self.backbone, ResNet) else 1
+            together = torch.get_num_threads() if type(self.backbone) is ResNet else 1
         parts = [
             [self._averaged(level.float()) for level in self._maps(part)] for part in images.split(together)
         ]
         return parts[0] if len(parts) == 1 else [torch.cat(level) for level in zip(*parts, strict=True)]
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        if isinstance(self.backbone, ResNet):
+        if type(self.backbone) is ResNet:  # a subclass may compute something else
             if self._folded is None or self._folded.device != images.device:
                 self._folded = FoldedResNet(self.backbone, _DTYPES[self.precision])
             return self._folded(images, self.levels)

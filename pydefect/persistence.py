@@ -84,14 +84,21 @@ def _replacing(path: str | os.PathLike[str], *, durable: bool) -> Iterator[Path]
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = _new_file(path)
+    temporary, mode = _new_file(path)
     try:
-        with os.fdopen(handle, "wb"):
-            with suppress(FileNotFoundError):
-                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
-            yield temporary
-            if durable:
+        with suppress(FileNotFoundError):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            # What was for its owner only stays so in the meantime; the owner has to be able to write.
+            os.chmod(temporary, mode | stat.S_IRUSR | stat.S_IWUSR)
+        yield temporary
+        # By its name: whoever wrote may have put another file there, as safetensors does.
+        if durable:
+            handle = os.open(temporary, os.O_RDONLY)
+            try:
                 os.fsync(handle)
+            finally:
+                os.close(handle)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -104,12 +111,17 @@ def _replacing(path: str | os.PathLike[str], *, durable: bool) -> Iterator[Path]
         raise
 
 
-def _new_file(path: Path) -> tuple[int, Path]:
-    """Make an empty file beside another. tempfile's are for their owner only; a model is an ordinary file."""
+def _new_file(path: Path) -> tuple[Path, int]:
+    """Make an empty file beside another, and say what permissions it has. tempfile's are for their owner
+    only; a model is an ordinary file."""
     while True:
         file = path.with_name(f".{path.name}.{secrets.token_hex(_RANDOM_LETTERS // 2)}")
         with suppress(FileExistsError):
-            return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), file
+            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                return file, stat.S_IMODE(os.fstat(handle).st_mode)
+            finally:
+                os.close(handle)
 
 
 @contextmanager
@@ -274,7 +286,7 @@ def save_tensors(
             save_file(plain, temporary, metadata={_METADATA_KEY: text})
         except SafetensorError as error:
             # Its words for what the system says of a full disk, among others.
-            if said := re.search(r"\(os error (\d+)\)", str(error)):
+            if said := re.search(r"\b(?:os error|code:) (\d+)", str(error)):
                 raise OSError(int(said[1]), os.strerror(int(said[1]))) from error
             raise
 
@@ -452,8 +464,9 @@ class Checkpoint:
         """
         path = self.folder / f"{stage}.safetensors"
         # What a run that was killed in the middle of a save has left.
-        for unfinished in self.folder.glob(f".{glob.escape(path.name)}.*"):
-            unfinished.unlink(missing_ok=True)
+        for pattern in (f".{glob.escape(path.name)}.*", ".tmp??????"):  # ours, and safetensors' own
+            for unfinished in self.folder.glob(pattern):
+                unfinished.unlink(missing_ok=True)
         if not path.exists():
             return None
         tensors, metadata = load_tensors(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 import pytest
 
@@ -22,6 +22,7 @@ class Some(Settings):
     blur: float = 1.5
     count: int = 3
     flag: bool | None = None
+    kind: Literal["a", "b"] | None = None
     pairs: tuple[tuple[int, ...], ...] = ((1, 2), (3, 4))
     name: str = ""
 
@@ -39,6 +40,7 @@ class Some(Settings):
         ({"blur": False}, "blur: False given; allowed are finite numbers"),
         ({"count": 2.5}, "count: 2.5 given; allowed are whole numbers"),
         ({"count": True}, "count: True given; allowed are whole numbers"),
+        ({"kind": "zzz"}, "kind: 'zzz' given; allowed are 'a', 'b'"),
         ({"flag": 1}, "flag: 1 given; allowed are True, False"),
     ],
 )
@@ -48,7 +50,7 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
 
 
 def test_what_comes_back_from_json_is_equal() -> None:
-    for one in (Some(), Some(limit=0.5, share=1, blur=-3, count=-2, flag=True, pairs=((5,), ()))):
+    for one in (Some(), Some(limit=0.5, share=1, blur=-3, count=-2, flag=True, kind="b", pairs=((5,), ()))):
         back = Some.from_dict(json.loads(json.dumps(one.to_dict())))
         assert back == one
         assert hash(back) == hash(one)

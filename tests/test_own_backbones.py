@@ -68,6 +68,14 @@ class Patches14(Backbone):
 
     def load_pretrained(self):
         nn.init.ones_(self.embed.bias)
+
+
+class Twice(ResNet):
+    def __init__(self):
+        super().__init__(ARCHITECTURES["resnet18"])
+
+    def forward(self, images, levels):
+        return [2 * level for level in super().forward(images, levels)]
 """
 
 
@@ -84,7 +92,7 @@ def block(language: str, containing: str) -> str:
 def declared(install: Install) -> None:
     install(
         "my-networks",
-        {"renamed": "my_networks:Renamed", "patches14": "my_networks:Patches14"},
+        {name.lower(): f"my_networks:{name}" for name in ("Renamed", "Patches14", "Twice")},
         CODE,
         group="pydefect.backbones",
     )
@@ -124,6 +132,18 @@ def test_a_resnet_under_another_name_gives_the_resnets_features(resnet18_weights
             assert other.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(other, level, rtol=0, atol=most * float(level.abs().max()))
             assert not torch.equal(other, level), precision
+
+
+@pytest.mark.usefixtures("declared")
+def test_a_resnet_that_computes_something_else() -> None:
+    """It does not run in the form that a ResNet has."""
+    resnet = build_backbone("resnet18", "random")
+    twice = build_backbone("twice", resnet.state_dict())
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for level, other in zip(
+        PatchFeatureExtractor(resnet)(images), PatchFeatureExtractor(twice)(images), strict=True
+    ):
+        torch.testing.assert_close(other, 2 * level, rtol=1e-4, atol=1e-4 * float(level.max()))
 
 
 @pytest.mark.usefixtures("declared")

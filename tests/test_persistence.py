@@ -83,6 +83,40 @@ def test_a_replaced_file_hands_its_permissions_on(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664, 0o444, 0o400])
+def test_a_model_file_has_an_ordinary_files_permissions(tmp_path, mode):
+    path = tmp_path / "model"
+    before = os.umask(0o022)
+    try:
+        save_tensors(path, TENSORS, {})
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        path.chmod(mode)
+        save_tensors(path, {"x": torch.ones(3)}, {})
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        write_atomically(path, b"others too, and read-only files can be replaced")
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_model_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    synced, fsync, replace = [], os.fsync, os.replace
+
+    def seen(handle):
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in synced
+        replace(source, target)
+
+    monkeypatch.setattr(persistence.os, "fsync", seen)
+    monkeypatch.setattr(persistence.os, "replace", checked)
+    save_tensors(tmp_path / "model", TENSORS, {})
+    assert len(synced) == 1
+
+
 def test_views_that_share_memory_are_written_apart(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     views = {"all": base, "row": base[1], "transposed": base.T, "again": base, "none": base[:0]}

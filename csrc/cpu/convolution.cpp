@@ -1,4 +1,4 @@
-// Convolutions with frozen weights on the CPU by Winograd's minimal filtering: a quarter of the
+// Convolutions on the CPU by Winograd's minimal filtering: a quarter of the
 // multiplications.
 //
 // Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016. Tiles are independent of each

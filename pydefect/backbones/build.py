@@ -60,10 +60,11 @@ def build_backbone(
     with seeded(seed):
         network: Backbone = ResNet(ARCHITECTURES[name]) if declared is None else _built(declared, name)
     if weights == "random":
-        if isinstance(network, ResNet):
+        if type(network) is ResNet:
             network.initialise(seed)
     elif weights == "imagenet" and declared is not None:
-        _load_pretrained(network, name)
+        with seeded(seed):
+            _load_pretrained(network, name)
     else:
         state = _state_dict(name, weights, progress) if isinstance(weights, str) else weights
         source = f"weights {weights!r}" if isinstance(weights, str) else "weights"
@@ -88,6 +89,11 @@ def _built(declared: type[Backbone], name: str) -> Backbone:
             f"backbone: {name!r}, which {BACKBONE_NAMES.package_of(name)} declares, cannot be built: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if others := [key for key, value in network.state_dict().items() if not isinstance(value, Tensor)]:
+        raise InputError(
+            f"backbone: {name!r}, which {BACKBONE_NAMES.package_of(name)} declares, has {others[0]!r} in its "
+            "state_dict, which is no tensor: model files hold nothing else"
+        )
     for attribute in ("channels", "strides"):
         values = getattr(network, attribute, None)
         if (

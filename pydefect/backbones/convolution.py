@@ -85,7 +85,8 @@ class Convolution:
             Whether PyTorch's fused operators are there: :func:`has_fused_convolutions`.
         """
         tiles = None
-        if self.stride == (1, 1) and self.padding[0] == self.padding[1]:
+        rows, columns = self.padding
+        if self.stride == (1, 1) and rows == columns < min(self.weight.shape[2:]):
             tiles = convolution_tiles(self.weight)
         return replace(self, fused=fused and tiles is None, tiles=tiles)
 

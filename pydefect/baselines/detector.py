@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -243,8 +244,8 @@ def _check_found(model: PatchModel) -> None:
 
 def _check_scores(model: PatchModel, image_scores: Tensor, maps: Tensor, size: tuple[int, int]) -> None:
     shapes = tuple(image_scores.shape), tuple(maps.shape)
-    if shapes != ((1,), (1, *size)) or min(float(image_scores.min()), float(maps.min())) < 0:
-        least = min(float(image_scores.min()), float(maps.min()))
+    least = float(torch.cat([image_scores.flatten(), maps.flatten(), maps.new_full((1,), math.inf)]).min())
+    if shapes != ((1,), (1, *size)) or least < 0:
         raise PydefectError(
             f"method: {type(model).__name__}.score must give scores [B] and maps [B, {size[0]}, {size[1]}], "
             f"numbers >= 0; for one image it gave {shapes[0]} and {shapes[1]}, the least of them {least:g}"

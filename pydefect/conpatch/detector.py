@@ -173,7 +173,7 @@ class ConPatchDetector(FeatureDetector):
     def captured_state(self) -> MemoryBank | None:
         """Return the bank, which :meth:`update` replaces by another; None with a backbone of another package,
         which may wait for the device."""
-        return self.bank if isinstance(self.extractor.backbone, ResNet) else None
+        return self.bank if type(self.extractor.backbone) is ResNet else None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the network and the bank."""

@@ -1,4 +1,4 @@
-"""A convolution with frozen weights, its residual sum and its activation, by a quarter of the products."""
+"""A convolution with its residual sum and its activation, by a quarter of the products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pydefect import _native
 from pydefect.ops import _library
-from pydefect.ops._maps import from_positions, to_positions
+from pydefect.ops._maps import to_positions
 from pydefect.ops.reference.convolution import check_convolution
 
 __all__ = ["convolution", "convolution_tiles"]
@@ -72,7 +72,7 @@ def convolution(
     whole tiles are not finite, which reach up to 5 pixels further than in a convolution.
 
     Native on the CPU, in float32. On a card, in other dtypes and where a gradient is asked for it is
-    PyTorch's convolution, and `tiles` are not read.
+    PyTorch's convolution, which takes autocast's type where that is on, and `tiles` are not read.
 
     References
     ----------
@@ -104,11 +104,14 @@ def convolution(
         padding,
         relu,
     )
-    return from_positions(output, maps)
+    result = output.permute(0, 3, 1, 2)
+    # Maps of one pixel or channel have both layouts: they do not make all that follows contiguous.
+    both = maps.is_contiguous(memory_format=torch.channels_last)
+    return result.contiguous() if maps.is_contiguous() and not both else result
 
 
 def convolution_tiles(weight: Tensor) -> Tensor | None:
-    """Transform the weights of a convolution at stride 1, once for all its calls.
+    """Transform the weights of a convolution at stride 1, once for all calls in which they are the same.
 
     Parameters
     ----------

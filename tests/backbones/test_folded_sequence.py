@@ -45,6 +45,19 @@ def test_it_computes_what_the_sequence_does(fused, dtype, tolerance, monkeypatch
         assert (found.float() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (3, 3), (4, 2), (1, 0), (5, 2)])
+def test_wide_layers_of_any_kernel_and_padding(kernel, padding):
+    """Those that tiles have kernels for, and those that they have none for."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(32, 40, kernel, padding=padding), nn.ReLU()).eval()
+    images = torch.randn(2, 32, 11, 9)
+    with torch.no_grad():
+        expected = network(images)
+    found = FoldedSequence(network)(images)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_later_changes_to_the_weights_are_not_seen():
     network = sequence()
     folded = FoldedSequence(network)
