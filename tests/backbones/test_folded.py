@@ -165,7 +165,7 @@ def test_fused_operators_that_have_changed_are_not_used(monkeypatch, change):
     assert not folded.has_fused_convolutions.__wrapped__(torch.float32)
 
 
-def test_a_processor_without_bfloat16():
+def test_a_processor_without_bfloat16(tmp_path):
     """oneDNN can be told to believe in an older processor: bfloat16 is then slow, but there."""
     code = (
         "import torch\n"
@@ -176,4 +176,5 @@ def test_a_processor_without_bfloat16():
         "    assert (found.float() - truth).norm() < 0.01 * truth.norm()\n"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    # Not in the source folder, where Python would take the sources.
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120, cwd=tmp_path)
