@@ -25,6 +25,8 @@ namespace {
 constexpr const char* kName = "convolution";
 constexpr int64_t kColumns = ConvolutionKernel::columns;
 constexpr int64_t kDepth = ConvolutionKernel::depth;
+// What the checks ask for is what the kernels read.
+static_assert(kTileNumbers == kTileNumberCount && kColumns == kTileColumns && kDepth == kTileDepth);
 // Tiles that are worked on together: with 256 channels their numbers are 2 MB, which second-level caches and
 // their share of the third hold while all panels of weights go by.
 constexpr int64_t kTogether = 56;
