@@ -1,4 +1,5 @@
-"""Convolutions with frozen weights: the operator, PyTorch's, and oneDNN's with its weights laid out.
+"""Convolutions with frozen weights: the operator, PyTorch's, and oneDNN's with its weights laid out; and the
+gradient of the weights.
 
 Run with ``pytest benchmarks/bench_convolution.py``; ``OMP_NUM_THREADS=1`` in front gives single-thread
 figures. The layers are those of a patch description network at 256 pixels (the last one a student's), of the
@@ -72,5 +73,44 @@ def bench_convolution(layer: str, contender: str, device: str, measure: Callable
             run,
             flops=2 * weight.numel() * expected[0, 0].numel(),
             traffic=4 * (maps.numel() + weight.numel() + expected.numel()),
+            contender=contender,
+        )
+
+
+def gradient_run_of(contender: str, gradient: Tensor, maps: Tensor, weight: Tensor) -> Run:
+    kernel = weight.shape[2]
+    if contender == "pydefect":
+        if ops.convolution_tiles(weight) is None:
+            pytest.skip("no kernels for it here")
+        return lambda: ops.convolution_weight_gradient(gradient, maps, kernel=kernel, padding=1)
+    dtype = torch.bfloat16 if contender.endswith("bf16") else torch.float32
+    gradient, maps = gradient.to(dtype), maps.to(dtype)
+    shape = tuple(weight.shape)
+    return lambda: torch.nn.grad.conv2d_weight(maps, shape, gradient, padding=1)
+
+
+@pytest.mark.parametrize("contender", ["pydefect", "PyTorch", "PyTorch bf16"])
+@pytest.mark.parametrize("layer", LAYERS)
+def bench_convolution_weight_gradient(
+    layer: str, contender: str, device: str, measure: Callable[..., None]
+) -> None:
+    inputs, outputs, kernel, side = LAYERS[layer]
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(1, inputs, side, side, generator=generator).relu().to(device)
+    maps = maps.contiguous(memory_format=torch.channels_last)
+    grown = side + 3 - kernel
+    gradient = torch.randn(1, outputs, grown, grown, generator=generator).to(device)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    weight = torch.empty(outputs, inputs, kernel, kernel, device=device)
+    with torch.inference_mode():
+        expected = reference.convolution_weight_gradient(gradient, maps, kernel=kernel, padding=1)
+        run = gradient_run_of(contender, gradient, maps, weight)
+        limit = 0.02 if contender.endswith("bf16") else 2e-5
+        assert float((run() - expected).abs().max()) < limit * float(expected.max())
+        measure(
+            f"convolution_weight_gradient {layer} {inputs}x{outputs} {kernel}x{kernel} {side}x{side}",
+            run,
+            flops=2 * weight.numel() * grown * grown,
+            traffic=4 * (maps.numel() + weight.numel() + gradient.numel()),
             contender=contender,
         )

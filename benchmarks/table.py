@@ -102,6 +102,7 @@ TARGETS = (
     Target("project_levels *", REFERENCE, 3),
     Target("project_levels *", REFERENCE, 5, "memory"),
     Target("convolution *", "oneDNN", 2),
+    Target("convolution_weight_gradient *", "PyTorch", 2),
     Target("relu_avg_pool *", REFERENCE, 1),
     Target("score_maps *", REFERENCE, 2),
     Target("spatial_reunion *", REFERENCE, 2),

@@ -192,9 +192,8 @@ inline void check_convolution_tiles(const Tensor& weight) {
         weight.size(0), " and ", weight.size(1));
 }
 
-inline void check_convolution(const Tensor& maps, const Tensor& tiles, const Tensor& bias,
-                              const std::optional<Tensor>& residual, int64_t kernel, int64_t padding) {
-  const char* op = "convolution";
+// By how much the output's sides differ from the maps'.
+inline int64_t check_convolution_sides(const char* op, const Tensor& maps, int64_t kernel, int64_t padding) {
   check_map(op, "maps", maps);
   check(kernel == 3 || kernel == 4, op, ": kernel must be 3 or 4, got ", kernel);
   check(padding >= 0 && padding < kernel, op, ": padding must be between 0 and ", kernel - 1, ", got ",
@@ -206,6 +205,13 @@ inline void check_convolution(const Tensor& maps, const Tensor& tiles, const Ten
     check(maps.size(d) + grown >= 1, op, ": maps must have a height and a width of at least ", 1 - grown,
           ", got ", maps.size(1), " and ", maps.size(2));
   }
+  return grown;
+}
+
+inline void check_convolution(const Tensor& maps, const Tensor& tiles, const Tensor& bias,
+                              const std::optional<Tensor>& residual, int64_t kernel, int64_t padding) {
+  const char* op = "convolution";
+  const int64_t grown = check_convolution_sides(op, maps, kernel, padding);
   check(bias.dim() == 1 && bias.size(0) >= 1, op, ": bias must have 1 dimension and at least 1 value");
   check_parameter(op, "bias", bias, bias.size(0));
   const int64_t panels = (bias.size(0) + kTileColumns - 1) / kTileColumns;
@@ -223,6 +229,18 @@ inline void check_convolution(const Tensor& maps, const Tensor& tiles, const Ten
           ", ", maps.size(2) + grown, ", ", bias.size(0), "]");
     check_one_device(op, maps, *residual);
   }
+}
+
+inline void check_convolution_weight_gradient(const Tensor& gradient, const Tensor& maps, int64_t kernel,
+                                              int64_t padding) {
+  const char* op = "convolution_weight_gradient";
+  const int64_t grown = check_convolution_sides(op, maps, kernel, padding);
+  check_map(op, "gradient", gradient);
+  check(gradient.size(0) == maps.size(0) && gradient.size(1) == maps.size(1) + grown &&
+            gradient.size(2) == maps.size(2) + grown,
+        op, ": gradient must have the shape of the output, [", maps.size(0), ", ", maps.size(1) + grown, ", ",
+        maps.size(2) + grown, ", O]");
+  check_one_device(op, gradient, maps);
 }
 
 inline void check_hypersphere(const Tensor& features, const Tensor& bank, int64_t k, double r,

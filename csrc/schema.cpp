@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(pydefect, library) {
       "convolution(Tensor maps, Tensor tiles, Tensor bias, Tensor? residual, int kernel, int padding, "
       "bool relu) -> Tensor");
   library.def("convolution_tiles(Tensor weight) -> Tensor");
+  library.def("convolution_weight_gradient(Tensor gradient, Tensor maps, int kernel, int padding) -> Tensor");
   library.def(
       "hypersphere(Tensor features, Tensor bank, int k, float r, int distance_power) "
       "-> (Tensor loss, Tensor distances, Tensor indices)");

@@ -218,7 +218,11 @@ def test_what_a_module_exports_is_there(module):
 
 
 # Of an operation that has no kernel on a card, the reason.
-CPU_ONLY = {"convolution": "on a card it is cuDNN's", "convolution_tiles": "of the CPU's convolution"}
+CPU_ONLY = {
+    "convolution": "on a card it is cuDNN's",
+    "convolution_tiles": "of the CPU's convolution",
+    "convolution_weight_gradient": "on a card it is cuDNN's",
+}
 REPOSITORY = Path(__file__).parents[1]
 
 

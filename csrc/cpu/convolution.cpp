@@ -89,6 +89,25 @@ struct Place {
         column(tile % tiling.across * tiling.side) {}
 };
 
+// Pointers to the pixels of a tile, row by row; outside of the map to zeros.
+class Pixels {
+ public:
+  Pixels(const MapSize& size, const float* maps, int64_t image, int64_t row, int64_t column, int64_t side,
+         const float* zeros) {
+    const float* const map = maps + image * size.image();
+    for (int64_t n = 0; n < side * side; ++n) {
+      const int64_t y = row + n / side, x = column + n % side;
+      const bool inside = y >= 0 && y < size.height && x >= 0 && x < size.width;
+      pixels_[n] = inside ? map + (y * size.width + x) * size.channels : zeros;
+    }
+  }
+
+  const float* const* data() const { return pixels_; }
+
+ private:
+  const float* pixels_[kTileNumbers];
+};
+
 class Convolution {
  public:
   Convolution(const Tiling& tiling, const float* maps, const float* tiles, const float* bias,
@@ -157,15 +176,9 @@ class Convolution {
 
   void transform_input(int64_t tile, float* to, int64_t block_stride, int64_t number_stride) const {
     const Place place(tiling_, tile);
-    const float* const image = maps_ + place.image * tiling_.in.image();
-    const float* pixels[kTileNumbers];
-    for (int64_t n = 0; n < kTileNumbers; ++n) {
-      const int64_t y = place.row - tiling_.padding + n / kTileSide;
-      const int64_t x = place.column - tiling_.padding + n % kTileSide;
-      const bool inside = y >= 0 && y < tiling_.in.height && x >= 0 && x < tiling_.in.width;
-      pixels[n] = inside ? image + (y * tiling_.in.width + x) * tiling_.in.channels : zeros_.data();
-    }
-    kernel_.transform_input(pixels, tiling_.in.channels, to, block_stride, number_stride);
+    const Pixels pixels(tiling_.in, maps_, place.image, place.row - tiling_.padding,
+                        place.column - tiling_.padding, kTileSide, zeros_.data());
+    kernel_.transform_input(pixels.data(), tiling_.in.channels, to, block_stride, number_stride);
   }
 
   void transform_output(int64_t tile, int64_t channel, const float* products, int64_t number_stride) const {
@@ -221,9 +234,117 @@ Tensor convolution(const Tensor& maps_given, const Tensor& tiles_given, const Te
   return output;
 }
 
+// The gradient of the weights: numbers of the maps' tiles times numbers of the output gradient's, added up
+// over tiles, and transformed at the end. Every sum belongs to one thread.
+class WeightGradient {
+ public:
+  WeightGradient(const Tiling& tiling, const float* maps, const float* gradient)
+      : kernel_(PYDEFECT_ACTIVE_KERNEL(convolution_kernel)),
+        tiling_(tiling),
+        maps_(maps),
+        gradient_(gradient),
+        blocks_(divide_up(tiling.in.channels, kDepth)),
+        panels_(divide_up(tiling.out.channels, kColumns)),
+        zeros_(static_cast<size_t>(std::max(tiling.in.channels, tiling.out.channels))) {}
+
+  // To [outputs, side, side, inputs].
+  void run(float* to) const {
+    AlignedBuffer<float> sums(kTileNumbers * panels_ * blocks_ * kDepth * kColumns);
+    const int64_t together = std::min(kGathered, tiling_.count());
+    AlignedBuffer<float> inputs(kTileNumbers * blocks_ * kDepth * together);
+    AlignedBuffer<float> outputs(kTileNumbers * panels_ * kColumns * together);
+    torch::stable::parallel_for(0, kTileNumbers * panels_, 1, [&](int64_t begin, int64_t end) {
+      const int64_t size = blocks_ * kDepth * kColumns;
+      std::fill(sums.data() + begin * size, sums.data() + end * size, 0.0f);
+    });
+    for (int64_t first = 0; first < tiling_.count(); first += together) {
+      const int64_t count = std::min(together, tiling_.count() - first);
+      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; ++tile) {
+          transform(first + tile, inputs.data() + tile * kDepth, outputs.data() + tile * kColumns, count);
+        }
+      });
+      torch::stable::parallel_for(0, kTileNumbers * panels_, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t part = begin; part < end; ++part) {
+          for (int64_t block = 0; block < blocks_; ++block) {
+            kernel_.add_outer(count, inputs.data() + (part / panels_ * blocks_ + block) * count * kDepth,
+                              outputs.data() + part * count * kColumns,
+                              sums.data() + (part * blocks_ + block) * kDepth * kColumns);
+          }
+        }
+      });
+    }
+    torch::stable::parallel_for(0, panels_ * blocks_, 1, [&](int64_t begin, int64_t end) {
+      AlignedBuffer<float> kernels(kDepth * kNumbersOfKernel * kColumns);
+      for (int64_t part = begin; part < end; ++part) {
+        write_block(sums.data(), part / blocks_, part % blocks_, kernels.data(), to);
+      }
+    });
+  }
+
+ private:
+  // Tiles that are gathered before their products are added: fewer, and the sums go through memory more
+  // often.
+  static constexpr int64_t kGathered = 512;
+  static constexpr int64_t kNumbersOfKernel = 16;
+
+  int64_t kernel_side() const { return kTileSide + 1 - tiling_.side; }
+
+  void transform(int64_t tile, float* inputs, float* outputs, int64_t count) const {
+    const Place place(tiling_, tile);
+    kernel_.transform_input(Pixels(tiling_.in, maps_, place.image, place.row - tiling_.padding,
+                                   place.column - tiling_.padding, kTileSide, zeros_.data())
+                                .data(),
+                            tiling_.in.channels, inputs, count * kDepth, count * blocks_ * kDepth);
+    kernel_.transform_gradient(
+        Pixels(tiling_.out, gradient_, place.image, place.row, place.column, tiling_.side, zeros_.data())
+            .data(),
+        tiling_.side, tiling_.out.channels, outputs, count * kColumns, count * panels_ * kColumns);
+  }
+
+  void write_block(const float* sums, int64_t panel, int64_t block, float* kernels, float* to) const {
+    const int64_t side = kernel_side(), size = side * side;
+    const int64_t depth = std::min(kDepth, tiling_.in.channels - block * kDepth);
+    for (int64_t d = 0; d < depth; ++d) {
+      kernel_.transform_sums(sums + ((panel * blocks_ + block) * kDepth + d) * kColumns,
+                             panels_ * blocks_ * kDepth * kColumns, side, kernels + d * size * kColumns);
+    }
+    const int64_t columns = std::min(kColumns, tiling_.out.channels - panel * kColumns);
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t i = 0; i < size; ++i) {
+        float* const some = to + ((panel * kColumns + c) * size + i) * tiling_.in.channels + block * kDepth;
+        for (int64_t d = 0; d < depth; ++d) some[d] = kernels[(d * size + i) * kColumns + c];
+      }
+    }
+  }
+
+  const ConvolutionKernel& kernel_;
+  Tiling tiling_;
+  const float* maps_;      // [images, height, width, channels]
+  const float* gradient_;  // [images, height, width, channels]
+  int64_t blocks_;
+  int64_t panels_;
+  std::vector<float> zeros_;
+};
+
+Tensor convolution_weight_gradient(const Tensor& gradient_given, const Tensor& maps_given, int64_t kernel,
+                                   int64_t padding) {
+  check_convolution_weight_gradient(gradient_given, maps_given, kernel, padding);
+  const char* op = "convolution_weight_gradient";
+  const Tensor gradient = in_order(op, "gradient", gradient_given);
+  const Tensor maps = in_order(op, "maps", maps_given);
+  const Tensor result = torch::stable::new_empty(maps, {gradient.size(3), kernel, kernel, maps.size(3)});
+  const Tiling tiling = {MapSize(maps), MapSize(gradient), kTileSide + 1 - kernel, padding};
+  WeightGradient(tiling, static_cast<const float*>(maps.const_data_ptr()),
+                 static_cast<const float*>(gradient.const_data_ptr()))
+      .run(static_cast<float*>(result.mutable_data_ptr()));
+  return result;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(pydefect, CPU, library) {
   library.impl("convolution", TORCH_BOX(&convolution));
   library.impl("convolution_tiles", TORCH_BOX(&convolution_tiles));
+  library.impl("convolution_weight_gradient", TORCH_BOX(&convolution_weight_gradient));
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pydefect.ops import convolution, convolution_tiles
+from pydefect.ops import convolution, convolution_tiles, convolution_weight_gradient
 
 __all__ = ["SmallConvolution", "TrainedConvolution", "trained_convolution"]
 
@@ -40,7 +40,8 @@ def trained_convolution(
     hundred pixels a side, and its gradient of the weights two to ten times as long where the padding is one
     less than the kernel: 4x4 with a padding of 3, as a PDN has, is. Together they were a fifth of a training
     step, and more than half of one at 256 pixels. In float32 the convolution and its gradient of the maps are
-    :func:`pydefect.ops.convolution`, a third of oneDNN's time.
+    :func:`pydefect.ops.convolution`, the gradient of the weights is
+    :func:`pydefect.ops.convolution_weight_gradient`, all in a third of oneDNN's time.
 
     Parameters
     ----------
@@ -73,8 +74,9 @@ class _Convolved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
         ctx.save_for_backward(maps, weight)
-        ctx.padding = padding
-        return convolution(maps, weight, bias, padding=padding, tiles=convolution_tiles(weight))
+        tiles = convolution_tiles(weight)
+        ctx.padding, ctx.tiled = padding, tiles is not None
+        return convolution(maps, weight, bias, padding=padding, tiles=tiles)
 
     @staticmethod
     @once_differentiable
@@ -85,10 +87,7 @@ class _Convolved(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_maps = _gradient_of_maps(gradient, maps, weight, padding)
         if ctx.needs_input_grad[1]:
-            # Only the kernels for AVX-512 have a path that larger paddings leave.
-            if padding >= weight.shape[-1] - 1 > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512":
-                maps, padding = F.pad(maps, (padding,) * 4), 0
-            of_weight = _gradients(gradient, maps, weight, padding, (False, True, False))[1]
+            of_weight = _gradient_of_weight(gradient, maps, weight, padding, ctx.tiled)
         if ctx.needs_input_grad[2]:
             rows = gradient.permute(0, 2, 3, 1).flatten(0, 2)
             of_bias = (rows.new_ones(1, len(rows)) @ rows)[0]
@@ -103,6 +102,18 @@ def _gradient_of_maps(gradient: Tensor, maps: Tensor, weight: Tensor, padding: i
     if tiles is None or remaining < 0:
         return _gradients(gradient, maps, weight, padding, (True, False, False))[0]
     return convolution(gradient, turned, turned.new_zeros(len(turned)), padding=remaining, tiles=tiles)
+
+
+def _gradient_of_weight(
+    gradient: Tensor, maps: Tensor, weight: Tensor, padding: int, tiled: bool
+) -> Tensor | None:
+    kernel = weight.shape[-1]
+    if tiled:
+        return convolution_weight_gradient(gradient, maps, kernel=kernel, padding=padding)
+    # Only the kernels for AVX-512 have a path that larger paddings leave.
+    if padding >= kernel - 1 > 0 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        maps, padding = F.pad(maps, (padding,) * 4), 0
+    return _gradients(gradient, maps, weight, padding, (False, True, False))[1]
 
 
 def _gradients(

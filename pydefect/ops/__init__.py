@@ -6,7 +6,7 @@ Operators without a native kernel yet are the twin itself or a faster compositio
 
 from pydefect.ops.assign_unique import assign_unique
 from pydefect.ops.channel_reunion import channel_reunion
-from pydefect.ops.convolution import convolution, convolution_tiles
+from pydefect.ops.convolution import convolution, convolution_tiles, convolution_weight_gradient
 from pydefect.ops.hypersphere import hypersphere
 from pydefect.ops.kcenter_greedy import kcenter_greedy
 from pydefect.ops.kcenter_reduce import kcenter_reduce
@@ -23,6 +23,7 @@ __all__ = [
     "channel_reunion",
     "convolution",
     "convolution_tiles",
+    "convolution_weight_gradient",
     "hypersphere",
     "kcenter_greedy",
     "kcenter_reduce",

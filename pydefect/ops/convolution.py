@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from pydefect import _native
 from pydefect.ops import _library
 from pydefect.ops._maps import to_positions
-from pydefect.ops.reference.convolution import check_convolution
+from pydefect.ops.reference.convolution import check_convolution, check_convolution_weight_gradient
 
-__all__ = ["convolution", "convolution_tiles"]
+__all__ = ["convolution", "convolution_tiles", "convolution_weight_gradient"]
 
 _library.load_cpu_library()
 
 # Below these channels more is padded than computed.
 _LEAST_INPUTS, _LEAST_OUTPUTS = 16, 32
+# Once: it is chosen when the library is loaded, and torch.compile does not see through the question.
+_WIDE_VECTORS = _native.build_info()["cpu_level_active"] != "portable"
 
 
 def convolution(
@@ -90,7 +93,7 @@ def convolution(
     check_convolution(maps, weight, bias, padding, residual)
     given = [maps, weight, bias, *([] if residual is None else [residual])]
     wants_gradient = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-    if tiles is None or not _has_kernel(weight) or wants_gradient:
+    if tiles is None or not _has_kernel(weight, weight.shape[2:]) or wants_gradient:
         result = F.conv2d(maps, weight, bias, padding=padding)
         if residual is not None:
             result = result + residual
@@ -126,24 +129,84 @@ def convolution_tiles(weight: Tensor) -> Tensor | None:
         4 x 4, few channels (below 16 in, 32 out), and processors without AVX2.
     """
     outputs, inputs = weight.shape[:2]
-    if (
-        not _has_kernel(weight)
-        or inputs < _LEAST_INPUTS
-        or outputs < _LEAST_OUTPUTS
-        or _native.build_info()["cpu_level_active"] == "portable"
-    ):
+    if not _has_kernel(weight, weight.shape[2:]) or not _worth_it(inputs, outputs):
         return None
     tiles: Tensor = torch.ops.pydefect.convolution_tiles(weight.detach())
     return tiles
 
 
-def _has_kernel(weight: Tensor) -> bool:
+def convolution_weight_gradient(gradient: Tensor, maps: Tensor, *, kernel: int, padding: int = 0) -> Tensor:
+    """Take a convolution's gradient with respect to its weights, by a quarter of the products.
+
+    The adjoint of :func:`convolution` with tiles: those of the maps and those of the gradient are
+    transformed, multiplied number by number and added up, and the sums are transformed to kernels at the end.
+
+    Parameters
+    ----------
+    gradient
+        [B, O, H + 2 padding - k + 1, W + 2 padding - k + 1], of the loss with respect to the output; fastest
+        with channels last in memory, as `maps`.
+    maps
+        [B, C, H, W], B >= 0, what was convolved; of the dtype and on the device of `gradient`.
+    kernel
+        k, rows and columns of a kernel.
+    padding
+        Rows and columns of zeros that were around every map, 0 to k - 1.
+
+    Returns
+    -------
+    Tensor
+        [O, C, k, k], channels last in memory where there are kernels for it; the same bit for bit for every
+        number of threads.
+
+    Raises
+    ------
+    RuntimeError
+        If an argument has the wrong shape, dtype or device.
+
+    Notes
+    -----
+    Errors are some units in 10**6 of the largest weight's gradient (``tests/ops/test_convolution.py``). NaN
+    or infinity in a map or in the gradient makes all weights of its channel not finite.
+
+    Native on the CPU, where :func:`convolution_tiles` has tiles for such weights. Elsewhere, and where a
+    gradient is asked for, it is PyTorch's.
+
+    References
+    ----------
+    As of :func:`convolution`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pydefect.ops import convolution_weight_gradient
+    >>> maps, gradient = torch.ones(1, 16, 8, 8), torch.ones(1, 32, 6, 6)
+    >>> convolution_weight_gradient(gradient, maps, kernel=3).shape
+    torch.Size([32, 16, 3, 3])
+    """
+    check_convolution_weight_gradient(gradient, maps, kernel, padding)
+    outputs, inputs = gradient.shape[1], maps.shape[1]
+    wants_gradient = torch.is_grad_enabled() and (gradient.requires_grad or maps.requires_grad)
+    if wants_gradient or not _has_kernel(maps, (kernel, kernel)) or not _worth_it(inputs, outputs):
+        shape = (outputs, inputs, kernel, kernel)
+        pytorchs: Tensor = conv2d_weight(maps, shape, gradient, padding=padding)
+        return pytorchs
+    given = to_positions(gradient), to_positions(maps)
+    result: Tensor = torch.ops.pydefect.convolution_weight_gradient(*given, kernel, padding)
+    return result.permute(0, 3, 1, 2)
+
+
+def _has_kernel(like: Tensor, sides: tuple[int, ...]) -> bool:
     return (
-        weight.device.type == "cpu"
-        and _library.has_kernels(weight.device)
-        and weight.dtype == torch.float32
-        and weight.shape[2:] in ((3, 3), (4, 4))
+        like.device.type == "cpu"
+        and _library.has_kernels(like.device)
+        and like.dtype == torch.float32
+        and sides in ((3, 3), (4, 4))
     )
+
+
+def _worth_it(inputs: int, outputs: int) -> bool:
+    return _WIDE_VECTORS and inputs >= _LEAST_INPUTS and outputs >= _LEAST_OUTPUTS
 
 
 @torch.library.register_fake("pydefect::convolution")
@@ -165,3 +228,8 @@ def _convolution_fake(
 def _convolution_tiles_fake(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape[:2]
     return weight.new_empty((-(-outputs // 32), 36, -(-inputs // 16) * 16, 32))
+
+
+@torch.library.register_fake("pydefect::convolution_weight_gradient")
+def _convolution_weight_gradient_fake(gradient: Tensor, maps: Tensor, kernel: int, padding: int) -> Tensor:
+    return maps.new_empty((gradient.shape[3], kernel, kernel, maps.shape[3]))

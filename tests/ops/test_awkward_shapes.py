@@ -91,6 +91,42 @@ def _convolution(**arguments: Any) -> Tensor:
     return ops.convolution(**arguments, tiles=tiles)
 
 
+def _convolutions(sizes: Sizes) -> list[int]:
+    """The paddings at which some output lies in the gradient's sides, and what it comes from in the maps'."""
+    grown = {padding: 2 * padding - sizes["k"] + 1 for padding in range(sizes["k"])}
+    gradient, maps = min(sizes["G"], sizes["L"]), min(sizes["H"], sizes["W"])
+    return [padding for padding, by in grown.items() if gradient > by and maps > -by]
+
+
+def _of_one_convolution(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cuts a gradient and maps of any sides to those of one convolution."""
+
+    def cut(gradient: Tensor, maps: Tensor, *, kernel: int, padding: int) -> Tensor:
+        grown = 2 * padding - kernel + 1
+        for d in (2, 3):
+            length = min(gradient.shape[d], maps.shape[d] + grown)
+            gradient, maps = gradient.narrow(d, 0, length), maps.narrow(d, 0, length - grown)
+        return call(gradient, maps, kernel=kernel, padding=padding)
+
+    return cut
+
+
+@_of_one_convolution
+def _weight_gradient(gradient: Tensor, maps: Tensor, *, kernel: int, padding: int) -> Tensor:
+    """Also of few channels, for which the public function takes PyTorch's way."""
+    given = gradient.permute(0, 2, 3, 1), maps.permute(0, 2, 3, 1)
+    result: Tensor = torch.ops.pydefect.convolution_weight_gradient(*given, kernel, padding)
+    return result.permute(0, 3, 1, 2)
+
+
+def _weights_met(arguments: Arguments, actual: Any, expected: Any) -> None:
+    """As :func:`_convolved`."""
+    sizes = _of_one_convolution(reference.convolution_weight_gradient)(
+        **arguments | {name: arguments[name].double().abs() for name in ("gradient", "maps")}
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=6e-6 * float(sizes.max()))
+
+
 def _convolved(arguments: Arguments, actual: Any, expected: Any) -> None:
     """See ``test_convolution.py``: roundings are relative to the sizes of all that is added up."""
     maps, weight = arguments["maps"].double().abs(), arguments["weight"].double().abs()
@@ -242,6 +278,24 @@ OPERATORS: dict[str, Operator] = {
             ({"B": 2**40, "C": 3, "O": 2, "H": 4, "W": 4, "k": 3}, {}),
             ({"B": 1, "C": 3, "O": 2, "H": 2**31, "W": 4, "k": 3}, {}),
             ({"B": 1, "C": 2**20, "O": 2, "H": 2**20, "W": 4, "k": 4}, {}),
+        ),
+    ),
+    "convolution_weight_gradient": Operator(
+        _weight_gradient,
+        _of_one_convolution(reference.convolution_weight_gradient),
+        {"gradient": "B O G L", "maps": "B C H W"},
+        {"B": st.integers(0, 3), "C": WIDTHS, "O": WIDTHS, "H": SIDES, "W": SIDES}
+        | {"G": SIDES, "L": SIDES, "k": st.integers(3, 4)},
+        _weights_met,
+        settings=lambda sizes: {
+            "kernel": st.just(sizes["k"]),
+            "padding": st.sampled_from(_convolutions(sizes)),
+        },
+        allowed=lambda sizes: bool(_convolutions(sizes)),
+        too_large=(
+            ({"B": 2**40, "C": 3, "O": 2, "H": 4, "W": 4, "G": 2, "L": 2}, {"kernel": 3, "padding": 0}),
+            ({"B": 1, "C": 3, "O": 2, "H": 2**31, "W": 4, "G": 2**31, "L": 4}, {"kernel": 3, "padding": 1}),
+            ({"B": 1, "C": 2**30, "O": 2**30, "H": 4, "W": 4, "G": 2, "L": 2}, {"kernel": 3, "padding": 0}),
         ),
     ),
     "relu_avg_pool": Operator(

@@ -198,25 +198,176 @@ void transform_output(const OutputTile& tile) {
   }
 }
 
-template <class V, int rows>
+// A x
+template <class V, int side>
+void gradient_points(const typename V::type (&x)[4], typename V::type (&to)[6]) {
+  using T = typename V::type;
+  const T cubic = side == 4 ? x[3] : V::zero();
+  const T even = x[0] + x[2], odd = x[1] + cubic;
+  const T two = V::broadcast(2.0f), minus_half = V::broadcast(-0.5f);
+  to[0] = x[0];
+  to[1] = even + odd;
+  to[2] = even - odd;
+  to[3] = V::multiply_add(two, V::multiply_add(two, V::multiply_add(two, cubic, x[2]), x[1]), x[0]);
+  to[4] = V::multiply_add(minus_half,
+                          V::multiply_add(minus_half, V::multiply_add(minus_half, cubic, x[2]), x[1]), x[0]);
+  to[5] = x[side - 1];
+}
+
+// G^T x
+template <class V, int side>
+void points_of_weight(const typename V::type (&x)[6], typename V::type (&to)[side]) {
+  using T = typename V::type;
+  const T third = V::broadcast(1.0f / 3.0f), fifteenth = V::broadcast(1.0f / 15.0f);
+  const T even = third * (x[2] - x[1]);
+  const T odd = third * (V::zero() - x[1] - x[2]);
+  const T at_two = fifteenth * x[3], at_half = fifteenth * x[4];
+  const T four = V::broadcast(4.0f);
+  to[0] = x[0] + even + V::multiply_add(V::broadcast(-16.0f), at_half, at_two);
+  to[1] = odd + V::multiply_add(V::broadcast(8.0f), at_half, at_two + at_two);
+  to[2] = even + four * (at_two - at_half);
+  if constexpr (side == 3) {
+    to[2] += x[5];
+  } else {
+    to[3] = odd + V::multiply_add(V::broadcast(8.0f), at_two, at_half + at_half) + x[5];
+  }
+}
+
+template <class V, int side>
+void transform_gradient_tile(const float* const* pixels, int64_t channels, float* to, int64_t panel_stride,
+                             int64_t number_stride) {
+  constexpr int columns = ConvolutionKernel::columns;
+  for (int64_t panel = 0; panel < channels; panel += columns, to += panel_stride) {
+    for (int64_t c = 0; c < columns; c += V::lanes) {
+      const int64_t count = channels - panel - c;
+      float* const part = to + c;
+      if (count <= 0) {
+        for (int64_t n = 0; n < kTileNumbers; ++n) V::store(part + n * number_stride, V::zero());
+        continue;
+      }
+      typename V::type half_way[side][6];  // by column of the tile
+      for (int column = 0; column < side; ++column) {
+        typename V::type values[4] = {};
+#pragma GCC unroll 4
+        for (int row = 0; row < side; ++row) {
+          values[row] = V::load_some(pixels[row * side + column] + panel + c, count);
+        }
+        gradient_points<V, side>(values, half_way[column]);
+      }
+#pragma GCC unroll 6
+      for (int row = 0; row < 6; ++row) {
+        typename V::type values[4] = {}, numbers[6];
+#pragma GCC unroll 4
+        for (int column = 0; column < side; ++column) values[column] = half_way[column][row];
+        gradient_points<V, side>(values, numbers);
+#pragma GCC unroll 6
+        for (int column = 0; column < 6; ++column) {
+          V::store(part + (row * 6 + column) * number_stride, numbers[column]);
+        }
+      }
+    }
+  }
+}
+
+template <class V>
+void transform_gradient(const float* const* pixels, int64_t side, int64_t channels, float* to,
+                        int64_t panel_stride, int64_t number_stride) {
+  if (side == 3) {
+    transform_gradient_tile<V, 3>(pixels, channels, to, panel_stride, number_stride);
+  } else {
+    transform_gradient_tile<V, 4>(pixels, channels, to, panel_stride, number_stride);
+  }
+}
+
+template <class V, int rows, int vectors>
+void add_outer(int64_t count, const float* inputs, const float* outputs, float* sums) {
+  constexpr int depth = ConvolutionKernel::depth, columns = ConvolutionKernel::columns;
+  for (int first = 0; first < columns; first += vectors * V::lanes) {
+    for (int row = 0; row < depth; row += rows) {
+      float* const to = sums + row * columns + first;
+      // Sums of their own, which round less than ever longer ones.
+      typename V::type added[rows][vectors] = {};
+      for (int64_t t = 0; t < count; ++t) {
+        typename V::type right[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) right[v] = V::load(outputs + t * columns + first + v * V::lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const typename V::type left = V::broadcast(inputs[t * depth + row + r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) added[r][v] = V::multiply_add(left, right[v], added[r][v]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          float* const sum = to + r * columns + v * V::lanes;
+          V::store(sum, V::load(sum) + added[r][v]);
+        }
+      }
+    }
+  }
+}
+
+template <class V, int side>
+void transform_kernel_sums(const float* sums, int64_t number_stride, float* kernels) {
+  constexpr int columns = ConvolutionKernel::columns;
+  for (int c = 0; c < columns; c += V::lanes) {
+    typename V::type half_way[6][side];  // by column of the numbers
+    for (int column = 0; column < 6; ++column) {
+      typename V::type values[6];
+#pragma GCC unroll 6
+      for (int row = 0; row < 6; ++row) {
+        values[row] = V::load(sums + (row * 6 + column) * number_stride + c);
+      }
+      points_of_weight<V, side>(values, half_way[column]);
+    }
+    for (int row = 0; row < side; ++row) {
+      typename V::type values[6], pixels[side];
+#pragma GCC unroll 6
+      for (int column = 0; column < 6; ++column) values[column] = half_way[column][row];
+      points_of_weight<V, side>(values, pixels);
+      for (int column = 0; column < side; ++column) {
+        V::store(kernels + (row * side + column) * columns + c, pixels[column]);
+      }
+    }
+  }
+}
+
+template <class V>
+void transform_sums(const float* sums, int64_t number_stride, int64_t side, float* kernels) {
+  if (side == 3) {
+    transform_kernel_sums<V, 3>(sums, number_stride, kernels);
+  } else {
+    transform_kernel_sums<V, 4>(sums, number_stride, kernels);
+  }
+}
+
+// `outer`: of depth, so that twice as many sums, two vectors and a number fit into the registers.
+template <class V, int rows, int outer>
 constexpr ConvolutionKernel kernel() {
+  static_assert(ConvolutionKernel::depth % outer == 0);
   return {rows,
           transform_weights<V>,
           transform_input<V>,
           multiply<V, rows, 2>,
           transform_output<V, 3>,
-          transform_output<V, 4>};
+          transform_output<V, 4>,
+          transform_gradient<V>,
+          add_outer<V, outer, 2>,
+          transform_sums<V>};
 }
 
 }  // namespace
 
 // Two vectors of `rows` sums each leave registers for two vectors of the panel and a tile's number.
 #if defined(__AVX512F__)
-const ConvolutionKernel convolution_kernel = kernel<Simd, 14>();
+const ConvolutionKernel convolution_kernel = kernel<Simd, 14, 8>();
 #elif defined(__AVX2__)
-const ConvolutionKernel convolution_kernel = kernel<Simd, 6>();
+const ConvolutionKernel convolution_kernel = kernel<Simd, 6, 4>();
 #else
-const ConvolutionKernel convolution_kernel = kernel<Simd, 4>();
+const ConvolutionKernel convolution_kernel = kernel<Simd, 4, 4>();
 #endif
 
 }  // namespace pydefect::cpu::PYDEFECT_LEVEL

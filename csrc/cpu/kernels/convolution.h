@@ -55,6 +55,27 @@ struct ConvolutionKernel {
   // Transforms back, by the side of the output's tiles: 3 or 4.
   void (*transform_output3)(const OutputTile& tile);
   void (*transform_output4)(const OutputTile& tile);
+
+  // The last three are the adjoints of transform_output, multiply and transform_weights.
+
+  // Transforms a tile of the output's gradient: number n of channel c goes to
+  // to[n * number_stride + c / columns * panel_stride + c % columns]. Channels past the last one of a panel
+  // are zero.
+  void (*transform_gradient)(const float* const* pixels,  // [side * side] of [channels], row by row
+                             int64_t side,                // 3 or 4
+                             int64_t channels, float* to, int64_t panel_stride, int64_t number_stride);
+
+  // sums[r][c] += sum over t < count of inputs[t][r] * outputs[t][c].
+  void (*add_outer)(int64_t count,
+                    const float* inputs,   // [count][depth]
+                    const float* outputs,  // [count][columns]
+                    float* sums);          // [depth][columns]
+
+  // Transforms the sums of a panel for one channel of the input: number n of column c is
+  // sums[n * number_stride + c].
+  void (*transform_sums)(const float* sums, int64_t number_stride,
+                         int64_t side,     // 3 or 4
+                         float* kernels);  // [side * side][columns], row by row
 };
 
 PYDEFECT_KERNEL(ConvolutionKernel, convolution_kernel)

@@ -2,7 +2,7 @@
 
 from pydefect.ops.reference.assign_unique import assign_unique
 from pydefect.ops.reference.channel_reunion import channel_reunion
-from pydefect.ops.reference.convolution import convolution, convolution_tiles
+from pydefect.ops.reference.convolution import convolution, convolution_tiles, convolution_weight_gradient
 from pydefect.ops.reference.hypersphere import hypersphere
 from pydefect.ops.reference.kcenter_greedy import kcenter_greedy
 from pydefect.ops.reference.kcenter_reduce import kcenter_reduce
@@ -19,6 +19,7 @@ __all__ = [
     "channel_reunion",
     "convolution",
     "convolution_tiles",
+    "convolution_weight_gradient",
     "hypersphere",
     "kcenter_greedy",
     "kcenter_reduce",
