@@ -52,10 +52,10 @@ def fit(
     Parameters
     ----------
     images
-        A folder of good images (recursive; of a data set's category folder the training part), a file, a list
-        of paths, a uint8 or float array [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes,
-        torch tensors, or any iterable of these; see ``docs/data.md``. Colours are RGB: pass OpenCV's frames
-        as ``frame[..., ::-1]``.
+        A folder of good images (recursive; of a data set's category folder, and of a
+        :class:`pydefect.data.Dataset`, the training part), a file, a list of paths, a uint8 or float array
+        [H, W], [H, W, 3] or [N, H, W, 3], a list of arrays of any sizes, torch tensors, or any iterable of
+        these; see ``docs/data.md``. Colours are RGB: pass OpenCV's frames as ``frame[..., ::-1]``.
     method
         ``"conpatch"`` (``docs/conpatch.md``); ``"dual_ae"``, the spatial-channel dual autoencoder, or
         ``"efficientad"`` (``docs/dual_ae.md``); or one to compare with: ``"patchcore"``, ``"padim"``,
@@ -138,7 +138,13 @@ def fit(
         settings["backbone"] = backbone
     config = detector.config_type.from_preset(preset, **settings)
     source = images
-    if isinstance(images, str | os.PathLike):
+    if isinstance(images, Dataset):
+        if not images.train:
+            raise InputError(f"images: the data set {images.name!r} has no training images")
+        source = [sample.image for sample in images.train]
+        if validation is None and detector.takes_validation:
+            validation = [sample.image for sample in images.validation] or None
+    elif isinstance(images, str | os.PathLike):
         source = training_images(images)
         if validation is None and detector.takes_validation:
             validation = validation_images(images) or None

@@ -190,12 +190,15 @@ def curves(
     str
         See :func:`scores_by_label`.
     """
-    figure = _page_figure(legend=len(named) + (point is not None))
+    labels = [f"{name} ({curve.area:.4f})" for name, curve in named.items()]
+    # What the width has room for twice.
+    columns = 2 if max(map(len, labels), default=0) <= 22 else 1
+    figure = _page_figure(-(-(len(labels) + (point is not None)) // columns))
     axes = figure.subplots()
     # Three colours and four dashes meet in every pair before one comes again.
     colours, dashes = cycle((_PAGE_NORMAL, _PAGE_DEFECTIVE, _INK)), cycle(("-", "--", ":", "-."))
-    for (name, curve), colour, dash in zip(named.items(), colours, dashes, strict=False):
-        axes.plot(curve.x, curve.y, dash, color=colour, linewidth=2, label=f"{name} ({curve.area:.4f})")
+    for label, curve, colour, dash in zip(labels, named.values(), colours, dashes, strict=False):
+        axes.plot(curve.x, curve.y, dash, color=colour, linewidth=2, label=label)
     if point is not None:
         axes.plot(
             *point,
@@ -211,15 +214,14 @@ def curves(
     axes.set_ylim(-0.01, 1.01)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    figure.legend(**_LEGEND)
+    figure.legend(**_LEGEND | {"ncols": columns})
     return _svg(figure)
 
 
-def _page_figure(legend: int = 0) -> Figure:
-    """A figure that grows with its legend, in two columns, where that would leave the axes no room."""
+def _page_figure(rows: int = 0) -> Figure:
+    """A figure that grows with the rows of its legend, where they would leave the axes no room."""
     from matplotlib.figure import Figure
 
-    rows = -(-legend // 2)
     return Figure(figsize=(4.1, 3.2 + 0.21 * max(0, rows - 3)), layout="constrained")
 
 

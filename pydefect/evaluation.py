@@ -28,6 +28,7 @@ from pydefect.data.layouts import (
     read_regions,
 )
 from pydefect.data.maps import find_maps, read_map
+from pydefect.data.seen import seen_before
 from pydefect.detector import Detector, OnError
 from pydefect.errors import InputError, as_array
 from pydefect.metrics import SPRO_LIMIT, Curve, DetectionMetrics, PixelScores, detection_metrics
@@ -81,6 +82,9 @@ class Evaluation:
     curves
         Where asked for: ``pixel_roc``, ``pixel_precision_recall``, ``pixel_pro`` up to 0.3, and
         ``pixel_spro_<kind of defect>`` up to 0.05, as far as the areas are there.
+    learned
+        Names of test images whose files the detector's fit has read: of these the figures say little. Empty
+        for a detector of an earlier version.
     """
 
     dataset: str
@@ -101,6 +105,7 @@ class Evaluation:
     pixel_spro: dict[float, float] | None = None
     pixel_spro_by_defect: dict[str, dict[float, float]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
+    learned: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values under flat names: image_auroc, pixel_auroc, image_ap, image_f1_max, ...
@@ -275,6 +280,7 @@ def evaluate(
     `on_scored` gets every image while its maps are there, without masks where they could not be read;
     `with_curves` fills :attr:`Evaluation.curves`.
     """
+    learned = _learned(detector, dataset)
     scored = _score(detector, dataset, batch_size, on_error, progress, on_scored)
     false_alarms, misses = None, None
     if detector.calibration is not None:
@@ -288,7 +294,24 @@ def evaluate(
         seconds_per_image=scored.seconds / len(scored.labels),
         peak_rss_mb=peak_rss_mb(),
         configuration=detector.configuration,
+        learned=learned,
     )
+
+
+def _learned(detector: Detector, dataset: Dataset) -> list[str]:
+    """Test images that the fit has seen, with a warning, before hours of scoring."""
+    prints = detector.training.get("files", [])
+    found = seen_before(prints, list(_labelled(dataset)))
+    if not found:
+        return []
+    inside = [path.relative_to(dataset.root) if path.is_relative_to(dataset.root) else path for path in found]
+    names = [path.as_posix() for path in inside]
+    warnings.warn(
+        f"the detector's fit has seen {len(found)} of the {len(dataset.test)} test images: "
+        f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; figures of these say little",
+        stacklevel=4,
+    )
+    return names
 
 
 def _measured(dataset: Dataset, scored: _Scored, with_curves: bool = False) -> Evaluation:

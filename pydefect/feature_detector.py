@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pydefect.backbones import BACKBONE_NAMES, build_backbone, weights_fingerprint
 from pydefect.calibration import Calibration
 from pydefect.config import MethodConfig
-from pydefect.data.images import SkippedImage, open_images
+from pydefect.data.images import open_images
+from pydefect.data.seen import SeenImages
 from pydefect.declared import METHODS, declaring_package
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.errors import InputError, ModelFileError
@@ -84,19 +82,13 @@ class TrainingFeatures:
         Their features.
     size
         (height, width) of the network's input, in whole patches.
-    digest
-        SHA-256 of their pixels, in order.
-    names
-        Theirs, in order; a file's without its folder.
-    skipped
-        Files left out.
+    seen
+        What is kept of them.
     """
 
     cache: FeatureCache
     size: tuple[int, int]
-    digest: str
-    names: list[str]
-    skipped: list[SkippedImage]
+    seen: SeenImages
 
     @classmethod
     def extract(
@@ -118,22 +110,20 @@ class TrainingFeatures:
             There are none, or one cannot be read.
         """
         collection = open_images(images, on_error=on_error)
-        cache, digest, size = FeatureCache(memory_budget), hashlib.sha256(), (0, 0)
-        names: list[str] = []
+        cache, seen, size = FeatureCache(memory_budget), SeenImages(), (0, 0)
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, EXTRACTION_BATCH):
             tensors = whole_patches(tensors, extractor.strides)
             size = (tensors.shape[2], tensors.shape[3])
             cache.append(extractor(tensors.to(device)))
             for image in group:
-                digest.update(str(image.pixels.shape).encode())
-                digest.update(np.ascontiguousarray(image.pixels).data)  # its bytes, not a copy of them
-                names.append(Path(image.name).name)
+                seen.add(image)
             bars("backbone features", len(cache), total)
         bars.close()
         if not len(cache):
             raise InputError("images: none could be read; at least one normal image is needed")
-        return cls(cache, size, digest.hexdigest(), names, list(collection.skipped))
+        seen.skip(collection.skipped)
+        return cls(cache, size, seen)
 
 
 class FeatureDetector(Detector):
@@ -282,7 +272,7 @@ class FeatureDetector(Detector):
                 "package": declaring_package(METHODS, cls.method),
                 "backbone_package": BACKBONE_NAMES.package_of(config.backbone),
                 "seed": seed,
-                "images": features.digest,
+                "images": features.seen.digest,
                 "backbone_weights": weights_fingerprint(backbone.state_dict()),
             }
             with opened_checkpoint(checkpoint, run) as kept:
@@ -293,8 +283,8 @@ class FeatureDetector(Detector):
             bars.close()
         detector.training |= {
             "images": len(features.cache),
-            # Without folders: a model file is handed on, and they are nobody's business.
-            "skipped": [Path(skipped.name).name for skipped in features.skipped],
+            "skipped": features.seen.skipped,
+            "files": features.seen.prints,
         }
         return detector
 

@@ -278,7 +278,7 @@ def write_run(
             "method": detector.method,
             "calibration": None if detector.calibration is None else detector.calibration.to_dict(),
             "preprocessing": detector.preprocessing.to_dict(),
-            "training": detector.training,
+            "training": {name: value for name, value in detector.training.items() if name != "files"},
             "versions": versions(),
             "machine": machine(detector.device),
             "times": {

@@ -4,6 +4,7 @@ run."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import importlib
 import os
@@ -18,7 +19,7 @@ import torch
 import pydefect
 from pydefect import InputError, ModelFileError, WeightsNotFoundError
 from pydefect import detector as module
-from pydefect.data import open_images
+from pydefect.data import open_images, read_dataset
 from pydefect.data.procedural import render_product, write_dataset
 from pydefect.detector import resolve_device
 from pydefect.dual_ae.detector import DualAEDetector
@@ -151,6 +152,19 @@ def test_an_image_of_a_size_that_the_method_cannot_score_is_skipped_or_named(goo
         detector.score(images, batch_size=batch_size)
 
 
+def test_a_data_set_is_fitted_on_its_training_part(tmp_path):
+    root = write_dataset(tmp_path / "flange", n_train=4, n_test_good=2, n_per_defect=1, size=(64, 64), seed=0)
+    dataset = read_dataset(root)
+    detector = pydefect.fit(dataset, **SMALL)
+    same = pydefect.fit([sample.image for sample in dataset.train], **SMALL)
+    assert detector.training == same.training
+    assert detector.training["images"] == len(detector.training["files"]) == 4
+    scores = [one.score(root / "test", progress=False).image_scores for one in (detector, same)]
+    assert np.array_equal(*scores)
+    with pytest.raises(InputError, match="images: the data set 'flange' has no training images"):
+        pydefect.fit(dataclasses.replace(dataset, train=()), **SMALL)
+
+
 def test_defective_images_in_the_training_folder_are_named(tmp_path):
     rng = np.random.default_rng(0)
     base = render_product(rng, 64)[0].astype(int)
@@ -161,10 +175,10 @@ def test_defective_images_in_the_training_folder_are_named(tmp_path):
         path = tmp_path / "good" / str(number % 2) / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(path), image[:, :, ::-1])
-    with pytest.warns(UserWarning, match=r"held-out images .* \(2 of 18\): (03|11)\.png, (03|11)\.png; look"):
+    with pytest.warns(UserWarning, match=r"images .* \(2 of 18\): 1/(03|11)\.png, 1/(03|11)\.png; look"):
         detector = pydefect.fit(tmp_path / "good", **SMALL)
     found = copy.deepcopy(detector.training["held_out_scores"])
-    assert {name for name, _ in found[:2]} == {"03.png", "11.png"}
+    assert {name for name, _ in found[:2]} == {"1/03.png", "1/11.png"}
     assert [score for _, score in found] == sorted(detector.calibration.image_scores, reverse=True)
     # What the fit found stays, whatever the thresholds stand on later, and goes into the model file.
     pydefect.calibrate(detector, normal=tmp_path / "good" / "0", false_alarm_rate=0.4, progress=False)

@@ -4,6 +4,7 @@ themselves."""
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import pydefect.score_folder
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import Dataset, Sample, read_dataset
 from pydefect.data.maps import read_image_scores
+from pydefect.data.seen import file_print
 from pydefect.detector import Detector
 from pydefect.errors import InputError
 from pydefect.evaluation import evaluate
@@ -289,6 +291,22 @@ def test_what_is_left_out_is_said(written):
     next(written.glob("test/good/*.png")).write_bytes(b"nothing")
     with pytest.warns(UserWarning, match=r"good/.*: the file is no image .*; left out of the calibration"):
         pydefect.calibrate(Brightness(), written, on_error="skip", progress=False)
+
+
+def test_test_images_that_the_fit_has_seen_are_named(written, tmp_path):
+    detector = Brightness()
+    unseen = pydefect.evaluate(detector, written, progress=False)
+    assert unseen.learned == unseen.to_dict()["learned"] == []
+    good, *_ = sorted(written.glob("test/good/*.png"))
+    dim, *_ = sorted(written.glob("test/dim/*.png"))
+    elsewhere = tmp_path / "a copy.png"
+    shutil.copy(good, elsewhere)
+    detector.training["files"] = [file_print(elsewhere), file_print(dim), "3-0123456789abcdef"]
+    names = {f"test/good/{good.name}", f"test/dim/{dim.name}"}
+    with pytest.warns(UserWarning, match=rf"fit has seen 2 of the {unseen.images} test images"):
+        evaluation = pydefect.evaluate(detector, written, progress=False)
+    assert set(evaluation.learned) == set(evaluation.to_dict()["learned"]) == names
+    assert evaluation.image == unseen.image
 
 
 def test_an_image_counts_once(written):

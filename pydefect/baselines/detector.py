@@ -191,7 +191,7 @@ class BaselineDetector(FeatureDetector):
             calibration=calibration,
             training={
                 **model.found,
-                "held_out_scores": highest_held_out(features.names, image_scores),
+                "held_out_scores": highest_held_out(features.seen.names, image_scores),
             },
         )
 

@@ -124,7 +124,7 @@ def _fit(job: Job, settings: dict[str, Any], checkpoint: str | None) -> tuple[De
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, Any]:
-    left_out = {"dataset", "configuration", "skipped", "seconds_per_image", "peak_rss_mb"}
+    left_out = {"dataset", "configuration", "learned", "skipped", "seconds_per_image", "peak_rss_mb"}
     return {name: value for name, value in evaluation.to_dict().items() if name not in left_out}
 
 

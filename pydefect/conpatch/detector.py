@@ -22,6 +22,7 @@ from pydefect.conpatch.trainer import Trainer
 from pydefect.contexts import for_inference
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.data.layouts import training_images
+from pydefect.data.seen import prints_of
 from pydefect.detector import OnError, batches, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.feature_detector import (
@@ -125,7 +126,7 @@ class ConPatchDetector(FeatureDetector):
                 "epochs": verdict.epochs,
                 "history": [vars(record) for record in trainer.history],
                 "separation": verdict.separations,
-                "held_out_scores": highest_held_out(features.names, verdict.image_scores),
+                "held_out_scores": highest_held_out(features.seen.names, verdict.image_scores),
             },
         )
 
@@ -146,7 +147,7 @@ class ConPatchDetector(FeatureDetector):
         source = training_images(images) if isinstance(images, str | os.PathLike) else images
         collection = open_images(source, on_error=on_error)
         bars = ProgressBars(progress)
-        total, done = known_length(collection), 0
+        total, done, prints = known_length(collection), 0, []
         momentum = self.config.bank_momentum
         with _updating(self):
             bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
@@ -161,6 +162,7 @@ class ConPatchDetector(FeatureDetector):
                                 collection.refuse(image, str(error).removeprefix("images: "))
                             else:
                                 done += 1
+                                prints += prints_of(image)
                     bars("memory bank", done, total)
             finally:
                 bars.close()
@@ -168,6 +170,7 @@ class ConPatchDetector(FeatureDetector):
                 raise InputError("images: there are none in it")
             self.bank = bank
             self.training["images"] += done
+            self.training["files"] = [*self.training.get("files", []), *prints]
             return list(collection.skipped)
 
     def captured_state(self) -> MemoryBank | None:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,20 @@ __all__ = [
 
 GOOD = "good"
 UNKNOWN = "unknown"
-# Names of folders, in any case: of good images, which are all called GOOD here, ...
-_GOOD_NAMES = frozenset({GOOD, "normal", "ok"})
+# Names of folders, by their letters and digits in any case: of good images, all called GOOD here, ...
+_GOOD_NAMES = frozenset({GOOD, "io", "normal", "ok", "pass", "passed"})
+# ... of good images that are held out, as anomalib's ``normal_test_dir``, where no split is drawn then, ...
+_GOOD_TEST_NAMES = frozenset({"goodtest", "normaltest", "oktest", "testgood", "testnormal", "testok"})
 # ... of images that are surely not good, whatever lies beside them, ...
 _DEFECTIVE_NAMES = frozenset(
     {"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "defects", "ko", "ng", "nok"}
+    | {"fail", "failed", "faulty", "nio", "notgood", "notok", "reject", "rejected", "rejects", "scrap"}
 )
 # ... and of masks.
-_MASK_NAMES = frozenset({"ground_truth", "mask", "masks"})
+_MASK_NAMES = frozenset({"groundtruth", "gt", "gtmask", "gtmasks", "mask", "maskdir", "masks"})
+# A word of a defect's name that says the opposite, unless another takes it back.
+_GOOD_WORDS = frozenset({GOOD, "normal", "ok"})
+_NEGATIONS = frozenset({"no", "non", "not"})
 TRAIN_SHARE = 0.8
 """Share of the good images that go to training where a data set has no official split."""
 
@@ -66,9 +73,15 @@ class Sample:
     image
         The image file.
     defect
-        ``"good"`` or the name of the defect; ``"unknown"`` where no label is known.
+        ``"good"`` (as which ``"Good"``, ``"normal"``, ``"ok"``, ... are taken) or the name of the defect;
+        ``"unknown"`` where no label is known.
     masks
-        Files whose union marks the defect. Empty for a good image, and where no mask is known.
+        Files whose union marks the defect, or one file. Empty for a good image, and where no mask is known.
+
+    Raises
+    ------
+    InputError
+        If `defect` is no text.
     """
 
     image: Path
@@ -76,9 +89,15 @@ class Sample:
     masks: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        """Take paths as text too: splits of one's own come from lists of names."""
+        """Take paths as text too, and other names of good: splits of one's own come from lists of names."""
+        if not isinstance(self.defect, str) or not self.defect:
+            raise InputError(f"defect is {self.defect!r}; it must be 'good', 'unknown' or a defect's name")
+        if _plain(self.defect) in _GOOD_NAMES:
+            object.__setattr__(self, "defect", GOOD)
+        masks: str | Path | Iterable[str | Path] = self.masks
+        masks = (masks,) if isinstance(masks, str | Path) else masks
         object.__setattr__(self, "image", Path(self.image))
-        object.__setattr__(self, "masks", tuple(map(Path, self.masks)))
+        object.__setattr__(self, "masks", tuple(map(Path, masks)))
 
     @property
     def label(self) -> int | None:
@@ -102,6 +121,11 @@ class Dataset:
         Good images only. `validation` is empty where the data set has no such part.
     test
         Good and defective images, or images with unknown labels.
+
+    Raises
+    ------
+    InputError
+        If an image in `train` or `validation` has a defect.
     """
 
     name: str
@@ -112,8 +136,14 @@ class Dataset:
     test: tuple[Sample, ...]
 
     def __post_init__(self) -> None:
-        """Take the root as text too."""
+        """Take the root as text too; refuse defects where good images belong."""
         object.__setattr__(self, "root", Path(self.root))
+        for sample in (*self.train, *self.validation):
+            if sample.label == 1:
+                raise InputError(
+                    f"dataset: {sample.image} ({sample.defect}) is among the training or validation images "
+                    f"of {self.name!r}; they must be good"
+                )
 
 
 @dataclass(frozen=True)
@@ -168,9 +198,11 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
           ``good`` and a folder for each defect); or ``good`` and a folder for each defect, split like the
           magnetic tiles; or just images, recursively, all taken for good training images.
 
-        A folder ``ok`` or ``normal``, in any case, is one called ``good``; ``mask`` or ``masks`` is one
-        called ``ground_truth``. All readers but VisA's and the magnetic tiles' take every form of mask named
-        here, ``<name>.png``, and ``<name>_mask.png`` beside the image.
+        A folder ``ok``, ``normal``, ``pass`` or ``io``, in any case, is one called ``good``; ``mask``,
+        ``masks`` or ``gt`` is one called ``ground_truth``. With a folder ``good_test`` (``normal_test``) no
+        split is drawn: all of ``good`` is for training, and this for the test. All readers but VisA's and the
+        magnetic tiles' take every form of mask named here, ``<name>.png``, and ``<name>_mask.png`` beside the
+        image.
     seed
         Draws the split where the data set has none of its own.
 
@@ -181,7 +213,8 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
     Raises
     ------
     InputError
-        If the folder is missing or not of this layout, or masks are there that fit no image.
+        If the folder is missing or not of this layout, masks are there that fit no image, or a folder of
+        defects is called ``good_2`` or holds good images itself.
 
     Examples
     --------
@@ -223,9 +256,10 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     Raises
     ------
     InputError
-        If there is nothing at `path`, no training images are found, or the folder holds a ``test`` or
-        ``ground_truth`` folder but no training part that could be told from it, or a folder of defective
-        images (``NG``, ``bad``, ...) beside folders of which nothing is known.
+        If there is nothing at `path`, it is a data set's ``test`` with ``train`` beside it, no training
+        images are found, or the folder holds a ``test`` or ``ground_truth`` folder but no training part that
+        could be told from it, or a folder of defective images (``NG``, ``bad``, ...) beside folders of which
+        nothing is known.
 
     Examples
     --------
@@ -235,6 +269,8 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     path = Path(path)
     if path.is_file():
         return [path]
+    if path.resolve().name.lower() == "test" and (path.resolve().parent / "train").is_dir():
+        raise InputError(f"{path} is the test part of a data set; its training part lies beside it")
     dataset = read_dataset(path, seed=seed)
     if not dataset.train:
         raise InputError(f"{path} holds no training images (read as {dataset.layout})")
@@ -338,8 +374,8 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     sample
         From a :class:`Dataset`.
     size
-        (height, width) of the image in pixels; masks of another size are resized to it, each pixel from the
-        nearest.
+        (height, width) of the image in pixels; smaller and larger masks of the same shape are resized to it,
+        each pixel from the nearest.
 
     Returns
     -------
@@ -351,13 +387,14 @@ def read_mask(sample: Sample, size: tuple[int, int]) -> np.ndarray[Any, np.dtype
     Raises
     ------
     InputError
-        If a mask cannot be read, or none is known although the image is not known to be good.
+        If a mask cannot be read or is of another shape, or none is known although the image is not known to
+        be good.
     """
     union = np.zeros(size, dtype=np.bool_)
     if not sample.masks and sample.label != 0:
         raise InputError(f"{sample.image}: no mask is known for this image ({sample.defect})")
     for path in sample.masks:
-        union |= _resized(read_mask_values(path) > 0, size)
+        union |= _resized(read_mask_values(path) > 0, size, path)
     return union
 
 
@@ -410,8 +447,8 @@ def read_regions(
     sample
         From a :class:`Dataset`.
     size
-        (height, width) of the image in pixels. Masks of another size are resized to it, each pixel from the
-        nearest, and absolute numbers of pixels with them.
+        (height, width) of the image in pixels. Smaller and larger masks of the same shape are resized to it,
+        each pixel from the nearest, and absolute numbers of pixels with them.
     kinds
         From :func:`read_defects_config`.
     box
@@ -428,8 +465,8 @@ def read_regions(
     Raises
     ------
     InputError
-        If a mask cannot be read, has values of no kind or of several, or none is known although the image is
-        not known to be good.
+        If a mask cannot be read, is of another shape, has values of no kind or of several, or none is known
+        although the image is not known to be good.
 
     References
     ----------
@@ -450,7 +487,7 @@ def read_regions(
                 f"of those in {DEFECTS_CONFIG}: {', '.join(map(str, sorted(kinds)))}"
             )
         kind = kinds[marks[0]]
-        mask = _resized(values > 0, size)
+        mask = _resized(values > 0, size, path)
         if ignored is not None:
             mask = mask & ~ignored
         mask = mask[top:bottom, left:right]
@@ -479,10 +516,19 @@ def _defect_kind(entry: dict[str, Any]) -> DefectKind:
 
 
 def _resized(
-    mask: np.ndarray[Any, np.dtype[np.bool_]], size: tuple[int, int]
+    mask: np.ndarray[Any, np.dtype[np.bool_]], size: tuple[int, int], path: Path
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
     if mask.shape == size:
         return mask
+    (height, width), (to_height, to_width) = mask.shape, size
+    # Up to a pixel by which a side was rounded. A mask of a picture that stood or was cut otherwise would be
+    # stretched over the wrong pixels.
+    if abs(height * to_width - width * to_height) > max(size):
+        raise InputError(
+            f"{path}: {width} x {height} pixels, where the image has {to_width} x {to_height}, upright as "
+            "its EXIF orientation says; a mask may be smaller or larger than its image, but not of another "
+            "shape"
+        )
     resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
     return resized.astype(np.bool_)
 
@@ -530,6 +576,8 @@ def _read_mvtec(root: Path, _seed: int) -> _Split:
 def _labelled(root: Path, folders: list[Path]) -> list[Sample]:
     """The images of folders named by what is in them, with the masks below `root`."""
     defective = [folder for folder in folders if not _is_good(folder)]
+    for folder in defective:
+        _refuse_good(root, folder)
     samples: list[Sample] = []
     for folder in folders:
         if _is_good(folder):
@@ -545,13 +593,29 @@ def _labelled(root: Path, folders: list[Path]) -> list[Sample]:
     return samples
 
 
+def _refuse_good(root: Path, folder: Path) -> None:
+    """Good images under the name of a defect would be counted as missed."""
+    words = set(re.findall("[a-z]+", folder.name.lower()))
+    if words & _GOOD_WORDS and not words & _NEGATIONS:
+        raise InputError(
+            f"root: {root} holds a folder {folder.name}, which could be good images or a defect; call it "
+            "good, or good_test beside good, or give the defect another name"
+        )
+    inside = next((inner.name for inner in _subfolders(folder) if _is_good(inner)), None)
+    if inside is not None:
+        raise InputError(
+            f"root: {folder} would be a defect, but holds a folder {inside}: several products in one data "
+            "set? Each needs a folder with train and test of its own"
+        )
+
+
 def _refuse_unused_masks(root: Path, defective: list[Path]) -> None:
     """Masks of no defect's folder are not passed over: there would be no figures over pixels."""
     for masks in _mask_folders(root):
         files = list_image_files(masks)
         for file, folders in zip(files, _folders_of(masks, files), strict=True):
             # Some data sets have masks of good images too, all black.
-            if _GOOD_NAMES.isdisjoint(folders):
+            if _GOOD_NAMES.isdisjoint(map(_plain, folders)):
                 raise InputError(
                     f"{file}: no mask in {masks} fits an image; masks lie in folders named as those of the "
                     f"images: {', '.join(folder.name for folder in defective)}"
@@ -662,9 +726,10 @@ def _read_folder(root: Path, seed: int) -> _Split:
         return _good(seen), [], unlabelled + _labelled(root, _subfolders(test))
     folders = [folder for folder in _subfolders(root) if list_image_files(folder)]
     good = [folder for folder in folders if _is_good(folder)]
-    defective = [folder for folder in folders if folder not in good and not _holds_masks(folder)]
+    held_out = [folder for folder in folders if good and _plain(folder.name) in _GOOD_TEST_NAMES]
+    defective = [folder for folder in folders if folder not in good + held_out and not _holds_masks(folder)]
     images = list_image_files(root)
-    if not good or not defective:
+    if not good or not defective + held_out:
         _refuse_held_out(root, images)
         _refuse_defective(root, images)
         return _good(images), [], []
@@ -673,20 +738,23 @@ def _read_folder(root: Path, seed: int) -> _Split:
             f"root: {root} holds images beside its folder {good[0].name}; move them into it or into a "
             "defect's folder"
         )
-    _refuse_held_out(root, _images_in([*good, *defective]))
-    training, good_test = _split_good(root, _images_in(good), seed)
+    _refuse_held_out(root, _images_in([*good, *held_out, *defective]))
+    if held_out:
+        training, good_test = _good(_images_in(good)), _good(_images_in(held_out))
+    else:
+        training, good_test = _split_good(root, _images_in(good), seed)
     return training, [], good_test + _labelled(root, defective)
 
 
 def _refuse_held_out(root: Path, images: list[Path]) -> None:
     """No image of a data set's test part, and no mask, may pass for a plain folder's image."""
     places = _folders_of(root, images)
-    for part in ("test", *sorted(_MASK_NAMES)):
-        if any(part in place for place in places):
+    for part in sorted({part for place in places for part in place}):
+        if part == "test" or _plain(part) in _MASK_NAMES:
             raise InputError(
                 f"root: {root} holds folders named {part}, but no data set is known in it: {_LOOKED_FOR}"
             )
-    below_good = sum(not _GOOD_NAMES.isdisjoint(place[1:]) for place in places)
+    below_good = sum(not _GOOD_NAMES.isdisjoint(map(_plain, place[1:])) for place in places)
     if 0 < below_good < len(places):
         raise InputError(
             f"root: {root} holds folders named good and others; choose the folder that holds good itself"
@@ -696,8 +764,8 @@ def _refuse_held_out(root: Path, images: list[Path]) -> None:
 def _refuse_defective(root: Path, images: list[Path]) -> None:
     """Nor may an image in a folder of defective ones pass for a good one of the folders beside it."""
     places = _folders_of(root, images)
-    defective = {part for place in places for part in place if part in _DEFECTIVE_NAMES}
-    below_defective = sum(not _DEFECTIVE_NAMES.isdisjoint(place) for place in places)
+    defective = {part for place in places for part in place if _plain(part) in _DEFECTIVE_NAMES}
+    below_defective = sum(not defective.isdisjoint(place) for place in places)
     if 0 < below_defective < len(places):
         raise InputError(
             f"root: {root} holds folders named {', '.join(sorted(defective))} beside others; call the good "
@@ -730,12 +798,16 @@ def _split_good(root: Path, images: list[Path], seed: int) -> tuple[list[Sample]
     return _good(train), _good(test)
 
 
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
 def _is_good(folder: Path) -> bool:
-    return folder.name.lower() in _GOOD_NAMES
+    return _plain(folder.name) in _GOOD_NAMES
 
 
 def _holds_masks(folder: Path) -> bool:
-    return folder.name.lower() in _MASK_NAMES
+    return _plain(folder.name) in _MASK_NAMES
 
 
 def _good_folders(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from pydefect.backbones import ARCHITECTURES, weights_fingerprint
 from pydefect.calibration import Calibration, held_out_calibration, highest_held_out
-from pydefect.data.images import SkippedImage, open_images
+from pydefect.data.images import open_images
+from pydefect.data.seen import SeenImages
 from pydefect.detector import Detector, OnError, batches, check_network_inputs, known_length
 from pydefect.dual_ae.augmentation import PenaltyImages
 from pydefect.dual_ae.config import DualAEConfig, EfficientADConfig, check_input_size
@@ -47,18 +47,12 @@ class TrainingImages:
     ----------
     cache
         [3, H, W] an image.
-    digest
-        SHA-256 of the pixels, in order.
-    names
-        Theirs, in order; a file's without its folder.
-    skipped
-        Files left out.
+    seen
+        What is kept of them.
     """
 
     cache: FeatureCache
-    digest: str
-    names: list[str]
-    skipped: list[SkippedImage]
+    seen: SeenImages
 
     @classmethod
     def read(
@@ -80,20 +74,18 @@ class TrainingImages:
             There are none, one cannot be read, or their sizes differ and nothing resizes them.
         """
         collection = open_images(images, on_error=on_error)
-        cache, digest = FeatureCache(memory_budget, device=device), hashlib.sha256()
-        names: list[str] = []
+        cache, seen = FeatureCache(memory_budget, device=device), SeenImages()
         total = known_length(collection)
         for group, tensors in batches(collection, preprocessing, _BATCH):
             cache.append([tensors])
             for image in group:
-                digest.update(str(image.pixels.shape).encode())
-                digest.update(np.ascontiguousarray(image.pixels).data)  # its bytes, not a copy of them
-                names.append(Path(image.name).name)
+                seen.add(image)
             bars(f"reading {what}", len(cache), total)
         bars.close()
         if not len(cache):
             raise InputError(f"{what}: none could be read; at least one normal image is needed")
-        return cls(cache, digest.hexdigest(), names, list(collection.skipped))
+        seen.skip(collection.skipped)
+        return cls(cache, seen)
 
 
 class DualAEDetector(Detector):
@@ -111,7 +103,7 @@ class DualAEDetector(Detector):
         Of the maps, from held-out normal images.
     training
         What the fit found: ``images`` and ``held_out`` (their numbers), ``steps``, ``history`` of losses,
-        ``skipped``, ``held_out_scores``; of the images that were trained on, the last says nothing.
+        ``skipped``, ``files``, ``held_out_scores``; the last says nothing of images that were trained on.
 
     References
     ----------
@@ -180,39 +172,38 @@ class DualAEDetector(Detector):
         reading: dict[str, Any] = {"on_error": on_error, "bars": bars, "memory_budget": budget // 4}
         reading["device"] = device
         try:
-            seen = TrainingImages.read(images, preprocessing, what="images", **reading)
-            _, height, width = seen.cache.shapes[0]
+            given = TrainingImages.read(images, preprocessing, what="images", **reading)
+            _, height, width = given.cache.shapes[0]
             check_input_size("images", (height, width), config.padding)
             penalty = None
             if config.penalty != "none":
                 penalty = PenaltyImages(
                     config.penalty, preprocessing, (height, width), seed, config.penalty_pool
                 )
-            skipped = seen.skipped
-            train, part = _split(len(seen.cache), config.held_out_share, seed)
-            held_out, others, names = seen.cache, part, seen.names
-            digest = seen.digest
+            seen = [given.seen]
+            train, part = _split(len(given.cache), config.held_out_share, seed)
+            held_out, others, names = given.cache, part, given.seen.names
             if validation is not None:
                 kept = TrainingImages.read(validation, preprocessing, what="validation", **reading)
-                if kept.cache.shapes != seen.cache.shapes:
+                if kept.cache.shapes != given.cache.shapes:
                     raise InputError(
                         "validation: images of another size than the training images'; set resize"
                     )
-                train, held_out, names = list(range(len(seen.cache))), kept.cache, kept.names
+                train, held_out, names = list(range(len(given.cache))), kept.cache, kept.seen.names
                 others = range(len(names))
-                digest, skipped = f"{digest} {kept.digest}", [*skipped, *kept.skipped]
+                seen.append(kept.seen)
             run = {
                 **config.to_dict(),
                 "method": cls.method,
                 "seed": seed,
-                "images": digest,
+                "images": " ".join(part.digest for part in seen),
                 "teacher": weights_fingerprint(teacher.network.state_dict()),
                 "penalty": penalty.identity if penalty else "none",
             }
             with opened_checkpoint(checkpoint, run) as state:
-                features = _teacher_features(teacher, seen.cache, train, device, budget - budget // 4, bars)
+                features = _teacher_features(teacher, given.cache, train, device, budget - budget // 4, bars)
                 trainer = Trainer(
-                    seen.cache,
+                    given.cache,
                     train,
                     features,
                     teacher,
@@ -229,7 +220,7 @@ class DualAEDetector(Detector):
             # On a card they would keep the graph's memory for as long as there is the detector.
             network.zero_grad(set_to_none=True)
             # Without held-out images the maps' scales come from those seen; thresholds cannot.
-            measured, which = (held_out, others) if len(others) else (seen.cache, train)
+            measured, which = (held_out, others) if len(others) else (given.cache, train)
             scorer, maps = Scorer(network, teacher), []
             for done, index in enumerate(which, start=1):
                 (image,) = measured.get([index], device)
@@ -263,8 +254,8 @@ class DualAEDetector(Detector):
                 "steps": trainer.step,
                 "history": [vars(record) for record in trainer.history],
                 "held_out_scores": highest_held_out([names[index] for index in others], combined),
-                # Without folders: a model file is handed on, and they are nobody's business.
-                "skipped": [Path(one.name).name for one in skipped],
+                "skipped": [name for part in seen for name in part.skipped],
+                "files": [one for part in seen for one in part.prints],
             },
         )
 

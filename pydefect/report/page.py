@@ -322,6 +322,15 @@ def _run_notices(run: Run, thresholds: Thresholds) -> list[Notice]:
                 "decisions show the best case, not what to expect.",
             )
         )
+    learned = evaluation.get("learned", [])  # runs of earlier versions lack it
+    if learned:
+        notices.append(
+            Notice(
+                "Test images that the fit has seen",
+                f"The model's fit has read {len(learned)} of the test images: figures of these say little.",
+                (tuple(learned),),
+            )
+        )
     skipped = evaluation.get("skipped", [])
     if skipped:
         notices.append(

@@ -21,7 +21,9 @@ from pydefect.calibration import conformal_threshold
 from pydefect.conpatch import ConPatchConfig, ConPatchDetector, crossfit
 from pydefect.conpatch import detector as detector_module
 from pydefect.conpatch.trainer import Trainer
+from pydefect.data.layouts import training_images
 from pydefect.data.procedural import write_dataset
+from pydefect.data.seen import file_print
 from pydefect.errors import PydefectError
 from pydefect.features import resolve_precision
 from pydefect.ops import reference
@@ -472,8 +474,10 @@ def test_an_update_from_the_root_of_a_data_set_takes_its_training_images_only(fi
     write_dataset(tmp_path / "flange", n_train=3, n_test_good=1, n_per_defect=1, size=(64, 64), seed=0)
     detector = fit(products, calibration_folds=0)
     before = detector.training["images"]
+    assert detector.training["files"] == []  # they came as arrays
     detector.update(tmp_path / "flange")
     assert detector.training["images"] == before + 3
+    assert detector.training["files"] == [file_print(path) for path in training_images(tmp_path / "flange")]
 
 
 @pytest.mark.parametrize("bank", ["ema", "kcenter", "kmeans"])

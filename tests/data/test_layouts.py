@@ -401,7 +401,14 @@ class TestFolder:
         }
 
     @pytest.mark.parametrize(
-        ("good", "defective"), [("OK", "NG"), ("normal", "abnormal"), ("Good", "Scratch")]
+        ("good", "defective"),
+        [
+            ("OK", "NG"),
+            ("normal", "abnormal"),
+            ("Good", "Scratch"),
+            ("Pass", "Fail"),
+            ("i.O.", "n.i.O."),
+        ],
     )
     def test_defective_images_are_never_learned_from(self, tmp_path: Path, good: str, defective: str) -> None:
         touch(tmp_path, *(f"{good}/{n}.png" for n in range(5)), f"{defective}/0.png")
@@ -415,6 +422,55 @@ class TestFolder:
         touch(tmp_path, f"{seen}monday/0.png", f"{seen}NG/0.png", *(["test/good/0.png"] if root else []))
         with pytest.raises(InputError, match="holds folders named ng beside others; call the good images'"):
             training_images(tmp_path)
+
+    @pytest.mark.parametrize("held_out", ["good_test", "Normal-Test", "test_ok"])
+    @pytest.mark.parametrize("masks_of", ["mask", "GT", "groundtruth", "mask_dir"])
+    def test_good_images_that_are_held_out_are_no_defect(
+        self, tmp_path: Path, held_out: str, masks_of: str
+    ) -> None:
+        # anomalib's normal_dir, normal_test_dir, abnormal_dir and mask_dir.
+        touch(tmp_path, *(f"good/{n}.png" for n in range(5)), f"{held_out}/a.png", "crack/0.png")
+        assert len(training_images(tmp_path)) == 5
+        touch(tmp_path, f"{masks_of}/crack/0.png")
+        dataset = read_dataset(tmp_path)
+        assert len(dataset.train) == 5
+        assert [(sample.image.parent.name, sample.defect) for sample in dataset.test] == [
+            (held_out, "good"),
+            ("crack", "crack"),
+        ]
+        assert masks(dataset) == {"crack/0.png": [f"{masks_of}/crack/0.png"]}
+
+    def test_good_beside_held_out_good_images_only(self, tmp_path: Path) -> None:
+        touch(tmp_path, "normal/0.png", "normal/1.png", "normal_test/0.png")
+        assert names(training_images(tmp_path), tmp_path) == ["normal/0.png", "normal/1.png"]
+
+    @pytest.mark.parametrize("root", ["", "test/"])
+    @pytest.mark.parametrize(
+        ("folder", "message"),
+        [
+            ("good_2", "good_2, which could be good images or a defect"),
+            ("Normal old", "Normal old, which could be"),
+            (
+                "bottle/good",
+                "bottle would be a defect, but holds a folder good: several products"
+                "|folders named good and others",
+            ),
+        ],
+    )
+    def test_what_may_be_good_is_no_defect(
+        self, tmp_path: Path, root: str, folder: str, message: str
+    ) -> None:
+        touch(tmp_path, f"{root}good/0.png", f"{root}good/1.png", f"{root}crack/0.png")
+        if root:
+            touch(tmp_path, "train/good/0.png")
+        read_dataset(tmp_path)
+        touch(tmp_path, f"{root}{folder}/0.png")
+        with pytest.raises(InputError, match=message):
+            read_dataset(tmp_path)
+
+    def test_defects_that_are_called_not_good(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/0.png", "test/good/0.png", "test/not_good/0.png", "test/abnormal/0.png")
+        assert [sample.label for sample in read_dataset(tmp_path).test] == [1, 0, 1]
 
     @pytest.mark.parametrize(("changed", "moved"), [("000a.png", 1), ("005.png", 1), ("more", 20)])
     def test_a_changed_folder_moves_few_images(self, tmp_path: Path, changed: str, moved: int) -> None:
@@ -459,6 +515,7 @@ class TestTrainingImages:
             (["test/good/0.png", "test/bent/0.png"], "folders named test"),
             (["images/0.png", "ground_truth/0.png"], "folders named ground_truth"),
             (["a/b/train/good/0.png", "a/b/test/good/0.png"], "folders named test"),
+            (["images/0.png", "GT/0.png"], "folders named gt"),
             (["a/good/0.png", "a/bent/0.png"], "folders named good and others"),
             (["train/good/0.png", "train/bent/0.png"], "folders named good and others"),
             (["bottle/train/good/0.png", "bottle/test/good/0.png"], "several data sets; .*: bottle"),
@@ -472,6 +529,36 @@ class TestTrainingImages:
         touch(tmp_path, *files)
         with pytest.raises(InputError, match=message):
             training_images(tmp_path)
+
+    def test_the_test_part_is_not_learned_from(self, tmp_path: Path) -> None:
+        root = mvtec(tmp_path)
+        with pytest.raises(InputError, match="test is the test part of a data set; its training part lies"):
+            training_images(root / "test")
+        assert len(defective_images(root / "test")) == 2
+
+
+class TestDataset:
+    @pytest.mark.parametrize("part", ["train", "validation"])
+    def test_a_defect_is_no_good_image(self, part: str) -> None:
+        parts = {"train": (), "validation": (), "test": ()} | {part: (Sample("a.png", "crack"),)}
+        with pytest.raises(InputError, match=r"a\.png \(crack\) is among the training or validation images"):
+            Dataset("mine", "folder", Path(), **parts)
+
+
+class TestSample:
+    @pytest.mark.parametrize("good", ["good", "Good", "normal", "OK", "pass"])
+    def test_every_name_of_good(self, good: str) -> None:
+        assert Sample("a.png", good) == Sample(Path("a.png"), "good")
+        assert Sample("a.png", good).label == 0
+
+    @pytest.mark.parametrize("mask", ["mask/a.png", Path("mask/a.png"), ["mask/a.png"]])
+    def test_one_mask(self, mask: object) -> None:
+        assert Sample("a.png", "crack", mask).masks == (Path("mask/a.png"),)
+
+    @pytest.mark.parametrize("defect", [0, 1, None, "", True])
+    def test_a_defect_is_named(self, defect: object) -> None:
+        with pytest.raises(InputError, match="it must be 'good', 'unknown' or a defect's name"):
+            Sample("a.png", defect)
 
 
 class TestMask:
@@ -527,6 +614,20 @@ class TestMask:
         small = np.array([[0, 255], [0, 0]], dtype=np.uint8)
         expected = np.kron(small > 0, np.ones((3, 2), dtype=bool))
         np.testing.assert_array_equal(read_mask(self.sample(tmp_path, small), (6, 4)), expected)
+
+    @pytest.mark.parametrize("size", [(6, 4), (7, 4), (300, 200), (299, 200), (301, 200)])
+    def test_another_shape_is_refused(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        """But for a side that was rounded to whole pixels."""
+        mask = np.full((3, 2), 255, dtype=np.uint8)
+        sample = self.sample(tmp_path, mask)
+        assert read_mask(sample, size).all()
+        kinds = {255: DefectKind("crack", 255, 1, True)}
+        assert len(read_regions(sample, size, kinds)) == 1
+        message = rf"0\.png: 2 x 3 pixels, where the image has {size[0]} x {size[1]}, upright"
+        with pytest.raises(InputError, match=message):
+            read_mask(sample, size[::-1])
+        with pytest.raises(InputError, match=message):
+            read_regions(sample, size[::-1], kinds)
 
     def test_good_images_have_an_empty_mask(self) -> None:
         mask = read_mask(Sample(Path("a.png"), "good"), (3, 4))

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import pydefect
 from pydefect.cli import app
 from pydefect.data.procedural import write_dataset
+from pydefect.data.seen import file_print
 from pydefect.errors import InputError
 from pydefect.report import gallery, write_index, write_report
 from pydefect.report.gallery import OUTCOMES, ColourScale, Thresholds, cards
@@ -172,6 +173,20 @@ def test_warnings_about_data_and_model_are_shown(colours, tmp_path):
     assert "test/good/100.png — train/good/000.png" in words
     assert "The model has no thresholds" in words
     assert "1 of the test images could not be read; no figure counts it." in words
+
+
+def test_test_images_that_the_fit_has_seen_are_named(colours, product, tmp_path):
+    detector = colours()
+    seen = product / "test" / "good" / "001.png"
+    detector.training["files"] = [file_print(seen)]
+    with pytest.warns(UserWarning, match=r"has seen 1 of the .* test images: test/good/001\.png; figures"):
+        pydefect.evaluate(detector, product, out=tmp_path / "run", progress=False)
+    run = read_run(tmp_path / "run")
+    assert run.evaluation["learned"] == ["test/good/001.png"]
+    assert run.facts["training"] == {"images": 2, "skipped": []}  # without the prints of all files
+    page = write_report(run, tmp_path / "page.html", progress=False).read_text(encoding="utf-8")
+    assert "Test images that the fit has seen" in page
+    assert "has read 1 of the test images" in page
 
 
 def test_a_photograph_that_is_gone_leaves_its_heat_map(run, product, tmp_path):
