@@ -487,13 +487,15 @@ def export_onnx(
     *,
     image_size: int | Sequence[int] | None = None,
     batch_size: int = 1,
+    pixels: onnx_export.Pixels = "auto",
 ) -> None:
     """Write a fitted detector as an ONNX file, for programs without Python and PyTorch; see ``docs/onnx.md``.
 
-    The graph takes ``images``, [batch_size, H, W, 3] uint8 RGB, and gives ``image_scores`` [batch_size] and
+    The graph takes ``images``, [batch_size, H, W, 3] RGB, and gives ``image_scores`` [batch_size] and
     ``anomaly_maps`` [batch_size, h, w] float32 at the network input's size; the dual autoencoder's also
-    ``local_maps`` and ``global_maps``. The file's metadata hold ``method``, ``preprocessing`` (JSON),
-    ``image_threshold``, ``pixel_threshold``, and for the parts ``local_threshold`` and ``global_threshold``.
+    ``local_maps`` and ``global_maps``. The file's metadata hold ``method``, ``pydefect_version``,
+    ``preprocessing``, ``configuration`` and ``calibration`` (JSON), ``image_threshold``, ``pixel_threshold``,
+    and for the parts ``local_threshold`` and ``global_threshold``.
 
     Parameters
     ----------
@@ -506,6 +508,10 @@ def export_onnx(
         detector does. At the detector's own size there is no resize in it.
     batch_size
         Images at a time, fixed.
+    pixels
+        ``"uint8"``, ``"float32"`` in 0..1 (a 16-bit image divided by 65535), or ``"auto"``: float32 where the
+        detector has learned from images of more than 8 bits. A detector is wrong about pixels that another
+        conversion brought to 8 bits.
 
     Raises
     ------
@@ -526,4 +532,6 @@ def export_onnx(
     The graph computes in float32. Scores of a detector that was fitted in bfloat16 differ by what that rounds
     (see ``docs/conpatch.md``), those of a float32 one by the order of sums.
     """
-    onnx_export.export_onnx(_detector(detector), path, image_size=image_size, batch_size=batch_size)
+    onnx_export.export_onnx(
+        _detector(detector), path, image_size=image_size, batch_size=batch_size, pixels=pixels
+    )

@@ -222,10 +222,10 @@ class Detector(ABC):
         Where it computes.
     training
         What the fit found, as JSON values: ``images`` (their number), ``skipped`` (names), ``files`` (by what
-        theirs are known again, :func:`pydefect.data.seen.file_print`),
+        theirs are known again, :func:`pydefect.data.seen.file_print`), ``pixels`` (their types),
         ``held_out_scores`` ([name, score] of the images that scored highest when a detector scored them that
         had not seen them, at most 20, the highest first; see ``docs/calibration.md``), and what the method
-        adds. Models of earlier versions lack scores and files.
+        adds. Models of earlier versions lack scores, files and pixels.
     """
 
     method: ClassVar[str]

@@ -285,6 +285,7 @@ class FeatureDetector(Detector):
             "images": len(features.cache),
             "skipped": features.seen.skipped,
             "files": features.seen.prints,
+            "pixels": features.seen.pixels,
         }
         return detector
 

@@ -476,13 +476,18 @@ def _interpolated(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _resize_matrix(size: int, length: int) -> torch.Tensor:
-    """What :func:`_interpolated` does along one axis, as a [size, length] matrix."""
-    pixels = torch.arange(length, dtype=torch.float32, device="cpu") + 0.5
+    """What :func:`_interpolated` does along one axis, as a [size, length] matrix.
+
+    Distances between centres are whole numbers, in units of half a pixel of one by one of the other: runtimes
+    that compute in bfloat16 by themselves have no half pixels beyond the 128th.
+    """
+    pixels = torch.arange(length, device="cpu")
     # Of the pixels, for a graph's open length is no number to compare with another.
-    scale = (pixels[-1] + 0.5) / size
-    centres = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) * scale
-    weights = (1 - (centres[:, None] - pixels).abs() / scale.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
+    counted = pixels[-1] + 1
+    centres = (2 * torch.arange(size, device="cpu") + 1) * counted
+    distances = (centres[:, None] - (2 * pixels + 1) * size).abs()
+    weights = (2 * counted.clamp(min=size) - distances).clamp(min=0)
+    return weights.float() / weights.sum(1, keepdim=True).float()
 
 
 def _first_centre(border: int, resized: int, original: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pydefect.data.images import open_images
 from pydefect.detector import Detector
 from pydefect.errors import InputError, ModelFileError, PydefectError
 from pydefect.ops import knn, score_maps
+from pydefect.preprocessing import _resize_matrix
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -101,6 +103,15 @@ def test_the_face_of_the_file(colours: type[Detector], tmp_path: Path) -> None:
     assert float(kept["image_threshold"]) == 0.75
     assert float(kept["pixel_threshold"]) == 0.5
     assert json.loads(kept["preprocessing"])["resize"] == [40, 40]
+    assert json.loads(kept["preprocessing"])["interpolation"] == "bilinear, antialiased, half-pixel centres"
+    assert kept["pydefect_version"] == pydefect.__version__
+    assert json.loads(kept["configuration"]) == colours().configuration
+    assert json.loads(kept["calibration"])["images"] == 9
+    assert "greater than the metadata's image_threshold" in model.doc_string
+    # Nothing says where it was made.
+    for folder in (Path(pydefect.__file__).parent, Path(torch.__file__).parent):
+        assert str(folder).encode() not in path.read_bytes()
+    assert not any(node.metadata_props for node in model.graph.node)
     # What a user of the file writes, and what the package says of the same images.
     pixels = np.random.default_rng(0).integers(0, 256, (2, 90, 50, 3), dtype=np.uint8)
     pixels[0, :, :, 0] //= 2
@@ -166,6 +177,97 @@ def test_the_networks_own_size_needs_no_resize(colours: type[Detector], tmp_path
     for size, resizes in ((40, False), ((40, 41), True)):
         pydefect.export_onnx(colours(), path, image_size=size)
         assert ("MatMul" in {node.op_type for node in onnx.load(path).graph.node}) is resizes
+
+
+@pytest.mark.parametrize(("size", "length"), [(5, 16), (16, 5), (7, 7), (256, 900), (300, 301), (1, 9)])
+def test_the_resize_of_the_graph_is_the_packages(size: int, length: int) -> None:
+    # In float64: places in float32 are off by a hundred times the roundings of the mean.
+    column = torch.rand(1, 1, length, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(
+        column, (size, 3), mode="bilinear", antialias=True, align_corners=False
+    )
+    matrix = _resize_matrix(size, length).double()
+    # Weights are rounded to float32, and numbers below 1 averaged.
+    torch.testing.assert_close(matrix @ column[0, 0], expected[0, 0], rtol=0, atol=1e-6)
+    # And of weights that a runtime rounds to the 8 bits of bfloat16: no pixel gets the place of another.
+    rounded = (matrix.bfloat16().double() @ column[0, 0] - expected[0, 0]).abs().max()
+    assert float(rounded) < 2**-8
+
+
+def test_places_of_pixels_are_whole_numbers_in_the_graph(colours: type[Detector], tmp_path: Path) -> None:
+    """A runtime that computes in bfloat16 by itself, as OpenVINO does, rounds half pixels from 128 on."""
+    import onnx
+
+    path = tmp_path / "colours.onnx"
+    pydefect.export_onnx(colours(), path)
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    kinds = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
+    ranges = [node for node in model.graph.node if node.op_type == "Range"]
+    assert len(ranges) >= 2
+    for node in ranges:
+        assert kinds[node.output[0]] == onnx.TensorProto.INT64
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("pixels", ["auto", "uint8", "float32"])
+def test_the_type_of_the_pixels(kind: type, pixels: Any, products: list[np.ndarray], tmp_path: Path) -> None:
+    """Auto takes what the detector has learned from; 16 bits would come to 8 in another way than they did."""
+    most = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[kind]
+    images = [(image / 255 * most).astype(kind) for image in products]
+    detector = pydefect.fit(
+        images, method="patchcore", weights="random", resize=48, calibration_folds=0, progress=False
+    )
+    assert detector.training["pixels"] == ["uint8" if kind is np.uint8 else "float32"]
+    path = tmp_path / "model.onnx"
+    pydefect.export_onnx(detector, path, pixels=pixels)
+    (given,) = onnxruntime.InferenceSession(path).get_inputs()
+    floating = pixels == "float32" or (pixels == "auto" and kind is not np.uint8)
+    assert given.type == ("tensor(float)" if floating else "tensor(uint8)")
+    expected = detector.score(products[0], progress=False).image_scores
+    image = products[0][None]
+    found = run(path, (image / 255).astype(np.float32) if floating else image)[0]
+    np.testing.assert_allclose(found, expected, rtol=2e-2)
+
+
+def test_pixels_of_no_type(colours: type[Detector], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pixels: 'uint16' given; allowed are 'auto', 'uint8', 'float32'"):
+        pydefect.export_onnx(colours(), tmp_path / "model.onnx", pixels="uint16")
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+def test_a_batch_has_the_networks_once(products: list[np.ndarray], tmp_path: Path) -> None:
+    settings = {**_SMALL["dual_ae"], "resize": 64, "weights": "random", "progress": False}
+    detector = pydefect.fit(products, method="dual_ae", **settings)
+    sizes = []
+    for batch in (1, 3):
+        path = tmp_path / f"{batch}.onnx"
+        pydefect.export_onnx(detector, path, batch_size=batch)
+        sizes.append(path.stat().st_size)
+    assert sizes[1] < 1.05 * sizes[0]
+    result = detector.score(products[:3], progress=False).image_scores
+    np.testing.assert_allclose(run(path, np.stack(products[:3]))[0], result, rtol=_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support")
+def test_thresholds_of_another_arithmetic_are_said(products: list[np.ndarray], tmp_path: Path) -> None:
+    def fitted(precision: str, folds: int) -> Detector:
+        return pydefect.fit(
+            products,
+            method="patchcore",
+            weights="random",
+            resize=48,
+            backbone_precision=precision,
+            calibration_folds=folds,
+            progress=False,
+        )
+
+    message = "computes in float32, .* fit with backbone_precision='float32'"
+    with pytest.warns(UserWarning, match=message):
+        pydefect.export_onnx(fitted("bfloat16", 2), tmp_path / "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for detector in (fitted("bfloat16", 0), fitted("float32", 0)):
+            pydefect.export_onnx(detector, tmp_path / "model.onnx")
 
 
 def test_a_saved_detector(products: list[np.ndarray], tmp_path: Path) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pydefect.cli._console import Debug, Weights, check_new_file
+
+
+class PixelType(str, Enum):
+    """Of the file's input."""
+
+    auto = "auto"
+    uint8 = "uint8"
+    float32 = "float32"
 
 
 def export(
@@ -23,6 +32,13 @@ def export(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that the graph takes at a time.")] = 1,
+    pixels: Annotated[
+        PixelType,
+        typer.Option(
+            help="What images consist of: bytes, or float32 in 0..1, such as 16-bit pixels divided by 65535; "
+            "auto: what the model has learned from."
+        ),
+    ] = PixelType.auto,
     weights: Weights = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace FILE if it exists.")] = False,
     debug: Debug = False,
@@ -49,7 +65,7 @@ def export(
     import pydefect
 
     detector = pydefect.load(model, weights=weights)
-    pydefect.export_onnx(detector, out, image_size=size, batch_size=batch_size)
+    pydefect.export_onnx(detector, out, image_size=size, batch_size=batch_size, pixels=pixels.value)
     calibration = detector.calibration
     if calibration is not None:
         typer.echo(

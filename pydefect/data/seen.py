@@ -20,6 +20,7 @@ class SeenImages:
         self._digest = hashlib.sha256()
         self._names: list[str] = []
         self._skipped: list[str] = []
+        self._kinds: set[str] = set()
         self.prints: list[str] = []
         """:func:`file_print` of those that came from files."""
 
@@ -28,6 +29,7 @@ class SeenImages:
         self._digest.update(str(image.pixels.shape).encode())
         self._digest.update(np.ascontiguousarray(image.pixels).data)  # its bytes, not a copy of them
         self._names.append(image.name)
+        self._kinds.add(image.pixels.dtype.name)
         self.prints += prints_of(image)
 
     def skip(self, images: Sequence[SkippedImage]) -> None:
@@ -38,6 +40,11 @@ class SeenImages:
     def digest(self) -> str:
         """SHA-256 of all pixels, in order."""
         return self._digest.hexdigest()
+
+    @property
+    def pixels(self) -> list[str]:
+        """Types of the pixels: ``"uint8"``, ``"float32"`` (of 16-bit and floating point images) or both."""
+        return sorted(self._kinds)
 
     @property
     def names(self) -> list[str]:

@@ -103,7 +103,8 @@ class DualAEDetector(Detector):
         Of the maps, from held-out normal images.
     training
         What the fit found: ``images`` and ``held_out`` (their numbers), ``steps``, ``history`` of losses,
-        ``skipped``, ``files``, ``held_out_scores``; the last says nothing of images that were trained on.
+        ``skipped``, ``files``, ``pixels``, ``held_out_scores``; the last says nothing of images that were
+        trained on.
 
     References
     ----------
@@ -256,6 +257,7 @@ class DualAEDetector(Detector):
                 "held_out_scores": highest_held_out([names[index] for index in others], combined),
                 "skipped": [name for part in seen for name in part.skipped],
                 "files": [one for part in seen for one in part.prints],
+                "pixels": sorted({kind for part in seen for kind in part.pixels}),
             },
         )
 

@@ -93,8 +93,9 @@ class Scorer:
             [B, h, w] float32 each: (T - S')^2, then (F - S'')^2 for every autoencoder.
         """
         # One image at a time on the CPU: its maps (16 MB the largest) stay near the processor, and memory
-        # does not grow with the batch.
-        together = 1 if images.device.type == "cpu" else len(images)
+        # does not grow with the batch. An exported graph would hold the networks once for every part.
+        alone = images.device.type == "cpu" and not torch.compiler.is_exporting()
+        together = 1 if alone else len(images)
         parts = [self._differences(part) for part in images.split(together)]
         return tuple(torch.cat(maps) for maps in zip(*parts, strict=True))
 
