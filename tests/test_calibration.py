@@ -517,3 +517,34 @@ def test_the_histogram_is_a_picture():
     colours = {tuple(pixel) for pixel in picture.reshape(-1, 3).tolist()}
     assert len(colours) > 10
     assert (0, 0, 0) in colours
+
+
+@pytest.mark.parametrize("n", [6, 9, 33, 100, 299])
+def test_the_rate_that_a_threshold_implies_gives_that_threshold_again(n: int) -> None:
+    scores = list(map(float, range(1, n + 1)))
+    for rank in range(1, n + 1):
+        assert conformal_threshold(scores, (n + 1 - rank) / (n + 1))[0] == rank
+    # Which is how the parts' thresholds are found.
+    calibration = held_out_calibration(scores, scores, 0.4, part_maxima={"local": scores})
+    assert calibration.part_thresholds["local"] == calibration.image_threshold
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+@pytest.mark.parametrize("edge", [20, 80])
+def test_the_pixel_threshold_is_that_of_maps_at_the_images_own_size(colours, edge: int) -> None:
+    detector = colours()  # which resizes to 40
+    images = np.random.default_rng(0).integers(0, 256, (4, edge, edge, 3), dtype=np.uint8)
+    calibration = detector.calibrate(images, false_alarm_rate=0.2)
+    maxima = sorted(float(one.max()) for one in detector.score(images).anomaly_maps)
+    assert calibration.map_maxima == tuple(maxima)
+    assert calibration.pixel_threshold == maxima[3]
+
+
+@pytest.mark.parametrize(("images", "rate", "guaranteed"), [(99, 0.01, False), (299, 0.01, True)])
+def test_just_enough_images_give_no_warning(images: int, rate: float, guaranteed: bool) -> None:
+    scores = list(map(float, range(images)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        held_out_calibration(scores, scores, rate, guaranteed=guaranteed)
+    with pytest.warns(UserWarning, match=f"{images - 1} held-out images support"):
+        held_out_calibration(scores[1:], scores[1:], rate, guaranteed=guaranteed)

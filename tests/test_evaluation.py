@@ -21,6 +21,7 @@ import pydefect.score_folder
 from pydefect.calibration import Calibration
 from pydefect.data.layouts import Dataset, Sample, read_dataset
 from pydefect.data.maps import read_image_scores
+from pydefect.data.procedural import write_dataset
 from pydefect.data.seen import file_print
 from pydefect.detector import Detector
 from pydefect.errors import InputError
@@ -560,3 +561,12 @@ def test_a_float16_tiff_says_what_to_write(written, tmp_path):
         InputError, match=r"000\.tiff: a TIFF of float16 is not read; write float32, or an \.npy"
     ):
         pydefect.evaluate_maps(written, tmp_path / "maps", progress=False)
+
+
+def test_labelled_thresholds_leave_those_of_the_parts(colours, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "flange", 2, 3, 1, 64, seed=1)
+    detector = colours()
+    parts = {"local": (0.2, 0.3), "global": (0.4, 0.5)}
+    detector.calibration = replace(detector.calibration, part_maxima=parts)
+    assert pydefect.calibrate(detector, root, progress=False).part_maxima == parts
+    assert detector.score(np.zeros((1, 64, 64, 3), np.uint8)).kind is not None

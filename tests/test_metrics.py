@@ -541,3 +541,37 @@ def test_arrays_are_left_alone():
     one[:] = 7
     assert scores.metrics() == detection_metrics(kept[1], kept[0])
     assert (mask == kept[1]).all()
+
+
+def test_a_curve_ends_at_the_top_of_an_edge_that_lies_on_the_limit() -> None:
+    scores = PixelScores()
+    scores.add(np.array([[0.9, 0.7, 0.5, 0.05, 0.3, 0.1]]), np.array([[0, 0, 1, 1, 0, 0]]))
+    curve = scores.pro_curve(0.5, step=0)
+    assert (curve.x[-1], curve.y[-1]) == (0.5, 0.5)
+    assert curve.thresholds[-1] < 0.5
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int16, np.uint16, np.int64])
+def test_every_value_but_0_marks_a_pixel(dtype: type) -> None:
+    scores = PixelScores()
+    # As 255 is where a mask has gone through a signed type.
+    scores.add(np.zeros((2, 2)), np.array([[0, 1], [-1, 0]]).astype(dtype))
+    assert scores.defective_pixels == 2
+
+
+def test_curves_follow_what_is_added_later() -> None:
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((2, 8, 8), np.float32), rng.random((2, 8, 8)) > 0.7
+    scores, together = PixelScores(), PixelScores()
+    scores.add(maps[0], masks[0])
+    scores.roc_curve(), scores.pro_curve()
+    scores.add(maps[1], masks[1])
+    together.extend(maps, masks)
+    for curve, expected in (
+        (scores.roc_curve(), together.roc_curve()),
+        (scores.precision_recall_curve(), together.precision_recall_curve()),
+        (scores.pro_curve(), together.pro_curve()),
+    ):
+        np.testing.assert_array_equal(curve.x, expected.x)
+        np.testing.assert_array_equal(curve.y, expected.y)
+        assert curve.area == expected.area

@@ -457,3 +457,10 @@ def test_an_exported_graph_resizes_alike(size: tuple[int, int]) -> None:
     got = torch.export.export(_Applied(preprocessing), (images,)).module()(images)
     # Weights and sums of a few numbers in 0..1 in float32, divided by 0.22.
     torch.testing.assert_close(got, preprocessing.apply(images), rtol=0, atol=1e-5)
+
+
+def test_what_is_ignored_is_not_to_be_written_to() -> None:
+    ignored = Preprocessing.create(ignore=[(0, 0, 4, 4)]).ignored((8, 8))
+    assert ignored is not None
+    with pytest.raises(ValueError, match="read-only"):
+        ignored[:] = True

@@ -249,3 +249,19 @@ def test_every_map_keeps_the_promised_bound(values, tmp_path_factory):
     # Float32's own smallest numbers end above 2**-39 of a map whose maximum is itself near them.
     largest = float(values.max())
     assert (error <= np.maximum(2.0**-11 * values.astype(np.float64), 2.0**-39 * largest + 2.0**-149)).all()
+
+
+def test_curves_are_kept_and_end_where_they_are_said_to(colours, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "flange", 2, 3, 1, 64, seed=1)
+    entry = {"defect_name": "a", "pixel_value": 255, "saturation_threshold": 1, "relative_saturation": False}
+    (root / "defects_config.json").write_text(json.dumps([entry]))
+    evaluation = pydefect.evaluate(colours(), root, out=tmp_path / "run", progress=False)
+    curves = read_run(tmp_path / "run").curves
+    assert curves.keys() == evaluation.curves.keys()
+    assert curves["pixel_pro"].x[-1] == 0.3
+    for kind, areas in evaluation.pixel_spro_by_defect.items():
+        assert curves[f"pixel_spro_{kind}"].x[-1] == 0.05
+        assert curves[f"pixel_spro_{kind}"].area == areas[0.05]
+    for name, curve in evaluation.curves.items():
+        for part in ("x", "y", "thresholds"):
+            np.testing.assert_array_equal(getattr(curves[name], part), getattr(curve, part))

@@ -787,3 +787,18 @@ def test_the_written_numbers_give_the_written_decision(tmp_path, threshold):
         assert (float(row["score"]) > float(row["image_threshold"])) == (row["defective"] == "true")
         assert (row["defective"] == "true") == again["defective"]
     assert result.is_defective.tolist() == [row["defective"] for row in content["images"]]
+
+
+def test_a_given_scale_is_kept(tmp_path: Path) -> None:
+    result = Result(
+        image_scores=np.array([2.0], np.float32),
+        anomaly_maps=[np.full((8, 8), 2, np.float32)],
+        paths=[None],
+        names=["a"],
+        scored_boxes=[(0, 0, 8, 8)],
+        image_threshold=1.0,
+        pixel_threshold=1.0,
+    )
+    with ScoreFolderWriter(tmp_path / "out", scale=(0.0, 9.0)) as writer:
+        writer.add(result, images=np.zeros((1, 8, 8, 3), np.uint8))
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["heat_map_scale"] == [0, 9]

@@ -185,3 +185,27 @@ def test_regions_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
     # Another threshold has regions of its own.
     assert dataclasses.replace(result, pixel_threshold=2.0).regions == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("local", "whole", "kind"),
+    [
+        (2.0, 2.0, "both"),
+        (2.0, 1.0, "structural"),
+        (1.0, 2.0, "logical"),
+        (1.0, 1.0, "structural"),
+        (0.5, 0.75, "logical"),
+    ],
+)
+def test_a_part_at_its_threshold_does_not_pass_over_it(local: float, whole: float, kind: str) -> None:
+    result = Result(
+        image_scores=np.array([1.0], np.float32),
+        anomaly_maps=[np.zeros((1, 1), np.float32)],
+        paths=[None],
+        names=["a"],
+        scored_boxes=[(0, 0, 1, 1)],
+        image_threshold=0.5,
+        part_scores={"local": np.array([local], np.float32), "global": np.array([whole], np.float32)},
+        part_thresholds={"local": 1.0, "global": 1.0},
+    )
+    assert result.kind == [kind]

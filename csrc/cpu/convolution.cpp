@@ -249,35 +249,30 @@ class WeightGradient {
 
   // To [outputs, side, side, inputs].
   void run(float* to) const {
-    AlignedBuffer<float> sums(kTileNumbers * panels_ * blocks_ * kDepth * kColumns);
-    const int64_t together = std::min(kGathered, tiling_.count());
+    const int64_t tiles = tiling_.count(), together = std::min(kGathered, tiles);
     AlignedBuffer<float> inputs(kTileNumbers * blocks_ * kDepth * together);
     AlignedBuffer<float> outputs(kTileNumbers * panels_ * kColumns * together);
-    torch::stable::parallel_for(0, kTileNumbers * panels_, 1, [&](int64_t begin, int64_t end) {
-      const int64_t size = blocks_ * kDepth * kColumns;
-      std::fill(sums.data() + begin * size, sums.data() + end * size, 0.0f);
-    });
-    for (int64_t first = 0; first < tiling_.count(); first += together) {
-      const int64_t count = std::min(together, tiling_.count() - first);
-      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) {
-          transform(first + tile, inputs.data() + tile * kDepth, outputs.data() + tile * kColumns, count);
-        }
-      });
-      torch::stable::parallel_for(0, kTileNumbers * panels_, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t part = begin; part < end; ++part) {
-          for (int64_t block = 0; block < blocks_; ++block) {
-            kernel_.add_outer(count, inputs.data() + (part / panels_ * blocks_ + block) * count * kDepth,
-                              outputs.data() + part * count * kColumns,
-                              sums.data() + (part * blocks_ + block) * kDepth * kColumns);
-          }
-        }
-      });
+    // The last tiles' products are added block by block, and these transformed while they lie in a cache:
+    // where the first tiles are the last ones, the sums, four times the weights, never lie anywhere else.
+    const int64_t gatherings = divide_up(tiles, std::max<int64_t>(together, 1));
+    AlignedBuffer<float> sums(gatherings > 1 ? panels_ * blocks_ * kBlockSums : 0);
+    for (int64_t gathering = 0; gathering + 1 < gatherings; ++gathering) {
+      gather(gathering * together, together, inputs.data(), outputs.data());
+      add(gathering == 0, together, inputs.data(), outputs.data(), sums.data());
     }
+    const int64_t first = std::max<int64_t>(gatherings - 1, 0) * together;
+    gather(first, tiles - first, inputs.data(), outputs.data());
     torch::stable::parallel_for(0, panels_ * blocks_, 1, [&](int64_t begin, int64_t end) {
       AlignedBuffer<float> kernels(kDepth * kNumbersOfKernel * kColumns);
+      AlignedBuffer<float> own(kBlockSums);
       for (int64_t part = begin; part < end; ++part) {
-        write_block(sums.data(), part / blocks_, part % blocks_, kernels.data(), to);
+        float* const block_sums = gatherings > 1 ? sums.data() + part * kBlockSums : own.data();
+        if (gatherings <= 1) std::fill(block_sums, block_sums + kBlockSums, 0.0f);
+        for (int64_t n = 0; n < kTileNumbers; ++n) {
+          add_block(n, part / blocks_, part % blocks_, tiles - first, inputs.data(), outputs.data(),
+                    block_sums);
+        }
+        write_block(block_sums, part / blocks_, part % blocks_, kernels.data(), to);
       }
     });
   }
@@ -285,10 +280,37 @@ class WeightGradient {
  private:
   // Tiles that are gathered before their products are added: fewer, and the sums go through memory more
   // often.
-  static constexpr int64_t kGathered = 512;
+  static constexpr int64_t kGathered = 192;
   static constexpr int64_t kNumbersOfKernel = 16;
+  static constexpr int64_t kBlockSums = kTileNumbers * kDepth * kColumns;
 
-  int64_t kernel_side() const { return kTileSide + 1 - tiling_.side; }
+  void gather(int64_t first, int64_t count, float* inputs, float* outputs) const {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        transform(first + tile, inputs + tile * kDepth, outputs + tile * kColumns, count);
+      }
+    });
+  }
+
+  // Number by number, of which a panel of the outputs' stays in a cache.
+  void add(bool first, int64_t count, const float* inputs, const float* outputs, float* sums) const {
+    torch::stable::parallel_for(0, kTileNumbers * panels_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t n = part / panels_, panel = part % panels_;
+        for (int64_t block = 0; block < blocks_; ++block) {
+          float* const block_sums = sums + (panel * blocks_ + block) * kBlockSums;
+          if (first) std::fill_n(block_sums + n * kDepth * kColumns, kDepth * kColumns, 0.0f);
+          add_block(n, panel, block, count, inputs, outputs, block_sums);
+        }
+      }
+    });
+  }
+
+  void add_block(int64_t n, int64_t panel, int64_t block, int64_t count, const float* inputs,
+                 const float* outputs, float* block_sums) const {
+    kernel_.add_outer(count, inputs + (n * blocks_ + block) * count * kDepth,
+                      outputs + (n * panels_ + panel) * count * kColumns, block_sums + n * kDepth * kColumns);
+  }
 
   void transform(int64_t tile, float* inputs, float* outputs, int64_t count) const {
     const Place place(tiling_, tile);
@@ -303,11 +325,10 @@ class WeightGradient {
   }
 
   void write_block(const float* sums, int64_t panel, int64_t block, float* kernels, float* to) const {
-    const int64_t side = kernel_side(), size = side * side;
+    const int64_t side = kTileSide + 1 - tiling_.side, size = side * side;
     const int64_t depth = std::min(kDepth, tiling_.in.channels - block * kDepth);
     for (int64_t d = 0; d < depth; ++d) {
-      kernel_.transform_sums(sums + ((panel * blocks_ + block) * kDepth + d) * kColumns,
-                             panels_ * blocks_ * kDepth * kColumns, side, kernels + d * size * kColumns);
+      kernel_.transform_sums(sums + d * kColumns, kDepth * kColumns, side, kernels + d * size * kColumns);
     }
     const int64_t columns = std::min(kColumns, tiling_.out.channels - panel * kColumns);
     for (int64_t c = 0; c < columns; ++c) {

@@ -39,6 +39,14 @@ def calibrate(
             "found; no threshold depends on them.",
         ),
     ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Instead of a rate: where F1 is largest over the labelled test images of a data set's "
+            "category, as papers do. Nothing is promised then.",
+        ),
+    ] = None,
     false_alarm_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Share of good images that may be called defective.")
     ] = 0.01,
@@ -76,6 +84,7 @@ def calibrate(
     \b
     pydefect calibrate bottle.safetensors --normal good-of-this-week --false-alarm-rate 0.01
     pydefect calibrate bottle.safetensors --false-alarm-rate 0.05 --out bottle-5.safetensors
+    pydefect calibrate bottle.safetensors --labelled mvtec_ad/bottle
     """
     if out is not None:
         check_new_file(out, "--out", force)
@@ -85,6 +94,12 @@ def calibrate(
         check_new_file(histogram, "--histogram", force=True)
         if histogram.suffix.lower() != ".png":
             raise typer.BadParameter(f"{histogram} does not end in .png", param_hint="--histogram")
+    if labelled is not None and (normal or defective or histogram or guaranteed):
+        raise typer.BadParameter(
+            "given together with --normal, --defective, --histogram or --guaranteed; choose one way to "
+            "calibrate",
+            param_hint="--labelled",
+        )
 
     import pydefect
     from pydefect.persistence import file_version, replace_metadata, write_atomically
@@ -93,6 +108,7 @@ def calibrate(
     detector = pydefect.load(model, device=device, weights=weights)
     calibration = pydefect.calibrate(
         detector,
+        labelled,
         normal=normal,
         defective=defective,
         false_alarm_rate=false_alarm_rate,
@@ -116,13 +132,18 @@ def print_calibration(calibration: Calibration, asked: float) -> None:
     from pydefect.calibration import clopper_pearson, images_needed, promised_confidence
 
     images, confidence = calibration.images, calibration.confidence
-    over = sum(score > calibration.image_threshold for score in calibration.image_scores)
-    assert calibration.interval is not None
-    low, high = calibration.interval
     typer.echo(
         f"defective above an image score of {calibration.image_threshold:.4g} and a pixel score of "
         f"{calibration.pixel_threshold:.4g}"
     )
+    if calibration.interval is None:
+        typer.echo(
+            f"F1 is largest there over {images} labelled images, of whose good ones "
+            f"{calibration.false_alarm_rate:.2%} are called defective; of new images this promises nothing"
+        )
+        return
+    over = sum(score > calibration.image_threshold for score in calibration.image_scores)
+    low, high = calibration.interval
     typer.echo(
         f"false alarms: {over} of {images} held-out good images; {calibration.false_alarm_rate:.2%} "
         f"expected, {low:.2%} to {high:.2%} with {confidence:.0%} confidence"

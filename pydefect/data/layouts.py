@@ -55,6 +55,8 @@ TRAIN_SHARE = 0.8
 
 _VISA_SPLIT = Path("split_csv") / "1cls.csv"
 _VISA_COLUMNS = ("object", "split", "label", "image", "mask")
+_LIST_COLUMNS = ("image", "split", "label", "mask")
+_PARTS = ("train", "validation", "test")
 _MAGNETIC_TILE_GOOD = "MT_Free"
 DEFECTS_CONFIG = "defects_config.json"
 _LOOKED_FOR = (
@@ -183,7 +185,7 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
     Parameters
     ----------
     root
-        The folder of one category, such as ``mvtec_ad/bottle``.
+        The folder of one category, such as ``mvtec_ad/bottle``; or a CSV file that lists its images.
     layout
         ``"auto"`` finds out, or one of
 
@@ -196,7 +198,10 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
           JPEG images; 20 % of the good images, drawn with `seed`, go to the test,
         - ``"folder"``: ``train`` and ``test`` folders (``test`` flat, its labels then being unknown, or with
           ``good`` and a folder for each defect); or ``good`` and a folder for each defect, split like the
-          magnetic tiles; or just images, recursively, all taken for good training images.
+          magnetic tiles; or just images, recursively, all taken for good training images,
+        - ``"list"``: a CSV file with the columns ``image``, ``split`` (train, validation or test), ``label``
+          (good, the name of a defect, or nothing: unknown in the test, good elsewhere) and, if need be,
+          ``mask`` (several separated by ``;``); paths are absolute or relative to the file's folder.
 
         A folder ``ok``, ``normal``, ``pass`` or ``io``, in any case, is one called ``good``; ``mask``,
         ``masks`` or ``gt`` is one called ``ground_truth``. With a folder ``good_test`` (``normal_test``) no
@@ -213,8 +218,8 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
     Raises
     ------
     InputError
-        If the folder is missing or not of this layout, masks are there that fit no image, or a folder of
-        defects is called ``good_2`` or holds good images itself.
+        If the folder is missing or not of this layout, a line of a list makes no sense, masks are there that
+        fit no image, or a folder of defects is called ``good_2`` or holds good images itself.
 
     Examples
     --------
@@ -225,10 +230,13 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
     if layout not in ("auto", *LAYOUTS):
         raise InputError(f"layout is {layout!r}; allowed are auto, {', '.join(LAYOUTS)}")
     folder = Path(root)
-    if not folder.is_dir():
-        raise InputError(
-            f"root: {folder} is {'a file' if folder.exists() else 'missing'}; it must be a folder"
-        )
+    if _is_list(folder) and layout in ("auto", "list"):
+        train, validation, test = _read_list(folder)
+        return Dataset(folder.stem, "list", folder.parent, tuple(train), tuple(validation), tuple(test))
+    if layout == "list" or not folder.is_dir():
+        kind = "a folder" if folder.is_dir() else "a file" if folder.exists() else "missing"
+        wanted = "a CSV file" if layout == "list" else "a folder or a CSV file"
+        raise InputError(f"root: {folder} is {kind}; it must be {wanted}")
     if layout == "auto":
         layout = _detect(folder)
     train, validation, test = _READERS[layout](folder, seed)
@@ -243,8 +251,8 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     Parameters
     ----------
     path
-        A category's folder in any layout of :func:`read_dataset` (its training part is taken), a plain folder
-        (all images in it, recursively), or one image file.
+        A category's folder, or a CSV file, in any layout of :func:`read_dataset` (its training part is
+        taken), a plain folder (all images in it, recursively), or one image file.
     seed
         As for :func:`read_dataset`.
 
@@ -267,7 +275,7 @@ def training_images(path: str | os.PathLike[str], *, seed: int = 0) -> list[Path
     209
     """
     path = Path(path)
-    if path.is_file():
+    if _is_image(path):
         return [path]
     if path.resolve().name.lower() == "test" and (path.resolve().parent / "train").is_dir():
         raise InputError(f"{path} is the test part of a data set; its training part lies beside it")
@@ -290,7 +298,7 @@ def validation_images(path: str | os.PathLike[str]) -> list[Path]:
     list of Path
         In natural order; empty where there is no validation part.
     """
-    if Path(path).is_file():
+    if _is_image(Path(path)):
         return []
     return [sample.image for sample in read_dataset(path).validation]
 
@@ -318,7 +326,7 @@ def held_out_images(path: str | os.PathLike[str], argument: str = "normal") -> l
         were seen by the fit, and its test images are for measuring.
     """
     path = Path(path)
-    if path.is_file():
+    if _is_image(path):
         return [path]
     dataset = read_dataset(path)
     if dataset.validation:
@@ -352,7 +360,7 @@ def defective_images(path: str | os.PathLike[str]) -> list[Path]:
         defective.
     """
     path = Path(path)
-    if path.is_file():
+    if _is_image(path):
         return [path]
     dataset = read_dataset(path)
     if not dataset.test:
@@ -656,6 +664,45 @@ def _with_masks(folder: Path, masks: Path | None) -> list[Sample]:
     return samples
 
 
+def _is_list(path: Path) -> bool:
+    return path.suffix.lower() == ".csv" and path.is_file()
+
+
+def _is_image(path: Path) -> bool:
+    return path.is_file() and not _is_list(path)
+
+
+def _read_list(file: Path) -> _Split:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        names = reader.fieldnames or ()
+        missing = [column for column in _LIST_COLUMNS[:3] if column not in names]
+        if missing:
+            raise InputError(
+                f"{file}: the columns {', '.join(missing)} are missing; a list of images has "
+                f"{', '.join(_LIST_COLUMNS)}, of which mask may be left out"
+            )
+        parts: dict[str, list[Sample]] = {part: [] for part in _PARTS}
+        for row in reader:
+            image, split, label, masks = ((row.get(column) or "").strip() for column in _LIST_COLUMNS)
+            where = f"{file}, line {reader.line_num}"
+            if split not in parts:
+                raise InputError(f"{where}: split is {split!r}; allowed are {', '.join(_PARTS)}")
+            files = [file.parent / name.strip() for name in (image, *masks.split(";")) if name.strip()]
+            if not image:
+                raise InputError(f"{where}: image is empty; it must be a path")
+            if label.isdigit():  # 0 is good in some lists, and 1 in others
+                raise InputError(f"{where}: label is {label!r}; it must be good, a defect's name or nothing")
+            for one in files:
+                if not one.is_file():
+                    raise InputError(f"{where}: {one} is missing")
+            known = label or (UNKNOWN if split == "test" else GOOD)
+            parts[split].append(Sample(files[0], known, tuple(files[1:])))
+    if not any(parts.values()):
+        raise InputError(f"{file}: there are no images in it")
+    return parts["train"], parts["validation"], parts["test"]
+
+
 def _read_visa(root: Path, _seed: int) -> _Split:
     category, base = root.resolve().name, root.resolve().parent
     rows = _visa_rows(base, category)
@@ -837,5 +884,5 @@ _READERS: dict[str, Callable[[Path, int], _Split]] = {
     "magnetic_tile": _read_magnetic_tile,
     "folder": _read_folder,
 }
-LAYOUTS = tuple(_READERS)
+LAYOUTS = (*_READERS, "list")
 """The layouts that :func:`read_dataset` reads."""

@@ -6,15 +6,18 @@ import dataclasses
 import json
 import signal
 import typing
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import pydefect
+from pydefect.backbones import build_backbone
 from pydefect.baselines.detector import BaselineDetector
 from pydefect.cli import app
 from pydefect.errors import InputError, ModelFileError
@@ -199,3 +202,21 @@ def test_the_command_line_lists_and_fits_methods(products, tmp_path):
     wrong = run(app, [*call, "--force", "--method", "patchcore", *small])
     assert wrong.exit_code == 2
     assert "channels: not a setting of PatchCore" in wrong.output
+
+
+def test_a_checkpoint_of_other_shapes_or_weights_is_refused(tmp_path: Path) -> None:
+    state = build_backbone("resnet18", "random", seed=1).state_dict()
+    save_file(state, tmp_path / "one.safetensors")
+    save_file({**state, "conv1.weight": state["conv1.weight"] * 1.01}, tmp_path / "two.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), dtype=np.uint8)
+
+    def fit(images, weights):
+        how = {"method": "patchcore", "resize": 32, "calibration_folds": 2, "progress": False}
+        return pydefect.fit(images, weights=tmp_path / weights, checkpoint=tmp_path / "state", **how)
+
+    fit(images, "one.safetensors")
+    fit(images, "one.safetensors")
+    with pytest.raises(InputError, match=r"another run \(it differs in backbone_weights\)"):
+        fit(images, "two.safetensors")
+    with pytest.raises(InputError, match=r"another run \(it differs in images\)"):
+        fit(images.reshape(4, 64, 48, 3), "one.safetensors")

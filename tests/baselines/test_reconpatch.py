@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -107,3 +109,32 @@ def test_a_loss_that_is_not_finite_ends_the_training(cache, kept, tmp_path, monk
             ReConPatchConfig(batch_size=1),
             Context(checkpoint=Checkpoint(tmp_path, {"run": 1}) if kept else None),
         )
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_weights_decay_as_the_setting_says(decay: float) -> None:
+    cache = FeatureCache()
+    cache.append([torch.ones(3, 1, 1, 1)])
+    module = torch.nn.Linear(2, 2)
+    before = module.weight.detach().clone()
+    config = SimpleNamespace(epochs=2, batch_size=1, learning_rate=0.1, weight_decay=decay)
+
+    def nothing(levels, generator):
+        return 0 * module.weight.sum() + 0 * module.bias.sum()
+
+    train(module, nothing, cache, range(3), config, Context())
+    torch.testing.assert_close(module.weight.detach(), before * (1 - 0.1 * decay) ** 6)
+
+
+def test_every_step_draws_anew() -> None:
+    cache = FeatureCache()
+    cache.append([torch.ones(3, 1, 1, 1)])
+    module, drawn = torch.nn.Linear(2, 2), []
+
+    def loss(levels, generator):
+        drawn.append(int(torch.randint(2**40, (), generator=generator)))
+        return module.weight.sum() + module.bias.sum()
+
+    config = SimpleNamespace(epochs=2, batch_size=1, learning_rate=0.1, weight_decay=0.0)
+    train(module, loss, cache, range(3), config, Context())
+    assert len(set(drawn)) == len(drawn) == 6

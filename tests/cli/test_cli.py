@@ -20,8 +20,10 @@ import torch
 from typer.testing import CliRunner
 
 import pydefect
+from pydefect.calibration import held_out_calibration
 from pydefect.cli import app
 from pydefect.cli._console import parse_settings
+from pydefect.cli.calibrate import print_calibration
 from pydefect.data.procedural import DEFECTS, write_dataset
 from pydefect.persistence import load_tensors
 from pydefect.preprocessing import Preprocessing
@@ -134,6 +136,11 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
             "defective alone",
             ["calibrate", "{model}", "--defective", "{data}/test"],
             "thresholds need normal images",
+        ),
+        (
+            "two ways to calibrate",
+            ["calibrate", "{model}", "--labelled", "{data}", "--normal", "{tmp}"],
+            "--labelled",
         ),
         ("calibrated model exists", ["calibrate", "{model}", "--out", "{model}"], "--force"),
         ("no confidence", ["calibrate", "{model}", "--confidence", "1"], "confidence"),
@@ -689,6 +696,17 @@ def test_calibrate_rewrites_the_thresholds_and_nothing_else(
         assert [float(row["p_value"]) for row in csv.DictReader(file)] == result.p_values.tolist()
 
 
+def test_calibrate_by_labelled_images(model: Path, product: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labelled.safetensors"
+    code, output, _ = call("calibrate", model, "--labelled", product, "--out", out, "--quiet")
+    assert code == 0
+    calibration = pydefect.load(out).calibration
+    assert calibration == pydefect.calibrate(pydefect.load(model), product, progress=False)
+    assert calibration.source == "labelled"
+    assert f"F1 is largest there over {calibration.images} labelled images, of whose good ones" in output
+    assert "promised" not in output
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "pydefect", "fit", str(product), "--out", str(tmp_path / "m"), *FAST]
@@ -721,3 +739,10 @@ def test_ctrl_c_ends_a_fit_in_one_line(product: Path, tmp_path: Path) -> None:
     assert output == ""
     assert errors == f"pydefect: interrupted; the same command resumes from what {tmp_path / 'state'} holds\n"
     assert not (tmp_path / "m").exists()
+
+
+def test_what_is_promised_is_that_of_the_rank(capsys) -> None:
+    scores = list(map(float, range(1, 300)))
+    print_calibration(held_out_calibration(scores, scores, 0.01, guaranteed=True), 0.01)
+    # 1 - 0.99^299
+    assert "promised with 95.0% confidence by these thresholds" in capsys.readouterr().out

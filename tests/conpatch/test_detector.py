@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,13 @@ from pydefect.backbones import build_backbone
 from pydefect.calibration import conformal_threshold
 from pydefect.conpatch import ConPatchConfig, ConPatchDetector, crossfit
 from pydefect.conpatch import detector as detector_module
+from pydefect.conpatch.crossfit import blend_distance
 from pydefect.conpatch.trainer import Trainer
 from pydefect.data.layouts import training_images
 from pydefect.data.procedural import write_dataset
 from pydefect.data.seen import file_print
 from pydefect.errors import PydefectError
-from pydefect.features import resolve_precision
+from pydefect.features import FeatureCache, resolve_precision
 from pydefect.ops import reference
 from pydefect.persistence import load_tensors, save_tensors
 from pydefect.progress import ProgressBars
@@ -690,3 +692,13 @@ def test_the_file_says_what_it_is(detector, tmp_path):
     assert metadata["version"] == pydefect.__version__
     assert ConPatchConfig.from_dict(metadata["config"]) == detector.config
     assert len(metadata["backbone_sha256"]) == 64
+
+
+def test_patches_of_each_image_are_mixed_with_those_of_the_next() -> None:
+    cache = FeatureCache()
+    cache.append([torch.tensor([9.0, 0.0, 2.0, 6.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)])
+    network = SimpleNamespace(representation=lambda levels: levels[0].permute(0, 2, 3, 1).flatten(1, 2))
+    bank = SimpleNamespace(centres=torch.zeros(1, 1))
+    # 0 with 6, 2 with 0, 6 with 2.
+    found = blend_distance(network, bank, cache, [1, 2, 3], seed=0, device=torch.device("cpu"))
+    assert found == pytest.approx((3 + 1 + 4) / 3)

@@ -390,3 +390,31 @@ def test_kill_9(tmp_path: Path):
     assert resumed.returncode == 0, resumed.stderr
     assert int(resumed.stdout) < int(whole.stdout)
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_weights_decay_as_the_setting_says(cache, make_config, decay):
+    # Without a loss nothing but the decay moves a weight.
+    config = make_config(
+        losses="contrastive", phi=0.0, epochs=1, batch_size=2, learning_rate=0.1, weight_decay=decay
+    )
+    trainer = Trainer(cache, range(4), config, 0, CPU)
+    before = trainer.network.representation.weight.detach().clone()
+    trainer.train_epoch()
+    after = trainer.network.representation.weight.detach()
+    torch.testing.assert_close(after, before * (1 - 0.1 * decay) ** 2)
+
+
+def test_every_step_draws_its_patches_anew(cache, make_config, monkeypatch):
+    config = make_config(contrastive_patches=20, epochs=1, batch_size=1)
+    trainer, drawn = Trainer(cache, range(4), config, 0, CPU), set()
+    choose = trainer._contrastive_patches
+
+    def spied(count, epoch):
+        chosen = choose(count, epoch)
+        drawn.add(tuple(chosen.tolist()))
+        return chosen
+
+    monkeypatch.setattr(trainer, "_contrastive_patches", spied)
+    trainer.train_epoch()
+    assert len(drawn) == 4

@@ -775,3 +775,12 @@ def test_tensors_of_as_many_rows_as_channels(shape, wrap):
     for image, single in zip(images, singles, strict=True):
         expected = single.expand(3, -1, -1).permute(1, 2, 0)
         assert np.array_equal(image.pixels, expected.numpy())
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+def test_a_colour_brighter_than_its_alpha_stays_white(tmp_path: Path, kind: str) -> None:
+    full = 1 if kind == "float32" else np.iinfo(kind).max
+    rgba = (np.array([[[0.8, 0.8, 0.8, 0.4]]]) * full).astype(kind)
+    (tmp_path / "a.tif").write_bytes(rgba_tiff(rgba, 1))
+    pixels = read_image(tmp_path / "a.tif")
+    assert (pixels == (255 if kind == "uint8" else 1)).all()

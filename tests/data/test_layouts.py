@@ -319,6 +319,14 @@ class TestVisA:
         monkeypatch.chdir(visa / "candle")
         assert [sample.image.as_posix() for sample in read_dataset(".").train] == expected[:1]
 
+    def test_a_defect_among_the_training_images_is_refused(self, visa: Path) -> None:
+        split = visa / "split_csv" / "1cls.csv"
+        text = split.read_text(encoding="utf-8")
+        assert ",test,anomaly," in text
+        split.write_text(text.replace(",test,anomaly,", ",train,anomaly,", 1), encoding="utf-8")
+        with pytest.raises(InputError, match="is among the training or validation images"):
+            read_dataset(visa / "candle")
+
     def test_root_names_its_categories(self, visa: Path) -> None:
         with pytest.raises(InputError, match=r"several data sets.*: candle"):
             read_dataset(visa)
@@ -537,6 +545,69 @@ class TestTrainingImages:
         assert len(defective_images(root / "test")) == 2
 
 
+class TestList:
+    @pytest.fixture
+    def listed(self, tmp_path: Path) -> Path:
+        touch(tmp_path, "a/0.png", "a/1.png", "b/0.png", "b/1.png", "b/2.png", "v.png", "m/0.png", "m/1.png")
+        elsewhere = tmp_path / "m" / "1.png"
+        lines = [
+            "image,split,label,mask,camera",
+            "a/0.png,train,OK,,7",
+            "a/1.png,train,,,7",
+            "v.png,validation,good,,7",
+            "b/0.png,test,normal,,8",
+            f"b/1.png,test,crack,m/0.png; {elsewhere},8",
+            "b/2.png,test,,,8",
+        ]
+        path = tmp_path / "line 7.csv"
+        path.write_text("\n".join(lines), encoding="utf-8-sig")
+        return path
+
+    def test_read(self, listed: Path) -> None:
+        dataset = read_dataset(listed)
+        assert (dataset.name, dataset.layout, dataset.root) == ("line 7", "list", listed.parent)
+        assert names([sample.image for sample in dataset.train], dataset.root) == ["a/0.png", "a/1.png"]
+        assert [sample.defect for sample in dataset.test] == ["good", "crack", "unknown"]
+        assert masks(dataset) == {"b/1.png": ["m/0.png", "m/1.png"]}
+        assert read_dataset(listed, layout="list") == dataset
+        assert names(training_images(listed), dataset.root) == ["a/0.png", "a/1.png"]
+        assert names(held_out_images(listed), dataset.root) == ["v.png"]
+        assert names(defective_images(listed), dataset.root) == ["b/1.png"]
+
+    def test_without_masks(self, listed: Path) -> None:
+        listed.write_text("split,image,label\ntrain,a/0.png,good\n", encoding="utf-8")
+        assert read_dataset(listed).train == (Sample(listed.parent / "a/0.png", "good"),)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                ("split,label", "part,label"),
+                "the columns split are missing; a list of images has image, split",
+            ),
+            (("a/1.png,train", "a/1.png,learn"), "line 3: split is 'learn'; allowed are train, validation"),
+            (("a/1.png,train", ",train"), "line 3: image is empty"),
+            (("b/2.png,test,", "b/2.png,test,0"), "line 7: label is '0'; it must be good, a defect's name"),
+            (("a/1.png,train", "a/9.png,train"), r"line 3: .*9\.png is missing"),
+            (("m/0.png", "m/9.png"), r"line 6: .*9\.png is missing"),
+            (("a/1.png,train,,", "a/1.png,train,crack,"), r"1\.png \(crack\) is among the training"),
+        ],
+    )
+    def test_what_is_wrong_has_its_line(self, listed: Path, change: tuple[str, str], message: str) -> None:
+        text = listed.read_text(encoding="utf-8-sig")
+        assert change[0] in text
+        listed.write_text(text.replace(*change), encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            read_dataset(listed)
+
+    def test_an_empty_list(self, listed: Path) -> None:
+        listed.write_text("image,split,label\n", encoding="utf-8")
+        with pytest.raises(InputError, match="there are no images in it"):
+            read_dataset(listed)
+        with pytest.raises(InputError, match="is a folder; it must be a CSV file"):
+            read_dataset(listed.parent, layout="list")
+
+
 class TestDataset:
     @pytest.mark.parametrize("part", ["train", "validation"])
     def test_a_defect_is_no_good_image(self, part: str) -> None:
@@ -681,10 +752,10 @@ class TestDefectiveImages:
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="layout is 'coco'; allowed are auto, mvtec_ad"):
         read_dataset(tmp_path, layout="coco")
-    with pytest.raises(InputError, match="is missing; it must be a folder"):
+    with pytest.raises(InputError, match="is missing; it must be a folder or a CSV file"):
         read_dataset(tmp_path / "nowhere")
     touch(tmp_path, "a.png")
-    with pytest.raises(InputError, match="is a file; it must be a folder"):
+    with pytest.raises(InputError, match="is a file; it must be a folder or a CSV file"):
         read_dataset(tmp_path / "a.png")
     with pytest.raises(InputError, match="missing"):
         training_images(tmp_path / "nowhere")
@@ -726,3 +797,38 @@ def test_real_data_sets(
     for sample in dataset.test[::17]:
         size = read_image(sample.image).shape[:2]
         assert read_mask(sample, size).any() == bool(sample.label)
+
+
+def test_masks_with_endings_in_capitals_are_no_images(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"MT_Free/Imgs/{n}.{ending}" for n in range(10) for ending in ("JPG", "PNG")))
+    touch(tmp_path, "MT_Crack/Imgs/b.JPG", "MT_Crack/Imgs/b.PNG")
+    dataset = read_dataset(tmp_path)
+    assert {sample.image.suffix for sample in (*dataset.train, *dataset.test)} == {".JPG"}
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [(["test/good/0.png", "test/hole/0.png"], "test"), (["hole/images/0.png", "hole/mask/0.png"], "mask")],
+)
+def test_good_beside_tests_or_masks_is_refused(tmp_path: Path, files: list[str], named: str) -> None:
+    touch(tmp_path, *(f"good/{n}.png" for n in range(5)), *files)
+    with pytest.raises(InputError, match=f"holds folders named {named}, but no data set"):
+        read_dataset(tmp_path)
+
+
+def test_the_split_is_the_same_wherever_the_folder_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there"):
+        touch(tmp_path / place, *(f"good/{n}.png" for n in range(20)), "hole/0.png")
+    monkeypatch.chdir(tmp_path)
+    trained = [[path.name for path in training_images(root)] for root in (tmp_path / "here", "here", "there")]
+    assert trained[0] == trained[1] == trained[2]
+
+
+def test_a_larger_mask_gives_each_pixel_its_nearest(tmp_path: Path) -> None:
+    large = np.zeros((9, 9), np.uint8)
+    large[4, 4] = 255
+    cv2.imwrite(str(tmp_path / "0.png"), large)
+    mask = read_mask(Sample(Path("a.png"), "hole", (tmp_path / "0.png",)), (3, 3))
+    np.testing.assert_array_equal(np.argwhere(mask), [[1, 1]])

@@ -311,3 +311,17 @@ def test_the_kind_of_a_defect_follows_from_the_two_maps(score, local, whole, kin
         part_thresholds={"local": 3.0, "global": 5.0},
     )
     assert result.kind == [kind]
+
+
+@pytest.mark.filterwarnings("ignore:.*held-out images support:UserWarning")
+def test_a_checkpoint_of_other_validation_images_is_refused(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 72, 3), dtype=np.uint8)
+
+    def fit(validation):
+        how = {"method": "dual_ae", "resize": (64, 72), "steps": 1, "penalty": "none", "precision": "float32"}
+        return pydefect.fit(images, validation=validation, checkpoint=tmp_path, progress=False, **how)
+
+    fit(images[:2])
+    for other in (images[2:], None):
+        with pytest.raises(InputError, match=r"another run \(it differs in images\)"):
+            fit(other)

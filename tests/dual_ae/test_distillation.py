@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -600,3 +601,15 @@ def test_the_command(tmp_path, folder):
         )
         assert refused.exit_code == 2, refused.output
     assert not (tmp_path / "n.st").exists()
+
+
+@pytest.mark.parametrize(("step", "goes_on"), [(4, True), (5, False)])
+def test_other_plans_go_on_until_the_first_step_of_a_falling_rate(source, tmp_path, step, goes_on):
+    def planned(**plan: Any) -> Distillation:
+        return distil(source, config(**plan), checkpoint=Checkpoint(tmp_path, {"run": 1}))
+
+    first = planned(steps=8, decay=0.5)  # steps 0 to 3 have the whole rate
+    first.step = step
+    first._save()
+    with nullcontext() if goes_on else pytest.raises(InputError, match="the rate falls from step 4 on"):
+        assert planned(steps=20, decay=0.5).step == step

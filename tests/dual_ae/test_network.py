@@ -122,3 +122,22 @@ def test_equal_seeds_give_equal_networks(config):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["student.0.weight"], states[2]["student.0.weight"])
     assert isinstance(build_network(config, (64, 64), 0), DualNetwork)
+
+
+def test_each_network_has_its_own_target() -> None:
+    config = DualAEConfig(resize=(64, 72), precision="float32", dropout=0.0, hard_quantile=0.0)
+    network = build_network(config, (64, 72), 0).eval()
+    images, augmented = torch.randn(2, 1, 3, 64, 72)
+    targets, augmented_targets = torch.randn(2, 1, 384, *network.map_size)
+    with torch.no_grad():
+        losses = step_losses(network, config, images, targets, augmented, augmented_targets, None)
+        outputs, _ = network.reconstruct(augmented)
+        described = network.student(images)[:, :384]
+    named = dict(zip(LOSSES, losses, strict=True))
+    torch.testing.assert_close(named["hard"], (described - targets).square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        named["teacher_autoencoder"],
+        sum((one - augmented_targets).square().mean() for one in outputs),
+        rtol=1e-4,
+        atol=0,
+    )

@@ -284,3 +284,13 @@ def test_the_shipped_teacher_says_what_the_source_says_about_real_images(bottle,
     both = (both - both.mean(2, keepdim=True)) / both.std(2, keepdim=True).clamp_min(1e-6)
     correlation = both.prod(0).mean(1)
     assert float(correlation.median()) > 0.2
+
+
+@pytest.mark.parametrize("padding", [True, False])
+def test_what_is_missing_of_the_last_cells_repeats_the_edge(padding: bool) -> None:
+    teacher = BackboneTeacher(build_backbone("resnet18", "random"), padding=padding)
+    images = torch.randn(1, 3, 66, 69, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.pad(images, (0, 3, 0, 2), mode="replicate")  # of which no cell is cut
+    described, expected = teacher(images), teacher(whole)
+    rows, columns = described.shape[2:]
+    torch.testing.assert_close(described, expected[:, :, :rows, :columns])

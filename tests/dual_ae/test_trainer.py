@@ -23,7 +23,7 @@ from pydefect.preprocessing import Preprocessing
 def make(good_images, config):
     preprocessing = Preprocessing.create((64, 72))
 
-    def build(checkpoint=None, seed=0, progress=None, device="cpu", **changes):
+    def build(checkpoint=None, seed=0, progress=None, device="cpu", count=None, **changes):
         images, features = (FeatureCache(device=device) for _ in range(2))
         torch.manual_seed(0)
         teacher = NormalisedTeacher(PDN(padding=config.padding).to(device), "float32")
@@ -36,7 +36,7 @@ def make(good_images, config):
         penalty = PenaltyImages("procedural", preprocessing, (64, 72), seed, own.penalty_pool)
         return Trainer(
             images,
-            range(len(good_images)),
+            range(len(good_images) if count is None else count),
             features,
             teacher,
             penalty if own.penalty != "none" else None,
@@ -225,3 +225,34 @@ def test_a_graph_can_capture_the_losses_and_their_gradients(config):
     torch.testing.assert_close(captured[0], losses, rtol=1e-3, atol=1e-5)
     for actual, expected in zip(captured[1], gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("jitter", "dropout"), [(0.2, 0.0), (0.0, 0.2)])
+def test_every_step_jitters_and_drops_out_anew(make, jitter, dropout):
+    plan = {"steps": 4, "learning_rate": 0.0, "penalty": "none"}
+    trainer = make(count=2, jitter=jitter, dropout=dropout, **plan)
+    trainer.train()
+    # The weights stay, and two images come twice.
+    assert len({record.teacher_autoencoder for record in trainer.history}) == 4
+
+
+@pytest.mark.parametrize("rate", [None, 0.0])
+def test_the_gates_have_their_own_rate(make, rate):
+    trainer = make(steps=1, schedule="drop", gate_learning_rate=rate)
+    network = trainer.network
+    before = [gate.weight.detach().clone() for gate in network.gates]
+    student = network.student[0].weight.detach().clone()
+    trainer.train()
+    moved = [not torch.equal(gate.weight, old) for gate, old in zip(network.gates, before, strict=True)]
+    assert len(moved) == 5
+    assert any(moved) == (rate is None)
+    assert not torch.equal(network.student[0].weight, student)
+
+
+def test_adam_has_the_weight_decay_of_the_settings(make):
+    # So large a one decides about the direction of every step.
+    trainer = make(steps=1, optimiser="adam", schedule="drop", learning_rate=1e-5, weight_decay=1e9)
+    before = trainer.network.student[0].weight.detach().clone()
+    trainer.train()
+    large = before.abs() > 1e-4
+    assert (trainer.network.student[0].weight.detach().abs() < before.abs())[large].all()

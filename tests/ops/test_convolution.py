@@ -438,7 +438,7 @@ def test_it_is_the_gradient_of_the_weights(shape):
 
 
 def test_weight_gradient_of_more_tiles_than_are_gathered():
-    """1,040 tiles of 3 x 3, of three images: in three gatherings, which end within images."""
+    """1,026 tiles of 3 x 3, of three images: in six gatherings, which end within images."""
     gradient, maps, more = gradient_problem((3, 17, 33, 4, 1, 56, 54))
     assert_gradient_close(ops.convolution_weight_gradient(gradient, maps, **more), gradient, maps, **more)
 

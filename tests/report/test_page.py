@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from pydefect.data.procedural import write_dataset
 from pydefect.data.seen import file_print
 from pydefect.errors import InputError
 from pydefect.report import gallery, write_index, write_report
-from pydefect.report.gallery import OUTCOMES, ColourScale, Thresholds, cards
+from pydefect.report.gallery import OUTCOMES, ColourScale, Thresholds, cards, outcome
 from pydefect.run import Run, read_run
 from pydefect.visualization import shared_scale
 
@@ -285,3 +286,28 @@ def test_the_command_line(run, product, tmp_path):
         result = CliRunner().invoke(app, ["report", *arguments])
         assert result.exit_code == 2
         assert message in result.stderr
+
+
+def test_a_score_at_the_threshold_is_not_over_it() -> None:
+    for label, below, over in ((0, "passed", "false_alarm"), (1, "miss", "found")):
+        image = SimpleNamespace(image_score=1.5, label=label)
+        assert outcome(image, 1.5) == below
+        assert outcome(image, float(np.nextafter(1.5, 0))) == over
+
+
+def test_rates_are_shares_of_their_own_images(colours, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "flange", 2, 7, 1, 64, seed=1)
+    detector = colours()
+    scores = detector.score(root / "test").image_scores
+    threshold = float(np.median(scores))
+    detector.calibration = replace(detector.calibration, image_threshold=threshold)
+    evaluation = pydefect.evaluate(detector, root, out=tmp_path / "run", progress=False)
+    good = evaluation.images - evaluation.defective
+    assert 0 < evaluation.false_alarms < good != evaluation.defective
+    page = write_report(read_run(tmp_path / "run"), progress=False).read_text()
+    false_positives = evaluation.false_alarms / good
+    true_positives = 1 - evaluation.misses / evaluation.defective
+    assert (
+        f"false-positive rate {100 * false_positives:.2f} %, true-positive rate {100 * true_positives:.2f} %"
+        in page
+    )
