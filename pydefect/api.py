@@ -209,7 +209,7 @@ def score(
     detector
         A fitted detector, or the path of a saved one.
     images
-        Whatever :func:`fit` takes; of a folder all images, recursively.
+        Whatever :func:`fit` takes but data sets; of a folder all images, recursively.
     batch_size
         Images at a time.
     on_error
@@ -360,8 +360,8 @@ def calibrate(
         The folder of one category, or what :func:`pydefect.data.layouts.read_dataset` made of it; its test
         images are used.
     normal
-        Whatever :func:`fit` takes; of a data set's folder only a validation part is taken. The images should
-        come from the same line as those to be judged later, and from more than one day.
+        Whatever :func:`fit` takes; of a data set's folder or list only a validation part is taken. The images
+        should come from the same line as those to be judged later, and from more than one day.
     defective
         The same for defective images (of a data set's category those of its test part): they are scored and
         counted, and have no part in the thresholds.

@@ -479,6 +479,7 @@ def calibrate(
     without_masks = f"dataset: {dataset.name!r} has no masks; the pixel threshold needs at least one"
     if not any(sample.masks for sample in _labelled(dataset).values()):
         raise InputError(without_masks)
+    _learned(detector, dataset)
     scored = _score(detector, dataset, batch_size, on_error, progress)
     for skipped in scored.skipped:
         warnings.warn(f"{skipped.name}: {skipped.reason}; left out of the calibration", stacklevel=2)

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from pydefect.calibration import Calibration
 
 
+# Options of thresholds for a rate.
+_OF_A_RATE = ("normal", "defective", "false_alarm_rate", "guaranteed", "confidence", "histogram")
+
+
 def calibrate(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A file that `pydefect fit` wrote.")],
     normal: Annotated[
         Path | None,
@@ -43,8 +48,8 @@ def calibrate(
         Path | None,
         typer.Option(
             metavar="DATASET",
-            help="Instead of a rate: where F1 is largest over the labelled test images of a data set's "
-            "category, as papers do. Nothing is promised then.",
+            help="Instead of a rate: where F1 is largest over the labelled test images, with masks, of a "
+            "data set's category, as papers do. Nothing is promised then.",
         ),
     ] = None,
     false_alarm_rate: Annotated[
@@ -94,12 +99,14 @@ def calibrate(
         check_new_file(histogram, "--histogram", force=True)
         if histogram.suffix.lower() != ".png":
             raise typer.BadParameter(f"{histogram} does not end in .png", param_hint="--histogram")
-    if labelled is not None and (normal or defective or histogram or guaranteed):
-        raise typer.BadParameter(
-            "given together with --normal, --defective, --histogram or --guaranteed; choose one way to "
-            "calibrate",
-            param_hint="--labelled",
-        )
+    if labelled is not None:
+        for name in _OF_A_RATE:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise typer.BadParameter(
+                    f"given together with --{name.replace('_', '-')}; choose one way to calibrate",
+                    param_hint="--labelled",
+                )
 
     import pydefect
     from pydefect.persistence import file_version, replace_metadata, write_atomically

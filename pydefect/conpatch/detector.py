@@ -22,7 +22,7 @@ from pydefect.conpatch.trainer import Trainer
 from pydefect.contexts import for_inference
 from pydefect.data.images import SkippedImage, open_images
 from pydefect.data.layouts import training_images
-from pydefect.data.seen import prints_of
+from pydefect.data.seen import FilePrints
 from pydefect.detector import OnError, batches, known_length
 from pydefect.errors import InputError, ModelFileError
 from pydefect.feature_detector import (
@@ -147,7 +147,8 @@ class ConPatchDetector(FeatureDetector):
         source = training_images(images) if isinstance(images, str | os.PathLike) else images
         collection = open_images(source, on_error=on_error)
         bars = ProgressBars(progress)
-        total, done, prints = known_length(collection), 0, []
+        total, done = known_length(collection), 0
+        prints, kinds = FilePrints(), set(self.training.get("pixels", []))
         momentum = self.config.bank_momentum
         with _updating(self):
             bank = BANKS[self.config.bank].from_state(self.bank.state(), momentum=momentum)
@@ -162,7 +163,8 @@ class ConPatchDetector(FeatureDetector):
                                 collection.refuse(image, str(error).removeprefix("images: "))
                             else:
                                 done += 1
-                                prints += prints_of(image)
+                                prints.add(image)
+                                kinds.add(image.pixels.dtype.name)
                     bars("memory bank", done, total)
             finally:
                 bars.close()
@@ -170,7 +172,8 @@ class ConPatchDetector(FeatureDetector):
                 raise InputError("images: there are none in it")
             self.bank = bank
             self.training["images"] += done
-            self.training["files"] = [*self.training.get("files", []), *prints]
+            self.training["files"] = list(dict.fromkeys([*self.training.get("files", []), *prints]))
+            self.training["pixels"] = sorted(kinds)
             return list(collection.skipped)
 
     def captured_state(self) -> MemoryBank | None:

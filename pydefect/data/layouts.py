@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ __all__ = [
 GOOD = "good"
 UNKNOWN = "unknown"
 # Names of folders, by their letters and digits in any case: of good images, all called GOOD here, ...
-_GOOD_NAMES = frozenset({GOOD, "io", "normal", "ok", "pass", "passed"})
+_GOOD_NAMES = frozenset({GOOD, "normal", "ok"})
+# ... of good images where others are called the opposite, or in a part of a data set, ...
+_GOOD_AMONG_OTHERS = frozenset({"io", "pass", "passed"})
 # ... of good images that are held out, as anomalib's ``normal_test_dir``, where no split is drawn then, ...
 _GOOD_TEST_NAMES = frozenset({"goodtest", "normaltest", "oktest", "testgood", "testnormal", "testok"})
 # ... of images that are surely not good, whatever lies beside them, ...
@@ -49,7 +52,7 @@ _DEFECTIVE_NAMES = frozenset(
 _MASK_NAMES = frozenset({"groundtruth", "gt", "gtmask", "gtmasks", "mask", "maskdir", "masks"})
 # A word of a defect's name that says the opposite, unless another takes it back.
 _GOOD_WORDS = frozenset({GOOD, "normal", "ok"})
-_NEGATIONS = frozenset({"no", "non", "not"})
+_NEGATIONS = frozenset({"ab", "ikke", "inte", "kein", "keine", "nicht", "niet", "no", "non", "not", "pas"})
 TRAIN_SHARE = 0.8
 """Share of the good images that go to training where a data set has no official split."""
 
@@ -94,7 +97,7 @@ class Sample:
         """Take paths as text too, and other names of good: splits of one's own come from lists of names."""
         if not isinstance(self.defect, str) or not self.defect:
             raise InputError(f"defect is {self.defect!r}; it must be 'good', 'unknown' or a defect's name")
-        if _plain(self.defect) in _GOOD_NAMES:
+        if _plain(self.defect) in _GOOD_NAMES | _GOOD_AMONG_OTHERS:
             object.__setattr__(self, "defect", GOOD)
         masks: str | Path | Iterable[str | Path] = self.masks
         masks = (masks,) if isinstance(masks, str | Path) else masks
@@ -203,8 +206,9 @@ def read_dataset(root: str | os.PathLike[str], *, layout: str = "auto", seed: in
           (good, the name of a defect, or nothing: unknown in the test, good elsewhere) and, if need be,
           ``mask`` (several separated by ``;``); paths are absolute or relative to the file's folder.
 
-        A folder ``ok``, ``normal``, ``pass`` or ``io``, in any case, is one called ``good``; ``mask``,
-        ``masks`` or ``gt`` is one called ``ground_truth``. With a folder ``good_test`` (``normal_test``) no
+        A folder ``ok`` or ``normal``, in any case, is one called ``good``, and so is ``pass`` or ``io`` in a
+        part or beside ``fail``, ``nio`` and the like; ``mask``, ``masks`` or ``gt`` is one called
+        ``ground_truth``. With a folder ``good_test`` (``normal_test``) no
         split is drawn: all of ``good`` is for training, and this for the test. All readers but VisA's and the
         magnetic tiles' take every form of mask named here, ``<name>.png``, and ``<name>_mask.png`` beside the
         image.
@@ -529,9 +533,9 @@ def _resized(
     if mask.shape == size:
         return mask
     (height, width), (to_height, to_width) = mask.shape, size
-    # Up to a pixel by which a side was rounded. A mask of a picture that stood or was cut otherwise would be
-    # stretched over the wrong pixels.
-    if abs(height * to_width - width * to_height) > max(size):
+    # Up to a pixel by which a side of either was rounded. A mask of a picture that stood or was cut otherwise
+    # would be stretched over the wrong pixels.
+    if abs(height * to_width - width * to_height) > max(*size, *mask.shape):
         raise InputError(
             f"{path}: {width} x {height} pixels, where the image has {to_width} x {to_height}, upright as "
             "its EXIF orientation says; a mask may be smaller or larger than its image, but not of another "
@@ -603,8 +607,10 @@ def _labelled(root: Path, folders: list[Path]) -> list[Sample]:
 
 def _refuse_good(root: Path, folder: Path) -> None:
     """Good images under the name of a defect would be counted as missed."""
-    words = set(re.findall("[a-z]+", folder.name.lower()))
-    if words & _GOOD_WORDS and not words & _NEGATIONS:
+    words = set(re.findall(r"[^\W\d_]+", folder.name.lower()))
+    # A word of another script may be a negation.
+    says_so = _plain(folder.name) in _DEFECTIVE_NAMES or not all(map(str.isascii, words))
+    if not says_so and words & _GOOD_WORDS and not words & _NEGATIONS:
         raise InputError(
             f"root: {root} holds a folder {folder.name}, which could be good images or a defect; call it "
             "good, or good_test beside good, or give the defect another name"
@@ -623,7 +629,7 @@ def _refuse_unused_masks(root: Path, defective: list[Path]) -> None:
         files = list_image_files(masks)
         for file, folders in zip(files, _folders_of(masks, files), strict=True):
             # Some data sets have masks of good images too, all black.
-            if _GOOD_NAMES.isdisjoint(map(_plain, folders)):
+            if (_GOOD_NAMES | _GOOD_AMONG_OTHERS).isdisjoint(map(_plain, folders)):
                 raise InputError(
                     f"{file}: no mask in {masks} fits an image; masks lie in folders named as those of the "
                     f"images: {', '.join(folder.name for folder in defective)}"
@@ -673,34 +679,48 @@ def _is_image(path: Path) -> bool:
 
 
 def _read_list(file: Path) -> _Split:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        names = reader.fieldnames or ()
-        missing = [column for column in _LIST_COLUMNS[:3] if column not in names]
-        if missing:
-            raise InputError(
-                f"{file}: the columns {', '.join(missing)} are missing; a list of images has "
-                f"{', '.join(_LIST_COLUMNS)}, of which mask may be left out"
-            )
-        parts: dict[str, list[Sample]] = {part: [] for part in _PARTS}
-        for row in reader:
-            image, split, label, masks = ((row.get(column) or "").strip() for column in _LIST_COLUMNS)
-            where = f"{file}, line {reader.line_num}"
-            if split not in parts:
-                raise InputError(f"{where}: split is {split!r}; allowed are {', '.join(_PARTS)}")
-            files = [file.parent / name.strip() for name in (image, *masks.split(";")) if name.strip()]
-            if not image:
-                raise InputError(f"{where}: image is empty; it must be a path")
-            if label.isdigit():  # 0 is good in some lists, and 1 in others
-                raise InputError(f"{where}: label is {label!r}; it must be good, a defect's name or nothing")
-            for one in files:
-                if not one.is_file():
-                    raise InputError(f"{where}: {one} is missing")
-            known = label or (UNKNOWN if split == "test" else GOOD)
-            parts[split].append(Sample(files[0], known, tuple(files[1:])))
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file}: no UTF-8 ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        ) from error
+    head = text.partition("\n")[0]
+    # Where the comma stands in numbers, Excel writes semicolons.
+    delimiter = ";" if ";" in head and "," not in head else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    missing = [column for column in _LIST_COLUMNS[:3] if column not in reader.fieldnames]
+    if missing:
+        raise InputError(
+            f"{file}: the columns {', '.join(missing)} are missing; a list of images has "
+            f"{', '.join(_LIST_COLUMNS)}, of which mask may be left out"
+        )
+    parts: dict[str, list[Sample]] = {part: [] for part in _PARTS}
+    for row in reader:
+        image, split, label, masks = ((row.get(column) or "").strip() for column in _LIST_COLUMNS)
+        where = f"{file}, line {reader.line_num}"
+        if split not in parts:
+            raise InputError(f"{where}: split is {split!r}; allowed are {', '.join(_PARTS)}")
+        if not image:
+            raise InputError(f"{where}: image is empty; it must be a path")
+        if _is_no_name(label):
+            raise InputError(f"{where}: label is {label!r}; it must be good, a defect's name or nothing")
+        files = [file.parent / name.strip() for name in (image, *masks.split(";")) if name.strip()]
+        for one in files:
+            if not one.is_file():
+                raise InputError(f"{where}: {one} is missing")
+        sample = Sample(files[0], label or (UNKNOWN if split == "test" else GOOD), tuple(files[1:]))
+        # Some data sets have masks of good images too, all black.
+        parts[split].append(replace(sample, masks=()) if sample.label == 0 else sample)
     if not any(parts.values()):
         raise InputError(f"{file}: there are no images in it")
     return parts["train"], parts["validation"], parts["test"]
+
+
+def _is_no_name(label: str) -> bool:
+    """Whether it is a number or a truth value: 0 is good in some lists, and 1 in others."""
+    return label.lower() in {"true", "false", "yes", "no"} or bool(re.fullmatch(r"[-+]?\d+(\.\d*)?", label))
 
 
 def _read_visa(root: Path, _seed: int) -> _Split:
@@ -846,11 +866,17 @@ def _split_good(root: Path, images: list[Path], seed: int) -> tuple[list[Sample]
 
 
 def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]", "", name.lower())
+    """Letters, of any script, and digits."""
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def _is_good(folder: Path) -> bool:
-    return _plain(folder.name) in _GOOD_NAMES
+    name = _plain(folder.name)
+    if name in _GOOD_AMONG_OTHERS:
+        return folder.parent.name.lower() in _PARTS or any(
+            _plain(beside.name) in _DEFECTIVE_NAMES for beside in _subfolders(folder.parent)
+        )
+    return name in _GOOD_NAMES
 
 
 def _holds_masks(folder: Path) -> bool:

@@ -167,7 +167,7 @@ def convolution_weight_gradient(gradient: Tensor, maps: Tensor, *, kernel: int, 
     Notes
     -----
     Errors are some units in 10**6 of the largest weight's gradient (``tests/ops/test_convolution.py``). NaN
-    or infinity in a map or in the gradient makes all weights of its channel not finite.
+    or infinity in a map or in the gradient makes weights of its channel not finite, of no other.
 
     Native on the CPU, where :func:`convolution_tiles` has tiles for such weights. Elsewhere, and where a
     gradient is asked for, it is PyTorch's.

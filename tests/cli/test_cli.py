@@ -140,7 +140,12 @@ def wrong_calls() -> list[tuple[str, list[str], str]]:
         (
             "two ways to calibrate",
             ["calibrate", "{model}", "--labelled", "{data}", "--normal", "{tmp}"],
-            "--labelled",
+            "together with --normal",
+        ),
+        (
+            "a rate of labelled images",
+            ["calibrate", "{model}", "--labelled", "{data}", "--false-alarm-rate", "0.01"],
+            "together with --false-alarm-rate",
         ),
         ("calibrated model exists", ["calibrate", "{model}", "--out", "{model}"], "--force"),
         ("no confidence", ["calibrate", "{model}", "--confidence", "1"], "confidence"),

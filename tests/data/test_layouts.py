@@ -476,9 +476,26 @@ class TestFolder:
         with pytest.raises(InputError, match=message):
             read_dataset(tmp_path)
 
-    def test_defects_that_are_called_not_good(self, tmp_path: Path) -> None:
-        touch(tmp_path, "train/0.png", "test/good/0.png", "test/not_good/0.png", "test/abnormal/0.png")
-        assert [sample.label for sample in read_dataset(tmp_path).test] == [1, 0, 1]
+    @pytest.mark.parametrize(
+        "defect", ["not_good", "abnormal", "ab-normal", "nicht_ok", "no good", "不ok", "не ok", "未pass"]
+    )
+    @pytest.mark.parametrize("root", ["", "test/"])
+    def test_defects_that_are_called_not_good(self, tmp_path: Path, root: str, defect: str) -> None:
+        touch(tmp_path, f"{root}good/0.png", f"{root}good/1.png", f"{root}{defect}/0.png")
+        if root:
+            touch(tmp_path, "train/0.png")
+        dataset = read_dataset(tmp_path)
+        assert not any(sample.image.parent.name == defect for sample in dataset.train)
+        assert {sample.image.parent.name: sample.label for sample in dataset.test}[defect] == 1
+        assert Sample("a.png", defect).label == 1
+
+    @pytest.mark.parametrize("names_of", [("io", "cpu", "psu"), ("pass", "seal")])
+    def test_words_that_may_mean_something_else(self, tmp_path: Path, names_of: tuple[str, ...]) -> None:
+        """Boards by their kind, say: all are good training images, as folders of any name."""
+        touch(tmp_path, *(f"{name}/{n}.png" for name in names_of for n in range(2)))
+        assert len(training_images(tmp_path)) == 2 * len(names_of)
+        touch(tmp_path, "own/train/io/0.png", "own/test/io/0.png", "own/test/scratch/0.png")
+        assert [sample.label for sample in read_dataset(tmp_path / "own").test] == [0, 1]
 
     @pytest.mark.parametrize(("changed", "moved"), [("000a.png", 1), ("005.png", 1), ("more", 20)])
     def test_a_changed_folder_moves_few_images(self, tmp_path: Path, changed: str, moved: int) -> None:
@@ -552,7 +569,7 @@ class TestList:
         elsewhere = tmp_path / "m" / "1.png"
         lines = [
             "image,split,label,mask,camera",
-            "a/0.png,train,OK,,7",
+            "a/0.png,train,OK,m/0.png,7",
             "a/1.png,train,,,7",
             "v.png,validation,good,,7",
             "b/0.png,test,normal,,8",
@@ -587,9 +604,8 @@ class TestList:
             ),
             (("a/1.png,train", "a/1.png,learn"), "line 3: split is 'learn'; allowed are train, validation"),
             (("a/1.png,train", ",train"), "line 3: image is empty"),
-            (("b/2.png,test,", "b/2.png,test,0"), "line 7: label is '0'; it must be good, a defect's name"),
             (("a/1.png,train", "a/9.png,train"), r"line 3: .*9\.png is missing"),
-            (("m/0.png", "m/9.png"), r"line 6: .*9\.png is missing"),
+            (("m/0.png;", "m/9.png;"), r"line 6: .*9\.png is missing"),
             (("a/1.png,train,,", "a/1.png,train,crack,"), r"1\.png \(crack\) is among the training"),
         ],
     )
@@ -598,6 +614,27 @@ class TestList:
         assert change[0] in text
         listed.write_text(text.replace(*change), encoding="utf-8")
         with pytest.raises(InputError, match=message):
+            read_dataset(listed)
+
+    @pytest.mark.parametrize("label", ["1", "0.0", "True", "no"])
+    def test_a_label_is_a_name(self, listed: Path, label: str) -> None:
+        text = listed.read_text(encoding="utf-8-sig")
+        listed.write_text(text.replace("b/2.png,test,", f"b/2.png,test,{label}"), encoding="utf-8")
+        with pytest.raises(InputError, match=f"line 7: label is '{label}'; it must be good, a defect's name"):
+            read_dataset(listed)
+
+    def test_as_excel_writes_it(self, listed: Path) -> None:
+        before = read_dataset(listed)
+        text = listed.read_text(encoding="utf-8-sig").replace("m/0.png; ", "m/0.png#")
+        text = text.replace(",", ";").replace("image;split", "Image; Split")
+        text = "\n".join(
+            ";".join(f'"{cell}"' if "#" in cell else cell for cell in line.split(";"))
+            for line in text.split("\n")
+        ).replace("#", ";")
+        listed.write_text(text, encoding="utf-8-sig")
+        assert read_dataset(listed) == before
+        listed.write_bytes("image,split,label\na/0.png,train,größe".encode("cp1252"))
+        with pytest.raises(InputError, match=r"no UTF-8 .*; save it as CSV UTF-8"):
             read_dataset(listed)
 
     def test_an_empty_list(self, listed: Path) -> None:
@@ -699,6 +736,12 @@ class TestMask:
             read_mask(sample, size[::-1])
         with pytest.raises(InputError, match=message):
             read_regions(sample, size[::-1], kinds)
+
+    def test_an_image_smaller_than_its_mask_was_rounded(self, tmp_path: Path) -> None:
+        """Of a mask of 1003 rows a quarter is 250.75, of one of 4100 a sixteenth 256.25."""
+        for number, (shape, size) in enumerate([((1003, 1500), (250, 375)), ((4100, 3003), (256, 187))]):
+            cv2.imwrite(str(tmp_path / f"{number}.png"), np.full(shape, 255, dtype=np.uint8))
+            assert read_mask(Sample("a.png", "crack", tmp_path / f"{number}.png"), size).all()
 
     def test_good_images_have_an_empty_mask(self) -> None:
         mask = read_mask(Sample(Path("a.png"), "good"), (3, 4))
