@@ -510,8 +510,8 @@ def export_onnx(
         Images at a time, fixed.
     pixels
         ``"uint8"``, ``"float32"`` in 0..1 (a 16-bit image divided by 65535), or ``"auto"``: float32 where the
-        detector has learned from images of more than 8 bits. A detector is wrong about pixels that another
-        conversion brought to 8 bits.
+        detector has learned from images of more than 8 bits, or from floating point arrays. A detector is
+        wrong about pixels that another conversion brought to 8 bits.
 
     Raises
     ------

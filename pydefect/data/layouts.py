@@ -50,8 +50,7 @@ _DEFECTIVE_NAMES = frozenset(
 )
 # ... and of masks.
 _MASK_NAMES = frozenset({"groundtruth", "gt", "gtmask", "gtmasks", "mask", "maskdir", "masks"})
-# A word of a defect's name that says the opposite, unless another takes it back.
-_GOOD_WORDS = frozenset({GOOD, "normal", "ok"})
+# Words that take back a name of good images beside them.
 _NEGATIONS = frozenset({"ab", "ikke", "inte", "kein", "keine", "nicht", "niet", "no", "non", "not", "pas"})
 TRAIN_SHARE = 0.8
 """Share of the good images that go to training where a data set has no official split."""
@@ -610,7 +609,7 @@ def _refuse_good(root: Path, folder: Path) -> None:
     words = set(re.findall(r"[^\W\d_]+", folder.name.lower()))
     # A word of another script may be a negation.
     says_so = _plain(folder.name) in _DEFECTIVE_NAMES or not all(map(str.isascii, words))
-    if not says_so and words & _GOOD_WORDS and not words & _NEGATIONS:
+    if not says_so and words & _GOOD_NAMES and not words & _NEGATIONS:
         raise InputError(
             f"root: {root} holds a folder {folder.name}, which could be good images or a defect; call it "
             "good, or good_test beside good, or give the defect another name"

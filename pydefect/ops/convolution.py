@@ -129,7 +129,7 @@ def convolution_tiles(weight: Tensor) -> Tensor | None:
         4 x 4, few channels (below 16 in, 32 out), and processors without AVX2.
     """
     outputs, inputs = weight.shape[:2]
-    if not _has_kernel(weight, weight.shape[2:]) or not _worth_it(inputs, outputs):
+    if not _worth_it(weight, inputs, outputs, weight.shape[2:]):
         return None
     tiles: Tensor = torch.ops.pydefect.convolution_tiles(weight.detach())
     return tiles
@@ -187,7 +187,7 @@ def convolution_weight_gradient(gradient: Tensor, maps: Tensor, *, kernel: int, 
     check_convolution_weight_gradient(gradient, maps, kernel, padding)
     outputs, inputs = gradient.shape[1], maps.shape[1]
     wants_gradient = torch.is_grad_enabled() and (gradient.requires_grad or maps.requires_grad)
-    if wants_gradient or not _has_kernel(maps, (kernel, kernel)) or not _worth_it(inputs, outputs):
+    if wants_gradient or not _worth_it(maps, inputs, outputs, (kernel, kernel)):
         shape = (outputs, inputs, kernel, kernel)
         pytorchs: Tensor = conv2d_weight(maps, shape, gradient, padding=padding)
         return pytorchs
@@ -205,8 +205,9 @@ def _has_kernel(like: Tensor, sides: tuple[int, ...]) -> bool:
     )
 
 
-def _worth_it(inputs: int, outputs: int) -> bool:
-    return _WIDE_VECTORS and inputs >= _LEAST_INPUTS and outputs >= _LEAST_OUTPUTS
+def _worth_it(like: Tensor, inputs: int, outputs: int, sides: tuple[int, ...]) -> bool:
+    wide = _WIDE_VECTORS and inputs >= _LEAST_INPUTS and outputs >= _LEAST_OUTPUTS
+    return wide and _has_kernel(like, sides)
 
 
 @torch.library.register_fake("pydefect::convolution")
