@@ -687,8 +687,13 @@ def _read_list(file: Path) -> _Split:
     head = text.partition("\n")[0]
     # Where the comma stands in numbers, Excel writes semicolons.
     delimiter = ";" if ";" in head and "," not in head else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        # Where the row begins: a quote that is never closed takes all that follows for one field.
+        raise InputError(f"{file}, line {reader.line_num + 1}: no CSV ({error})") from error
     missing = [column for column in _LIST_COLUMNS[:3] if column not in reader.fieldnames]
     if missing:
         raise InputError(
@@ -696,9 +701,9 @@ def _read_list(file: Path) -> _Split:
             f"{', '.join(_LIST_COLUMNS)}, of which mask may be left out"
         )
     parts: dict[str, list[Sample]] = {part: [] for part in _PARTS}
-    for row in reader:
+    for line, row in rows:
         image, split, label, masks = ((row.get(column) or "").strip() for column in _LIST_COLUMNS)
-        where = f"{file}, line {reader.line_num}"
+        where = f"{file}, line {line}"
         if split not in parts:
             raise InputError(f"{where}: split is {split!r}; allowed are {', '.join(_PARTS)}")
         if not image:

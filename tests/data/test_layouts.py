@@ -637,6 +637,17 @@ class TestList:
         with pytest.raises(InputError, match=r"no UTF-8 .*; save it as CSV UTF-8"):
             read_dataset(listed)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (("a/1.png", '"a/1.png'), r"line 3: no CSV \(unexpected end of data\)"),
+            (("a/1.png", '"a"/1.png'), r"line 3: no CSV \(',' expected after"),
+            (("image,", '"image,'), r"line 1: no CSV \(unexpected end of data\)"),
+        ],
+    )
+    def test_a_list_with_a_broken_quote(self, listed: Path, change: tuple[str, str], message: str) -> None:
+        self.test_what_is_wrong_has_its_line(listed, change, message)
+
     def test_an_empty_list(self, listed: Path) -> None:
         listed.write_text("image,split,label\n", encoding="utf-8")
         with pytest.raises(InputError, match="there are no images in it"):
