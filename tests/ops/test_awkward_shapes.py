@@ -158,10 +158,10 @@ class Operator:
     expanded: str = ""
     """Points whose squared distances are sums of squares less products, of which nearly equal ones have no
     digit left: nor has that pair's part of the gradient."""
-    # Refused by a check, or copied into more than the 2^47 bytes that a process can address: what is only
-    # more than there is may be handed out, and be missing when it is written.
     too_large: tuple[tuple[Sizes, Arguments], ...] = ()
-    """Sizes at which only an error is possible, from tensors that themselves take one element of memory."""
+    """Sizes at which only an error is possible, from tensors that themselves take one element of memory.
+    Refused by a check, or copied into more than the 2^47 bytes that a process can address: what is only more
+    than there is may be handed out, and be missing when it is written."""
     messages: str = "memory|too large|fewer than|overflow"
 
 
